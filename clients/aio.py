@@ -1,0 +1,90 @@
+"""The asyncio client: the same calls as clients.retrieval, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from hsnn_core.schema import Schema
+
+from .errors import Patience
+from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
+
+__all__ = ["AsyncRetrievalClient", "Hit", "Results", "ServedModel", "Timings"]
+
+
+class AsyncRetrievalClient:
+    """Retrieval over gRPC for asyncio; one client serves any number of tasks of its event loop.
+
+    >>> async with AsyncRetrievalClient("localhost:8001") as client:
+    ...     hits = await client.retrieve([{"age": 31, "country": "IT", "history": [17, 4]}], k=10)
+
+    Arguments and errors are those of ``clients.retrieval.RetrievalClient``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 2.0,
+        expected_schema: Schema | None = None,
+        retries: int = 2,
+        model: str = MODEL,
+    ) -> None:
+        self._url, self._timeout, self._expected = url, timeout, expected_schema
+        self._retries, self._model = retries, model
+        self._grpc = InferenceServerClient(url)
+        self._codec: Codec | None = None
+
+    async def connect(self) -> ServedModel:
+        """The served schema and defaults, fetched once (by the first call, if not before)."""
+        return (await self._connected(self._patience(None))).model
+
+    async def retrieve(
+        self,
+        users: Sequence[Mapping[str, Any]],
+        k: int | None = None,
+        widths: Sequence[int] | None = None,
+        timeout: float | None = None,
+        timings: bool = False,
+    ) -> Results:
+        """The best ``k`` items of every user, as ``RetrievalClient.retrieve``."""
+        patience = self._patience(timeout)
+        codec = await self._connected(patience)
+        request = codec.request(users, k, widths, timings)
+        while True:
+            left = patience.remaining()
+            try:
+                return codec.answer(
+                    await self._grpc.infer(**request, timeout=int(left * 1e6), client_timeout=left)
+                )
+            except InferenceServerException as error:
+                await asyncio.sleep(patience.pause_after(error))
+
+    async def close(self) -> None:
+        await self._grpc.close()
+
+    async def __aenter__(self) -> AsyncRetrievalClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _patience(self, timeout: float | None) -> Patience:
+        return Patience(self._url, self._model, self._timeout if timeout is None else timeout, self._retries)
+
+    async def _connected(self, patience: Patience) -> Codec:
+        while self._codec is None:
+            try:
+                reply = await self._grpc.get_model_config(self._model, client_timeout=patience.remaining())
+            except InferenceServerException as error:
+                await asyncio.sleep(patience.pause_after(error))
+            else:
+                self._codec = Codec(served_model(reply.config, self._expected))
+        return self._codec

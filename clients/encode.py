@@ -1,0 +1,65 @@
+"""Users as dicts of features -> the request's tensors, as the schema declares them.
+
+No vocabulary is needed here: the wire carries raw keys (integers as they are, strings as their stable 64-bit
+key); the server owns the vocabularies of its snapshot.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hsnn_core.errors import FeatureError, RequestError
+from hsnn_core.schema import Schema, encode_row_values
+
+DTYPES = {"FP32": np.float32, "INT64": np.int64}
+
+
+class UserEncoder:
+    """Encodes B users into one array per user feature: dense (B, dim) float32, ids (B, length) int64."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._features = {feature.name: feature for feature in schema.features_of("user")}
+        self._wire = schema.user_wire()
+
+    def encode(self, users: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """A feature that is left out (or None) is sent as missing: its default, or no ids.
+
+        RequestError: not a non-empty list of dicts. FeatureError: unknown feature, wrong type, NaN; the
+        message names the user's place in the list, the feature, what came and what is expected.
+        """
+        if isinstance(users, Mapping) or not isinstance(users, Sequence) or isinstance(users, str):
+            raise RequestError(
+                f"users: got {type(users).__name__}, expected a list of dicts, one per user; "
+                "put a single user into a list"
+            )
+        if not users:
+            raise RequestError("users: got an empty list, expected at least one user")
+        for row, user in enumerate(users):
+            self._check_names(row, user)
+        tensors = {}
+        for tensor in self._wire:
+            values = np.empty((len(users), *tensor.shape), DTYPES[tensor.datatype])  # (B, dim or length)
+            for row, user in enumerate(users):
+                try:
+                    values[row] = encode_row_values(self._features[tensor.name], user.get(tensor.name))
+                except FeatureError as error:
+                    raise FeatureError(f"user {row}: {error}") from None
+            tensors[tensor.name] = values
+        return tensors
+
+    def _check_names(self, row: int, user: Mapping[str, Any]) -> None:
+        if not isinstance(user, Mapping):
+            raise RequestError(
+                f"user {row}: got {type(user).__name__}, expected a dict of feature name -> value"
+            )
+        for name in user:
+            if name not in self._features:
+                near = difflib.get_close_matches(str(name), self._features, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise FeatureError(
+                    f"user {row}: unknown feature '{name}', expected among {sorted(self._features)}{hint}"
+                )

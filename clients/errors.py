@@ -1,0 +1,95 @@
+"""What a failed call means: Triton's status codes -> the errors of hsnn_core, with what to do about them."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from tritonclient.utils import InferenceServerException
+
+from hsnn_core.errors import DeadlineExceeded, HsnnError, RequestError, SchemaMismatch, ServerError
+
+# The orchestrator starts its messages with the class of its error: "FeatureError: age: got NaN ...".
+_OURS = (
+    "FeatureError",
+    "RequestError",
+    "SchemaMismatch",
+    "DeadlineExceeded",
+    "QueueFull",
+    "SearchError",
+    "ServerError",
+)
+_FIRST_PAUSE = (
+    0.02  # seconds; doubles with every attempt, with jitter so that many clients do not return together
+)
+
+
+def translate(error: InferenceServerException, url: str, model: str, timeout: float) -> HsnnError:
+    """The error to raise for a failed call; its text says what happened and what to do about it."""
+    status = (error.status() or "").removeprefix("StatusCode.")
+    kind, text = _split(error.message())
+    if kind == "SchemaMismatch":
+        return SchemaMismatch(text)
+    if status == "INVALID_ARGUMENT":
+        return RequestError(text)
+    if kind == "DeadlineExceeded":
+        return DeadlineExceeded(text)
+    if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
+        return DeadlineExceeded(
+            f"no answer from {model} at {url} within {timeout * 1000:.0f} ms ({text}); "
+            "allow a longer timeout, or ask for smaller widths or k"
+        )
+    if kind:
+        return ServerError(text)
+    if status == "UNAVAILABLE":
+        return ServerError(
+            f"{model} at {url} is unavailable ({text}); "
+            "check that Triton runs there and that the model is loaded"
+        )
+    if status == "NOT_FOUND":
+        return ServerError(
+            f"Triton at {url} has no {model} ({text}); publish a snapshot, load it, then ask again"
+        )
+    return ServerError(f"{model} at {url} failed with {status or 'no status'}: {text}; see the server's log")
+
+
+def _split(message: str) -> tuple[str, str]:
+    kind, separator, text = message.partition(": ")
+    return (kind, text) if separator and kind in _OURS else ("", message)
+
+
+class Patience:
+    """Time left for one call and whether a failed attempt may be repeated.
+
+    Repeated is only what cannot have done harm and may well go better at once: a retrieval changes nothing on
+    the server, so a lost or refused connection is tried again while time remains. A full queue is not:
+    repeating would feed the overload.
+    """
+
+    def __init__(self, url: str, model: str, timeout: float, retries: int) -> None:
+        if not timeout > 0:
+            raise RequestError(f"timeout: got {timeout!r}, expected seconds > 0")
+        self._url, self._model, self._timeout = url, model, timeout
+        self._until = time.monotonic() + timeout
+        self._retries = retries
+        self._attempt = 0
+
+    def remaining(self) -> float:
+        """Seconds left; DeadlineExceeded when none are."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"no answer from {self._model} at {self._url} within {self._timeout * 1000:.0f} ms; "
+                "allow a longer timeout, or ask for smaller widths or k"
+            )
+        return left
+
+    def pause_after(self, error: InferenceServerException) -> float:
+        """Seconds to wait before the next attempt; raises the translated error when there must be none."""
+        final = translate(error, self._url, self._model, self._timeout)
+        refused = error.status() == "StatusCode.UNAVAILABLE" and not _split(error.message())[0]
+        pause = _FIRST_PAUSE * 2**self._attempt * random.uniform(0.5, 1.5)
+        if not refused or self._attempt >= self._retries or time.monotonic() + pause >= self._until:
+            raise final from error
+        self._attempt += 1
+        return pause

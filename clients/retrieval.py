@@ -1,0 +1,95 @@
+"""The synchronous client: a dict of features per user in, a list of (item id, scores) per user out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from hsnn_core.schema import Schema
+
+from .errors import Patience
+from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
+
+__all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings"]
+
+
+class RetrievalClient:
+    """Retrieval over gRPC; may be shared between threads.
+
+    >>> with RetrievalClient("localhost:8001") as client:
+    ...     for hit in client.retrieve([{"age": 31, "country": "IT", "history": [17, 4]}], k=10)[0]:
+    ...         print(hit.item_id, hit.scores["click"])
+
+    ``url``: host:port. ``timeout``: seconds a call may take, retries included. ``expected_schema``: refuse a
+    server that serves another one (SchemaMismatch). ``retries``: further attempts when the connection is lost
+    or refused.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 2.0,
+        expected_schema: Schema | None = None,
+        retries: int = 2,
+        model: str = MODEL,
+    ) -> None:
+        self._url, self._timeout, self._expected = url, timeout, expected_schema
+        self._retries, self._model = retries, model
+        self._grpc = InferenceServerClient(url)
+        self._codec: Codec | None = None
+
+    def connect(self) -> ServedModel:
+        """The served schema and defaults, fetched once (by the first call, if not before)."""
+        return self._connected(self._patience(None)).model
+
+    def retrieve(
+        self,
+        users: Sequence[Mapping[str, Any]],
+        k: int | None = None,
+        widths: Sequence[int] | None = None,
+        timeout: float | None = None,
+        timings: bool = False,
+    ) -> Results:
+        """The best ``k`` items of every user, searched together; a user with fewer eligible items gets fewer.
+
+        ``k`` and ``widths`` (nodes kept after each layer but the last) default to the snapshot's own. Raises
+        FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
+        """
+        patience = self._patience(timeout)
+        codec = self._connected(patience)
+        request = codec.request(users, k, widths, timings)
+        while True:
+            left = patience.remaining()
+            try:
+                return codec.answer(self._grpc.infer(**request, timeout=int(left * 1e6), client_timeout=left))
+            except InferenceServerException as error:
+                time.sleep(patience.pause_after(error))
+
+    def close(self) -> None:
+        self._grpc.close()
+
+    def __enter__(self) -> RetrievalClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _patience(self, timeout: float | None) -> Patience:
+        return Patience(self._url, self._model, self._timeout if timeout is None else timeout, self._retries)
+
+    def _connected(self, patience: Patience) -> Codec:
+        while self._codec is None:
+            try:
+                reply = self._grpc.get_model_config(self._model, client_timeout=patience.remaining())
+            except InferenceServerException as error:
+                time.sleep(patience.pause_after(error))
+            else:
+                self._codec = Codec(served_model(reply.config, self._expected))
+        return self._codec

@@ -1,0 +1,164 @@
+"""What both clients share: the served model's facts, one request's tensors, one answer's hits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
+
+from hsnn_core.errors import RequestError, ServerError
+from hsnn_core.schema import Schema, check_same
+
+from .encode import DTYPES, UserEncoder
+
+MODEL = "hsnn_retrieve"
+OUTPUTS = ("item_ids", "probabilities", "rank_score", "valid")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One retrieved item: its id, the probability of every task, and the score it was ranked by."""
+
+    item_id: int
+    scores: dict[str, float]
+    rank_score: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Microseconds inside the server: the user tower, each layer 1..N, and the whole request."""
+
+    user_tower: int
+    layers: tuple[int, ...]
+    total: int
+
+
+class Results(list[list[Hit]]):
+    """One list of hits per user, best first.
+
+    ``version``: the snapshot that answered; ``timings``: None unless asked for.
+    """
+
+    def __init__(self, hits: list[list[Hit]], version: str, timings: Timings | None) -> None:
+        super().__init__(hits)
+        self.version = version
+        self.timings = timings
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the model's configuration says: its schema and the defaults of a request."""
+
+    name: str
+    schema: Schema
+    k: int
+    widths: tuple[int, ...]
+    max_users: int
+    mode: str
+    snapshot: str
+
+
+def served_model(config: Any, expected: Schema | None) -> ServedModel:
+    """``config``: the ModelConfig protobuf. SchemaMismatch when ``expected`` is given and differs."""
+    facts = {key: value.string_value for key, value in config.parameters.items()}
+    missing = [key for key in ("schema", "k", "widths") if key not in facts]
+    if missing:
+        raise ServerError(
+            f"the configuration of {config.name} lacks the parameters {missing}, got {sorted(facts)}; "
+            "this is not an HSNN orchestrator, or it was published by another version of HSNN"
+        )
+    schema = Schema.from_json(facts["schema"])
+    if expected is not None:
+        check_same(expected, schema)
+    return ServedModel(
+        name=config.name,
+        schema=schema,
+        k=int(facts["k"]),
+        widths=tuple(int(width) for width in facts["widths"].split(",") if width),
+        max_users=config.max_batch_size,
+        mode=facts.get("mode", ""),
+        snapshot=facts.get("snapshot", ""),
+    )
+
+
+class Codec:
+    """Requests and answers of one served model."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self._encoder = UserEncoder(model.schema)
+        self._tasks = [task.name for task in model.schema.tasks]
+        self._datatypes = {numpy: wire for wire, numpy in DTYPES.items()}
+
+    def request(
+        self,
+        users: Sequence[Mapping[str, Any]],
+        k: int | None,
+        widths: Sequence[int] | None,
+        timings: bool,
+    ) -> dict[str, Any]:
+        """The arguments of tritonclient's ``infer``, but for the times."""
+        tensors = self._encoder.encode(users)
+        if len(users) > self.model.max_users:
+            raise RequestError(
+                f"users: got {len(users)}, expected at most {self.model.max_users} in one request; "
+                "split the list"
+            )
+        inputs = []
+        for name, values in tensors.items():
+            tensor = InferInput(name, list(values.shape), self._datatypes[values.dtype.type])
+            tensor.set_data_from_numpy(values)
+            inputs.append(tensor)
+        names = (*OUTPUTS, "stage_us") if timings else OUTPUTS
+        return {
+            "model_name": self.model.name,
+            "inputs": inputs,
+            "outputs": [InferRequestedOutput(name) for name in names],
+            "parameters": self._parameters(k, widths),
+        }
+
+    def _parameters(self, k: int | None, widths: Sequence[int] | None) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"schema_hash": self.model.schema.hash}
+        if k is not None:
+            parameters["k"] = _whole("k", k)
+        if widths is not None:
+            if len(widths) != len(self.model.widths):
+                raise RequestError(
+                    f"widths: got {list(widths)}, expected {len(self.model.widths)} numbers, one for each "
+                    f"layer but the last (the default is {list(self.model.widths)})"
+                )
+            parameters["widths"] = ",".join(str(_whole("widths", width)) for width in widths)
+        return parameters
+
+    def answer(self, result: InferResult) -> Results:
+        """item_ids (B, K), probabilities (B, K, T), rank_score (B, K), valid (B, 1) -> hits per user."""
+        item_ids, probabilities, rank_score, valid = (result.as_numpy(name) for name in OUTPUTS)
+        hits = []
+        for row, count in enumerate(valid[:, 0].tolist()):
+            scores = probabilities[row, :count].tolist()
+            hits.append(
+                [
+                    Hit(item_id, dict(zip(self._tasks, task_scores)), score)
+                    for item_id, task_scores, score in zip(
+                        item_ids[row, :count].tolist(), scores, rank_score[row, :count].tolist()
+                    )
+                ]
+            )
+        stages = result.as_numpy("stage_us")
+        return Results(hits, result.get_response().model_version, _timings(stages))
+
+
+def _timings(stages: np.ndarray | None) -> Timings | None:
+    if stages is None:
+        return None
+    user_tower, *layers, total = stages[0].tolist()  # every user of a request shares its stages
+    return Timings(user_tower, tuple(layers), total)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise RequestError(f"{name}: got {value!r}, expected a whole number >= 1")
+    return int(value)

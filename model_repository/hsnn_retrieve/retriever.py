@@ -1,0 +1,58 @@
+"""One request of B users, from raw wire tensors to answer tensors; knows nothing of Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+from hsnn_core.bundle import Bundle
+from hsnn_core.scorer import Runner
+from hsnn_core.search import SearchResult, search
+from request_decoding import Ask, Deadline
+
+
+class Retriever:
+    """The layer-wise search over one snapshot; shared by the worker threads.
+
+    ``within``: entered around every search with the request's deadline, for a runner whose calls pass it on.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        runner: Runner,
+        within: Callable[[Deadline], AbstractContextManager[None]] = lambda deadline: nullcontext(),
+    ) -> None:
+        self._index = bundle.index
+        self._transform = bundle.transform
+        self._scorer = bundle.scorer(runner)
+        self._rank = np.array([task.rank for task in bundle.schema.tasks], np.float32)
+        self._within = within
+
+    def retrieve(self, raw: Mapping[str, np.ndarray], ask: Ask, deadline: Deadline) -> SearchResult:
+        """``raw``: one tensor per user feature, (B, dim) float32 or (B, length) int64 raw keys.
+
+        Raises FeatureError (names feature, got, expected), DeadlineExceeded, SearchError, ServerError.
+        """
+        deadline()  # the request may have waited for a worker longer than it may take
+        users = self._transform.encode_users(dict(raw))
+        with self._within(deadline):
+            return search(self._index, self._scorer, users, ask.widths, ask.k, self._rank, deadline=deadline)
+
+
+def answer_tensors(result: SearchResult) -> dict[str, np.ndarray]:
+    """item_ids (B, K) int64, probabilities (B, K, T) f32, rank_score (B, K) f32, valid (B, 1) int32 and
+    stage_us (B, N+2) int64: user tower, layers 1..N, total (alike for all users, searched together)."""
+    stages = [
+        result.user_microseconds,
+        *(layer.microseconds for layer in result.layers),
+        result.total_microseconds,
+    ]
+    return {
+        "item_ids": result.item_ids,
+        "probabilities": result.probabilities,
+        "rank_score": result.rank_score,
+        "valid": result.valid[:, None],
+        "stage_us": np.tile(np.array(stages, np.int64), (len(result.valid), 1)),
+    }

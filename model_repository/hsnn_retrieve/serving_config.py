@@ -1,0 +1,59 @@
+"""What config.pbtxt tells the orchestrator, checked once at load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from hsnn_core.errors import HsnnError, ServerError
+from request_decoding import Ask, parse_widths
+
+MODES = ("bls", "in_process")
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """``mode``: where the networks run: "bls" (Triton models) or "in_process" (ONNX Runtime in here)."""
+
+    schema_hash: str
+    mode: str
+    default: Ask
+    workers: int
+    queue: int
+
+    @classmethod
+    def from_triton(cls, model_config: str) -> ServingConfig:
+        """``model_config``: the model's configuration as the JSON that Triton hands to ``initialize``."""
+        parameters = json.loads(model_config).get("parameters", {})
+        facts = {name: value["string_value"] for name, value in parameters.items()}
+
+        def fact(name: str) -> str:
+            if name not in facts:
+                raise ServerError(
+                    f"config.pbtxt: parameter {name!r} is missing, got {sorted(facts)}; publish again"
+                )
+            return facts[name]
+
+        mode = fact("mode")
+        if mode not in MODES:
+            raise ServerError(f"config.pbtxt: parameter mode: got {mode!r}, expected one of {list(MODES)}")
+        return cls(
+            schema_hash=fact("schema_hash"),
+            mode=mode,
+            default=Ask(_number("k", fact("k"), 1), _widths(fact("widths"))),
+            workers=_number("workers", fact("workers"), 1),
+            queue=_number("queue", fact("queue"), 0),
+        )
+
+
+def _number(name: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ServerError(f"config.pbtxt: parameter {name}: got {text!r}, expected a whole number >= {least}")
+    return int(text)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return parse_widths(text)
+    except HsnnError as error:
+        raise ServerError(f"config.pbtxt: parameter {error}") from None

@@ -1,0 +1,130 @@
+"""The orchestrator's own metrics, beside Triton's.
+
+Triton's duration metrics stop when ``execute`` returns, which here is when the request was only handed over,
+so the latency that a client sees is measured in here. One operation on a metric is a round trip of about 50
+microseconds to the server process; a reporter thread makes them, off the request path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+OUTCOMES = ("ok", "invalid", "deadline", "overload", "error")
+SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One layer of one request: seconds taken and nodes scored, over all users of the request."""
+
+    seconds: float
+    candidates: int
+
+
+@dataclass(frozen=True)
+class _Finished:
+    outcome: str
+    seconds: float
+    layers: Sequence[LayerUse]
+
+
+class ServingMetrics:
+    """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer},
+    hsnn_candidates_total{layer}, hsnn_requests_in_flight; each also labelled with the model's version."""
+
+    def __init__(self, version: int, layers: int) -> None:
+        labels = {"version": str(version)}
+        by_layer = [labels | {"layer": str(layer)} for layer in range(1, layers + 1)]
+        family = pb_utils.MetricFamily
+        # The families are kept: a metric goes when its family is collected.
+        self._families = {
+            "requests": family(
+                name="hsnn_requests_total", description="Requests by outcome", kind=family.COUNTER
+            ),
+            "seconds": family(
+                name="hsnn_request_seconds",
+                description="Seconds from arrival to answer, by request",
+                kind=family.HISTOGRAM,
+            ),
+            "layer_seconds": family(
+                name="hsnn_layer_seconds",
+                description="Seconds in one layer of the search, by request",
+                kind=family.HISTOGRAM,
+            ),
+            "candidates": family(
+                name="hsnn_candidates_total", description="Nodes scored, by layer", kind=family.COUNTER
+            ),
+            "in_flight": family(
+                name="hsnn_requests_in_flight",
+                description="Requests accepted and not answered",
+                kind=family.GAUGE,
+            ),
+        }
+        self._requests = {
+            outcome: self._metric("requests", labels | {"outcome": outcome}) for outcome in OUTCOMES
+        }
+        self._seconds = self._metric("seconds", labels, buckets=SECONDS)
+        self._layer_seconds = [self._metric("layer_seconds", label, buckets=SECONDS) for label in by_layer]
+        self._candidates = [self._metric("candidates", label) for label in by_layer]
+        self._in_flight = self._metric("in_flight", labels)
+        self._lock = Lock()
+        self._running = 0
+        self._events: SimpleQueue[_Finished | None] = SimpleQueue()
+        self._closed = False
+        self._reporter = Thread(target=self._report, name="hsnn-metrics", daemon=True)
+        self._reporter.start()
+
+    def started(self) -> None:
+        """A request arrived."""
+        with self._lock:
+            self._running += 1
+        self._events.put(None)
+
+    def finished(self, outcome: str, seconds: float, layers: Sequence[LayerUse] = ()) -> None:
+        """A request was answered; ``outcome`` is one of OUTCOMES."""
+        with self._lock:
+            self._running -= 1
+        self._events.put(_Finished(outcome, seconds, layers))
+
+    def close(self) -> None:
+        """Report what is left and stop."""
+        self._closed = True
+        self._events.put(None)
+        self._reporter.join()
+
+    def _metric(self, family: str, labels: dict[str, str], **options: Any) -> Any:
+        return self._families[family].Metric(labels=labels, **options)
+
+    def _report(self) -> None:
+        while not self._closed:
+            events = [self._events.get()]
+            try:
+                while True:
+                    events.append(self._events.get_nowait())
+            except Empty:
+                pass
+            try:
+                self._apply([event for event in events if event is not None])
+            except Exception as error:  # metrics must never take the requests down with them
+                pb_utils.Logger.log_warn(f"hsnn_retrieve: metrics were not reported: {error}")
+
+    def _apply(self, events: Sequence[_Finished]) -> None:
+        self._in_flight.set(self._running)
+        for outcome, metric in self._requests.items():
+            if count := sum(event.outcome == outcome for event in events):
+                metric.increment(count)
+        for event in events:
+            self._seconds.observe(event.seconds)
+            for metric, layer in zip(self._layer_seconds, event.layers):
+                metric.observe(layer.seconds)
+        for number, metric in enumerate(self._candidates):
+            if count := sum(
+                event.layers[number].candidates for event in events if number < len(event.layers)
+            ):
+                metric.increment(count)
