@@ -1,0 +1,71 @@
+"""Exhaustive scoring: the slow, readable twin of `hsnn_core.search` and its oracle.
+
+Every node of every layer is scored for every user, the ancestors' MoNN logits are carried down the tree, and
+all items are sorted. The layer-wise search with full widths must give the same ids, order and scores; with
+narrower beams, the share of these top K that it finds is the search recall (paper §4).
+"""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+
+import numpy as np
+
+from .features import Encoded
+from .index import HierarchicalIndex
+from .search import LayerTrace, Scorer, SearchResult, checked_request, checked_scores, rank_scores, sigmoid
+
+
+def exhaustive(
+    index: HierarchicalIndex,
+    scorer: Scorer,
+    users: Encoded,
+    k: int,
+    rank: np.ndarray,
+    item_mask: np.ndarray | None = None,
+) -> SearchResult:
+    """The best K of all V items for each of B users; arguments and errors as `search.search`."""
+    began = perf_counter_ns()
+    batch = len(users.ids)
+    rank = checked_request(index, batch, k, rank, item_mask)
+    state = scorer.open(users)
+    user_done = perf_counter_ns()
+
+    carried = np.zeros((batch, index.nodes(1), 0), dtype=np.float32)  # (B, I_l, (l-1)*T)
+    traces = []
+    for layer in range(1, index.layers + 1):
+        start = perf_counter_ns()
+        every = np.tile(np.arange(index.nodes(layer)), (batch, 1))  # (B, I_l)
+        monn, logits = scorer.score(state, layer, every, carried)
+        checked_scores(layer, monn, logits, np.ones(every.shape, dtype=bool), len(rank))
+        if layer < index.layers:
+            carried = np.concatenate([carried, monn], axis=2)[:, index.parents(layer + 1)]
+        counts = np.full(batch, index.nodes(layer))
+        traces.append(LayerTrace(counts, counts, every, (perf_counter_ns() - start) // 1000))
+
+    tasks = len(rank)
+    item_ids = np.zeros((batch, k), dtype=np.int64)
+    positions = np.zeros((batch, k), dtype=np.int64)
+    probabilities = np.zeros((batch, k, tasks), dtype=np.float32)
+    rank_score = np.full((batch, k), -np.inf, dtype=np.float32)
+    valid = np.zeros(batch, dtype=np.int32)
+    scores, shares = rank_scores(logits, rank), sigmoid(logits)  # (B, V), (B, V, T)
+    for user in range(batch):
+        allowed = np.arange(index.items) if item_mask is None else np.flatnonzero(item_mask[user])
+        # Best score first, then smaller position.
+        top = allowed[np.lexsort((allowed, -scores[user, allowed]))][:k]
+        valid[user] = len(top)
+        positions[user, : len(top)] = top
+        item_ids[user, : len(top)] = index.item_ids[top]
+        probabilities[user, : len(top)] = shares[user, top]
+        rank_score[user, : len(top)] = scores[user, top]
+    return SearchResult(
+        item_ids=item_ids,
+        probabilities=probabilities,
+        rank_score=rank_score,
+        valid=valid,
+        positions=positions,
+        layers=tuple(traces),
+        user_microseconds=(user_done - began) // 1000,
+        total_microseconds=(perf_counter_ns() - began) // 1000,
+    )

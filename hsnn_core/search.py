@@ -1,0 +1,275 @@
+"""The layer-wise search (paper Algorithm 2), for a batch of users.
+
+    user tower once -> for l = 1..N: candidates (all nodes of layer 1; then the children of the nodes kept)
+    -> score -> keep the best W_l -> at layer N the best K items
+
+It knows neither torch nor Triton: a scorer does the networks. So the search that serves is the search that
+evaluation measures. `hsnn_core.exhaustive` is its slow twin, which it must equal at full width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any, Protocol
+
+import numpy as np
+
+from .errors import SearchError
+from .features import Encoded
+from .index import HierarchicalIndex
+
+
+class Scorer(Protocol):
+    """What the search needs of `scorer.LayerScorer`."""
+
+    def open(self, users: Encoded) -> Any: ...
+
+    def score(
+        self, state: Any, layer: int, nodes: np.ndarray, previous: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did: candidates and kept (B,) int64 counts, and the kept node numbers.
+
+    ``nodes`` (B, max kept) int64, ascending, -1 beyond a user's count.
+    """
+
+    candidates: np.ndarray
+    kept: np.ndarray
+    nodes: np.ndarray
+    microseconds: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """K items per user, best first; of fixed shape, with the number of valid rows.
+
+    ``item_ids`` (B, K) int64, ``probabilities`` (B, K, T) float32 and ``positions`` (B, K) int64 are 0 beyond
+    ``valid`` (B,) int32, ``rank_score`` (B, K) float32 is -inf there.
+    """
+
+    item_ids: np.ndarray
+    probabilities: np.ndarray
+    rank_score: np.ndarray
+    valid: np.ndarray
+    positions: np.ndarray
+    layers: tuple[LayerTrace, ...]
+    user_microseconds: int
+    total_microseconds: int
+
+
+def search(
+    index: HierarchicalIndex,
+    scorer: Scorer,
+    users: Encoded,
+    widths: Sequence[int],
+    k: int,
+    rank: np.ndarray,
+    item_mask: np.ndarray | None = None,
+    deadline: Callable[[], None] | None = None,
+) -> SearchResult:
+    """The best K items of each of B users, by beams of ``widths`` (N-1 of them) nodes.
+
+    Items and nodes are ordered by the rank score of their layer (`rank_scores`); ties go to the smaller node
+    number (for items: position). ``rank`` (T,): exponent of each task's probability. ``item_mask`` (B, V)
+    bool by position: the items allowed; a node without one is dropped before pruning, so that narrow
+    targeting cannot starve. ``deadline`` is called before the user tower and before every layer and may raise
+    DeadlineExceeded.
+
+    Raises SearchError: k or a width below 1, wrong number of widths, mask or rank of another shape, scores
+    that are not finite (naming the layer).
+    """
+    began = perf_counter_ns()
+    batch = len(users.ids)
+    rank = checked_request(index, batch, k, rank, item_mask)
+    _check_widths(index, widths)
+    if deadline is not None:
+        deadline()
+    state = scorer.open(users)
+    user_done = perf_counter_ns()
+
+    beam: _Beam | None = None
+    traces = []
+    for layer in range(1, index.layers + 1):
+        start = perf_counter_ns()
+        if deadline is not None:
+            deadline()
+        eligible = None if item_mask is None else index.eligible_nodes(layer, item_mask)
+        if beam is None:
+            nodes, alive, carried = _roots(index, batch, eligible)
+        else:
+            nodes, alive, carried = _children(index, layer, beam, eligible)
+        monn, logits = _score(scorer, state, layer, nodes, carried, alive, len(rank))
+        keys = np.where(alive, rank_scores(logits, rank), -np.inf)
+        kept = np.nonzero(best(keys, k if layer == index.layers else widths[layer - 1]))
+        rows, best_nodes = _Rows(kept[0], batch), nodes[kept]
+        beam = _Beam(rows, best_nodes, np.concatenate([carried[kept], monn[kept]], axis=1))
+        took = (perf_counter_ns() - start) // 1000
+        traces.append(LayerTrace(alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
+
+    # Stable by descending score within each user: equal scores stay in order of position.
+    order = np.lexsort((-keys[kept], kept[0]))
+    positions = best_nodes[order]
+    return SearchResult(
+        item_ids=rows.fill(index.item_ids[positions], k),
+        probabilities=rows.fill(sigmoid(logits[kept][order]), k),
+        rank_score=rows.fill(keys[kept][order], k, empty=-np.inf),
+        valid=rows.counts.astype(np.int32),
+        positions=rows.fill(positions, k),
+        layers=tuple(traces),
+        user_microseconds=(user_done - began) // 1000,
+        total_microseconds=(perf_counter_ns() - began) // 1000,
+    )
+
+
+def rank_scores(logits: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Sum over tasks of rank_t * log sigmoid(logits_t), float32: logits (..., T), rank (T,) -> (...).
+
+    The logarithm of the product of the tasks' probabilities, each to the power of its rank. A task of rank 0
+    is left out. Tasks are added in order, so equal logits give equal bits whatever the shape of the batch.
+    """
+    total = np.zeros(logits.shape[:-1], dtype=np.float32)
+    for task in np.flatnonzero(rank):
+        logit = np.ascontiguousarray(logits[..., task], dtype=np.float32)
+        total += np.float32(rank[task]) * (np.minimum(logit, 0) - np.log1p(np.exp(-np.abs(logit))))
+    return total
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """float32 probabilities, without overflow for large logits of either sign."""
+    small = np.exp(-np.abs(logits, dtype=np.float32))
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def best(keys: np.ndarray, width: int) -> np.ndarray:
+    """(B, C) bool: the ``width`` largest of every row of keys (B, C); ties: the smaller column; never
+    -inf."""
+    possible = keys > -np.inf
+    columns = keys.shape[1]
+    if width >= columns:
+        return possible
+    threshold = np.partition(keys, columns - width, axis=1)[:, columns - width, None]
+    above = keys > threshold
+    level = (keys == threshold) & possible
+    room = width - above.sum(axis=1, keepdims=True)
+    return above | (level & (level.cumsum(axis=1) <= room))
+
+
+def checked_request(
+    index: HierarchicalIndex, batch: int, k: int, rank: np.ndarray, item_mask: np.ndarray | None
+) -> np.ndarray:
+    """The rank exponents as (T,) float32; SearchError on a request that cannot be answered."""
+    if k < 1:
+        raise SearchError(f"k is {k}, expected at least 1")
+    rank = np.asarray(rank, dtype=np.float32)
+    if rank.ndim != 1 or len(rank) == 0 or not np.isfinite(rank).all():
+        raise SearchError(f"rank exponents {rank.tolist()}, expected one finite number per task")
+    if item_mask is not None and (item_mask.shape != (batch, index.items) or item_mask.dtype != bool):
+        raise SearchError(
+            f"item mask: {item_mask.dtype} of shape {item_mask.shape}, "
+            f"expected bool of shape {(batch, index.items)}: users, items by position"
+        )
+    return rank
+
+
+def checked_scores(
+    layer: int, monn: np.ndarray, logits: np.ndarray, alive: np.ndarray, tasks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scorer's answer, refused (SearchError) when of another shape or not finite for a live candidate."""
+    for name, value in (("monn", monn), ("logits", logits)):
+        if value.shape != (*alive.shape, tasks):
+            raise SearchError(
+                f"the scorer of layer {layer} gave {name} of shape {value.shape}, "
+                f"expected {(*alive.shape, tasks)}: users, candidates, tasks"
+            )
+    bad = ~np.isfinite(logits).all(axis=2) & alive
+    if bad.any():
+        raise SearchError(
+            f"the scorer of layer {layer} gave scores that are not finite for {bad.sum()} of {alive.sum()} "
+            "candidates; check the model and the item embeddings of this snapshot"
+        )
+    return monn, logits
+
+
+class _Rows:
+    """Entries that belong to users, as flat arrays: ``user`` (n,) ascending."""
+
+    def __init__(self, user: np.ndarray, batch: int) -> None:
+        self.user = user
+        self.counts = np.bincount(user, minlength=batch)  # (B,)
+        self._column = np.arange(len(user)) - np.repeat(self.counts.cumsum() - self.counts, self.counts)
+
+    def fill(self, values: np.ndarray, width: int | None = None, empty: float = 0) -> np.ndarray:
+        """values (n, ...) -> (B, width, ...), each user's entries from column 0, then ``empty``."""
+        width = int(self.counts.max()) if width is None else width
+        if len(self.counts) == 1 and len(values) == width:
+            return values[None]
+        filled = np.full((len(self.counts), width, *values.shape[1:]), empty, dtype=values.dtype)
+        filled[self.user, self._column] = values
+        return filled
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """The kept nodes, flat: entry e is node nodes[e] for user rows.user[e], nodes ascending within a user."""
+
+    rows: _Rows
+    nodes: np.ndarray  # (n,)
+    carried: np.ndarray  # (n, l*T)
+
+
+def _roots(
+    index: HierarchicalIndex, batch: int, eligible: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates of layer 1: all nodes for all users. Shapes as `_children`."""
+    nodes = np.tile(np.arange(index.nodes(1)), (batch, 1))
+    alive = np.ones(nodes.shape, dtype=bool) if eligible is None else eligible
+    return nodes, alive, np.zeros((*nodes.shape, 0), dtype=np.float32)
+
+
+def _children(
+    index: HierarchicalIndex, layer: int, beam: _Beam, eligible: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates of ``layer``: nodes (B, C), alive (B, C), carried (B, C, (l-1)*T), padded to the longest
+    user."""
+    ptr = index.child_ptr[layer - 2]
+    first, counts = ptr[beam.nodes], ptr[beam.nodes + 1] - ptr[beam.nodes]
+    before = counts.cumsum() - counts
+    nodes = np.repeat(first - before, counts) + np.arange(counts.sum())
+    parent = np.repeat(np.arange(len(counts)), counts)
+    if eligible is not None:
+        stay = np.flatnonzero(eligible[beam.rows.user[parent], nodes])
+        nodes, parent = nodes[stay], parent[stay]
+    rows = _Rows(beam.rows.user[parent], len(beam.rows.counts))
+    nodes = rows.fill(nodes)
+    alive = np.arange(nodes.shape[1]) < rows.counts[:, None]
+    return nodes, alive, rows.fill(beam.carried[parent])
+
+
+def _score(
+    scorer: Scorer,
+    state: Any,
+    layer: int,
+    nodes: np.ndarray,
+    carried: np.ndarray,
+    alive: np.ndarray,
+    tasks: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    if not alive.any():
+        empty = np.zeros((*nodes.shape, tasks), dtype=np.float32)
+        return empty, empty
+    return checked_scores(layer, *scorer.score(state, layer, nodes, carried), alive, tasks)
+
+
+def _check_widths(index: HierarchicalIndex, widths: Sequence[int]) -> None:
+    if len(widths) != index.layers - 1:
+        raise SearchError(
+            f"{len(widths)} widths, expected {index.layers - 1}: one for each layer above the items"
+        )
+    for layer, width in enumerate(widths, start=1):
+        if width < 1:
+            raise SearchError(f"the width of layer {layer} is {width}, expected at least 1")

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from core_fakes import assert_same_result, fake_scorer, one_user, random_index, random_users
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsnn_core.errors import DeadlineExceeded, SearchError
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.search import best, rank_scores, search, sigmoid
+
+RANK = np.array([1.0, 0.5], dtype=np.float32)
+
+
+def full_widths(index):
+    return [index.nodes(layer) for layer in range(1, index.layers)]
+
+
+def naive_search(index, scorer, users, widths, k, rank, mask):
+    """Algorithm 2 for one user at a time with lists, dictionaries and sorting."""
+    found, kept_nodes = [], []
+    for row in range(len(users.ids)):
+        user = one_user(users, row)
+        state = scorer.open(user)
+        candidates = {node: [] for node in range(index.nodes(1))}  # node -> ancestors' MoNN logits
+        for layer in range(1, index.layers + 1):
+            live = sorted(node for node in candidates if mask[row, index.ancestors(layer) == node].any())
+            scored = []
+            for node in live:
+                previous = np.array(candidates[node], dtype=np.float32).reshape(1, 1, -1)
+                monn, logits = scorer.score(state, layer, np.array([[node]]), previous)
+                scored.append((-rank_scores(logits, rank)[0, 0], node, list(monn[0, 0])))
+            scored = sorted(scored)[: k if layer == index.layers else widths[layer - 1]]
+            if layer < index.layers:
+                kept_nodes.append(sorted(node for _, node, _ in scored))
+                below = index.parents(layer + 1)
+                candidates = {
+                    child: candidates[node] + monn
+                    for _, node, monn in scored
+                    for child in np.flatnonzero(below == node)
+                }
+        found.append([(int(index.item_ids[node]), -score) for score, node, _ in scored])
+    return found, kept_nodes
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 4),
+    items=st.integers(1, 50),
+    batch=st.integers(1, 4),
+    k=st.integers(1, 60),
+    step=st.sampled_from([0.0, 0.5, 50.0]),
+    masked=st.sampled_from([None, 0.0, 0.1, 0.7]),
+)
+def test_full_width_equals_exhaustive(seed, layers, items, batch, k, step, masked):
+    rng = np.random.default_rng(seed)
+    index = random_index(rng, layers, items)
+    scorer, _ = fake_scorer(rng, index, step)
+    users = random_users(rng, batch)
+    mask = None if masked is None else rng.random((batch, items)) < masked
+    ours = search(index, scorer, users, full_widths(index), k, RANK, mask)
+    assert_same_result(ours, exhaustive(index, scorer, users, k, RANK, mask))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    width=st.integers(1, 4),
+    step=st.sampled_from([0.0, 0.5, 50.0]),
+    masked=st.sampled_from([1.0, 0.5, 0.05]),
+)
+def test_narrow_beams_equal_a_naive_search(seed, layers, batch, width, step, masked):
+    rng = np.random.default_rng(seed)
+    index = random_index(rng, layers, 30)
+    scorer, _ = fake_scorer(rng, index, step)
+    users = random_users(rng, batch)
+    mask = rng.random((batch, 30)) < masked
+    widths = [width + layer for layer in range(layers - 1)]
+    result = search(index, scorer, users, widths, 5, RANK, mask)
+    found, kept = naive_search(index, scorer, users, widths, 5, RANK, mask)
+    for row in range(batch):
+        count = result.valid[row]
+        ours = list(zip(result.item_ids[row, :count].tolist(), result.rank_score[row, :count]))
+        assert ours == found[row]
+    ours_kept = [
+        [node for node in trace.nodes[row].tolist() if node >= 0]
+        for row in range(batch)
+        for trace in result.layers[:-1]
+    ]
+    assert ours_kept == kept
+
+
+def test_users_of_a_batch_do_not_touch_each_other():
+    rng = np.random.default_rng(3)
+    index = random_index(rng, 3, 200, codes=6)
+    scorer, _ = fake_scorer(rng, index)
+    users = random_users(rng, 5)
+    mask = rng.random((5, 200)) < np.array([[1.0], [0.5], [0.02], [0.0], [0.3]])
+    together = search(index, scorer, users, [2, 5], 20, RANK, mask)
+    for row in range(5):
+        alone = search(index, scorer, one_user(users, row), [2, 5], 20, RANK, mask[row : row + 1])
+        for name in ("item_ids", "positions", "rank_score", "probabilities", "valid"):
+            np.testing.assert_array_equal(getattr(together, name)[row], getattr(alone, name)[0])
+        for ours, theirs in zip(together.layers, alone.layers):
+            assert ours.candidates[row] == theirs.candidates[0]
+            assert ours.kept[row] == theirs.kept[0]
+    assert len({tuple(ids) for ids in together.item_ids.tolist()}) == 5
+
+
+def test_excluded_items_never_come_back_and_valid_counts_the_rest():
+    rng = np.random.default_rng(4)
+    index = random_index(rng, 3, 40)
+    scorer, _ = fake_scorer(rng, index, step=50.0)
+    mask = np.zeros((3, 40), dtype=bool)
+    mask[0, [3, 17, 31]] = True
+    mask[1] = True
+    result = search(index, scorer, random_users(rng, 3), full_widths(index), 10, RANK, mask)
+    assert result.valid.tolist() == [3, 10, 0]
+    assert sorted(result.positions[0, :3]) == [3, 17, 31]
+    assert np.isneginf(result.rank_score[0, 3:]).all()
+    assert np.isneginf(result.rank_score[2]).all()
+    assert np.isfinite(result.rank_score[1]).all()
+    assert (result.item_ids[0, 3:] == 0).all()
+    assert (result.probabilities[0, 3:] == 0).all()
+    assert (result.probabilities[2] == 0).all()
+    assert result.item_ids.dtype == np.int64
+    assert result.valid.dtype == np.int32
+    assert result.rank_score.dtype == np.float32
+    assert result.probabilities.dtype == np.float32
+
+
+def test_narrow_targeting_does_not_starve():
+    """One eligible item in the corpus: found with beams of one node, whatever its node's score."""
+    rng = np.random.default_rng(5)
+    index = random_index(rng, 4, 100)
+    scorer, _ = fake_scorer(rng, index)
+    users = random_users(rng, 1)
+    for position in range(0, 100, 7):
+        mask = np.zeros((1, 100), dtype=bool)
+        mask[0, position] = True
+        result = search(index, scorer, users, [1, 1, 1], 5, RANK, mask)
+        assert result.valid.tolist() == [1]
+        assert result.positions[0, 0] == position
+
+
+def test_k_beyond_the_corpus_keeps_the_shape():
+    rng = np.random.default_rng(6)
+    index = random_index(rng, 2, 7)
+    scorer, _ = fake_scorer(rng, index)
+    result = search(index, scorer, random_users(rng, 2), [99], 20, RANK)
+    assert result.item_ids.shape == (2, 20)
+    assert result.probabilities.shape == (2, 20, 2)
+    assert result.valid.tolist() == [7, 7]
+    assert sorted(result.item_ids[0, :7]) == sorted(index.item_ids)
+
+
+def test_nobody_has_a_candidate():
+    rng = np.random.default_rng(7)
+    index = random_index(rng, 3, 20)
+    scorer, runner = fake_scorer(rng, index)
+    nothing = np.zeros((2, 20), dtype=bool)
+    result = search(index, scorer, random_users(rng, 2), [2, 2], 4, RANK, nothing)
+    assert result.valid.tolist() == [0, 0]
+    assert result.item_ids.tolist() == [[0] * 4, [0] * 4]
+    assert runner.calls == []
+
+
+def test_trace_counts_candidates_and_kept():
+    rng = np.random.default_rng(8)
+    index = random_index(rng, 3, 100)
+    scorer, _ = fake_scorer(rng, index)
+    result = search(index, scorer, random_users(rng, 2), [2, 3], 4, RANK)
+    first, second, last = result.layers
+    assert first.candidates.tolist() == [index.nodes(1)] * 2
+    assert first.kept.tolist() == [2, 2]
+    for row in (0, 1):
+        children = np.isin(index.parents(2), first.nodes[row])
+        assert second.candidates[row] == children.sum()
+        assert last.candidates[row] == np.isin(index.ancestors(2), second.nodes[row]).sum()
+        assert np.isin(result.positions[row, : result.valid[row]], last.nodes[row]).all()
+    assert result.total_microseconds >= result.user_microseconds >= 0
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_name_the_layer(layer, value):
+    rng = np.random.default_rng(9)
+    index = random_index(rng, 3, 30)
+    scorer, runner = fake_scorer(rng, index)
+    healthy = runner.score
+
+    def broken(at, inputs):
+        monn, logits = healthy(at, inputs)
+        if at == layer:
+            logits[0, 0, 1] = value
+        return monn, logits
+
+    runner.score = broken
+    users = random_users(rng, 2)
+    text = f"the scorer of layer {layer} gave scores that are not finite for 1 of "
+    with pytest.raises(SearchError, match=text):
+        search(index, scorer, users, full_widths(index), 3, RANK)
+    with pytest.raises(SearchError, match=text):
+        exhaustive(index, scorer, users, 3, RANK)
+
+
+def test_a_broken_score_of_an_excluded_item_does_not_matter():
+    rng = np.random.default_rng(10)
+    index = random_index(rng, 1, 10)
+    scorer, runner = fake_scorer(rng, index)
+    healthy = runner.score
+
+    def broken(at, inputs):
+        monn, logits = healthy(at, inputs)
+        logits[:, 4] = np.nan
+        return monn, logits
+
+    runner.score = broken
+    mask = np.ones((1, 10), dtype=bool)
+    mask[0, 4] = False
+    result = search(index, scorer, random_users(rng, 1), [], 10, RANK, mask)
+    assert result.valid.tolist() == [9]
+    assert 4 not in result.positions[0, :9]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"k": 0}, "k is 0, expected at least 1"),
+        ({"widths": [2]}, "1 widths, expected 2: one for each layer above the items"),
+        ({"widths": [2, 0]}, "the width of layer 2 is 0, expected at least 1"),
+        (
+            {"item_mask": np.ones((1, 5), dtype=bool)},
+            "item mask: bool of shape (1, 5), expected bool of shape (2, 30): users, items by position",
+        ),
+        ({"item_mask": np.ones((2, 30))}, "item mask: float64 of shape (2, 30), expected bool"),
+        ({"rank": np.array([])}, "rank exponents [], expected one finite number per task"),
+        ({"rank": np.array([1.0, np.nan])}, "rank exponents [1.0, nan], expected one finite number per task"),
+        (
+            {"rank": np.array([1.0])},
+            "the scorer of layer 1 gave monn of shape (2, 3, 2), expected (2, 3, 1): users, candidates",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_answered(change, text):
+    rng = np.random.default_rng(11)
+    index = random_index(rng, 3, 30)
+    scorer, _ = fake_scorer(rng, index)
+    arguments = {"widths": [2, 2], "k": 3, "rank": RANK} | change
+    with pytest.raises(SearchError) as caught:
+        search(index, scorer, random_users(rng, 2), **arguments)
+    assert text in str(caught.value)
+
+
+def test_deadline_is_asked_before_the_user_tower_and_every_layer():
+    rng = np.random.default_rng(12)
+    index = random_index(rng, 3, 30)
+    scorer, runner = fake_scorer(rng, index)
+    users = random_users(rng, 1)
+    asked = []
+    search(index, scorer, users, [2, 2], 3, RANK, deadline=lambda: asked.append(len(runner.calls)))
+    assert asked == [0, 0, 1, 2]
+
+    runner.calls.clear()
+
+    def late() -> None:
+        if runner.calls:
+            raise DeadlineExceeded("too late")
+
+    with pytest.raises(DeadlineExceeded, match="too late"):
+        search(index, scorer, users, [2, 2], 3, RANK, deadline=late)
+    assert [layer for layer, _ in runner.calls] == [1]
+
+
+def test_rank_scores_by_hand():
+    logits = np.array([[0.0, 2.0], [-1.0, 500.0], [-500.0, 0.0], [200.0, 0.0]], dtype=np.float32)
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    with np.errstate(divide="ignore"):
+        expected = np.log(probabilities[:, 0]) + 0.5 * np.log(probabilities[:, 1])
+    expected[2] = -500.0 + 0.5 * np.log(0.5)
+    ours = rank_scores(logits, RANK)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    # A task of rank 0 does not count, however extreme.
+    np.testing.assert_array_equal(
+        rank_scores(logits, np.array([0.0, 1.0])), rank_scores(logits[:, 1:], np.array([1.0]))
+    )
+    assert sigmoid(logits).dtype == np.float32
+    np.testing.assert_allclose(sigmoid(logits), probabilities, rtol=1e-6, atol=1e-30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 1.0]), min_size=6, max_size=6), min_size=1, max_size=3
+    ),
+    width=st.integers(1, 8),
+)
+def test_best_breaks_ties_by_the_smaller_column(rows, width):
+    keys = np.array(rows, dtype=np.float32)
+    expected = np.zeros(keys.shape, dtype=bool)
+    for row, values in enumerate(rows):
+        columns = [column for column in np.argsort(-keys[row], kind="stable") if values[column] > -np.inf]
+        expected[row, columns[:width]] = True
+    np.testing.assert_array_equal(best(keys, width), expected)
