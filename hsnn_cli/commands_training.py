@@ -1,0 +1,227 @@
+"""hsnn train | evaluate | info: what happens before serving."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hsnn_core.errors import SchemaError
+
+from .tables import table
+
+if TYPE_CHECKING:
+    from hsnn_train.recipe import Recipe
+
+EPILOG = argparse.RawDescriptionHelpFormatter
+
+
+def add_commands(commands: Any) -> None:
+    """Register train, evaluate and info."""
+    train = commands.add_parser(
+        "train", help="train a recipe into a run directory", formatter_class=EPILOG,
+        description="Train an HSNN (towers, ensemble and index together) from a recipe.",
+        epilog="examples:\n  hsnn train synthetic --run runs/ads\n  hsnn train my.yaml --run runs/mine "
+        "--set train.epochs=4 --set train.seed=7\n  hsnn train --resume runs/mine     go on after Ctrl-C",
+    )  # fmt: skip
+    train.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
+    train.add_argument("--run", type=Path, help="run directory to write (default: runs/<recipe>)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue that run from its checkpoint")
+    train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                       help="change one value of the recipe; may be repeated")  # fmt: skip
+    train.add_argument("--no-evaluate", action="store_true", help="stop after training")
+    train.set_defaults(run_command=run_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="evaluate a run on held-out data", formatter_class=EPILOG,
+        description="NE, calibration, Recall@K over the whole corpus, search recall and index health.",
+        epilog="examples:\n  hsnn evaluate runs/ads\n  hsnn evaluate runs/ads --split valid",
+    )  # fmt: skip
+    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+    evaluate.set_defaults(run_command=run_evaluate)
+
+    info = commands.add_parser(
+        "info", help="describe a run, a recipe, a repository, or the presets", formatter_class=EPILOG,
+        description="Describe a thing: a run directory, a recipe, a model repository, or `presets`.",
+        epilog="examples:\n  hsnn info presets      FLOPs of the Table 5 presets beside the paper's ratios\n"
+        "  hsnn info runs/ads\n  hsnn info synthetic",
+    )  # fmt: skip
+    info.add_argument("what", help="presets, a run directory, a repository, or a recipe")
+    info.set_defaults(run_command=run_info)
+
+
+def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The recipe with SECTION.KEY=VALUE changes (YAML values). Raises SchemaError for a malformed one."""
+    from hsnn_train.recipe import recipe_from_dict
+
+    raw = recipe.to_dict()
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = path.split(".")
+        if not equals or len(keys) < 2:
+            raise SchemaError(f"--set {text!r}: expected SECTION.KEY=VALUE, for example train.epochs=4")
+        section = raw
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+        section[keys[-1]] = yaml.safe_load(value)
+    return recipe_from_dict(raw, recipe.name, recipe.base)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """hsnn train."""
+    from hsnn_train.checkpoint import load_recipe_of_run
+    from hsnn_train.recipe import load_recipe
+
+    if (options.recipe is None) == (options.resume is None):
+        raise SchemaError("hsnn train: give either a recipe or --resume RUN (see hsnn train --help)")
+    if options.resume is not None:
+        recipe = load_recipe_of_run(options.resume)
+        run = options.resume
+    else:
+        recipe = with_overrides(load_recipe(options.recipe), options.overrides)
+        run = options.run or Path("runs") / recipe.name
+    train_and_evaluate(recipe, run, resume=options.resume is not None, evaluate=not options.no_evaluate)
+
+
+def train_and_evaluate(
+    recipe: Recipe, run: Path, resume: bool = False, evaluate: bool = True
+) -> dict[str, Any] | None:
+    """Load, train, calibrate, evaluate and plot; returns the metrics that were written to metrics.json."""
+    from hsnn_train import evaluate as ev
+    from hsnn_train.checkpoint import write_json
+    from hsnn_train.data.dataset import load_dataset
+    from hsnn_train.plots import node_occupancy, training_curves
+    from hsnn_train.trainer import Trainer, make_batches
+
+    began = time.monotonic()
+    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    loaded = time.monotonic()
+    trainer = Trainer(recipe, dataset, run, resume=resume)
+    model = trainer.train()
+    if len(dataset.valid.item_row):
+        values = ev.pointwise(model, make_batches(dataset, recipe), dataset.valid, trainer.state, recipe.train.seed)
+        ev.calibrate(model, values)
+        trainer.save()
+    trained = time.monotonic()
+    plots = [training_curves(trainer.history, run / "plots" / "training.png")]
+    plots.append(node_occupancy(trainer.state, run / "plots" / "occupancy.png"))
+    for plot in plots:
+        print(f"plot: {plot}")
+    if not evaluate:
+        return None
+    report = ev.evaluate(model, dataset, recipe, trainer.state)
+    report["seconds"] = {"load": loaded - began, "train": trained - loaded, "evaluate": time.monotonic() - trained}
+    write_json(run / "metrics.json", report)
+    print(describe(report))
+    print(f"metrics: {run / 'metrics.json'}")
+    return report
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """hsnn evaluate."""
+    from hsnn_train import evaluate as ev
+    from hsnn_train.checkpoint import load_run, write_json
+    from hsnn_train.data.dataset import load_dataset
+
+    run = load_run(options.run)
+    recipe = run.recipe
+    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    report = ev.evaluate(run.model, dataset, recipe, run.index, options.split)
+    write_json(options.run / "metrics.json", report)
+    print(describe(report))
+    print(f"metrics: {options.run / 'metrics.json'}")
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The evaluation as tables."""
+    out = [
+        table(
+            ["layer", "task", "NE", "calibration"],
+            [[r["layer"], r["task"], r["ne"], r["calibration"]] for r in report["pointwise"]],
+            f"Held-out impressions ({report['split']}, ensemble of layers 1..l, hard index)",
+        )
+    ]
+    if report["index"]:
+        out.append(
+            table(
+                ["layer", "codewords", "used", "perplexity", "largest share", "soft≠hard", "nodes"],
+                [
+                    [r["layer"], r["codewords"], r["used"], r["perplexity"], r["largest_share"],
+                     r["disagreement"], r["nodes"]]
+                    for r in report["index"]
+                ],
+                "Index health (hard assignment)",
+            )
+        )  # fmt: skip
+    got = report["retrieval"]
+    names = list(got["search"])
+    out.append(
+        table(
+            ["", *names],
+            [
+                ["layer-wise search", *got["search"].values()],
+                ["exhaustive twin", *got["exhaustive"].values()],
+                ["search recall", *(got["search_recall"].get(n.removeprefix("recall")) for n in names)],
+            ],
+            f"Retrieval over all {got['corpus']:,} items, {got['requests']} requests, widths {got['widths']}, "
+            f"{100 * got['scored_share']:.1f}% of the items scored",
+        )
+    )
+    return "\n\n".join(out)
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """hsnn info."""
+    from hsnn_train.recipe import load_recipe
+
+    path = Path(options.what)
+    if options.what == "presets":
+        print(describe_presets())
+    elif (path / "checkpoint.pt").exists():
+        print(describe_run(path))
+    elif (path / "hsnn_retrieve").is_dir():
+        from export.publish import versions
+
+        found = versions(path)
+        print(f"repository {path}: versions {', '.join(map(str, found)) or 'none'}")
+    else:
+        recipe = load_recipe(options.what)
+        print(yaml.safe_dump(replace(recipe).to_dict(), sort_keys=False).rstrip())
+
+
+def describe_presets() -> str:
+    """The preset table: counted FLOPs beside the paper's ratios."""
+    from hsnn_train.flops import preset_table
+
+    return table(
+        ["preset", "user (per request)", "item (offline)", "pair", "single inference", "vs small", "paper"],
+        [
+            [r.name, r.flops.user_tower, r.flops.item_tower, r.flops.pair, r.flops.single_inference, r.ratio,
+             r.paper_ratio]
+            for r in preset_table()
+        ],
+        "FLOPs on Table 5's feature counts (matrix products; a multiply-add is two)",
+    )  # fmt: skip
+
+
+def describe_run(path: Path) -> str:
+    """One screen about a run."""
+    from hsnn_train.checkpoint import load_run
+
+    run = load_run(path)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    lines = [
+        f"run {path}: recipe {run.recipe.name}, schema {run.schema.hash}, step {run.step}",
+        f"{run.model.layers} layers: {', '.join(run.recipe.model.layers)}; {parameters:,} parameters; "
+        f"{len(run.item_ids):,} items; index {run.recipe.model.index} {list(run.recipe.model.codebooks)}",
+    ]
+    metrics = path / "metrics.json"
+    if metrics.exists():
+        lines += ["", describe(json.loads(metrics.read_text()))]
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""`hsnn`: the one console command. Each sub-command lives in a module of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hsnn_core.errors import HsnnError
+
+from . import commands_data, commands_serving, commands_training, demo
+
+DESCRIPTION = """HSNN retrieval on NVIDIA Triton: train, export, publish, serve, query.
+
+the whole way on simulated ads:
+  hsnn demo
+
+step by step on your own logs (a recipe is one YAML file; see README):
+  hsnn data check my.yaml                      load and validate the tables
+  hsnn train my.yaml --run runs/mine           train towers and index jointly
+  hsnn evaluate runs/mine                      NE, calibration, Recall@K, search recall
+  hsnn export runs/mine                        ONNX or TensorRT, parity-gated
+  hsnn publish runs/mine --repository repo     one new version, atomically
+  hsnn serve --repository repo                 the real Triton on loopback
+  hsnn query --url 127.0.0.1:8001 --user '{"history": [3, 17]}'
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="hsnn", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (commands_data, commands_training, commands_serving, demo):
+        module.add_commands(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Expected failures print one line on stderr and exit with 1; Ctrl-C with 130."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except HsnnError as error:
+        print(f"hsnn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hsnn: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

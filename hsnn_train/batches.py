@@ -1,0 +1,149 @@
+"""From examples to batches: sampled candidates, representatives and I2IF crossings, all by the code that serves.
+
+Everything random is a function of (seed, step), so a resumed run draws what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsnn_core.features import Encoded
+from hsnn_core.i2if import I2IF
+from hsnn_core.index import HierarchicalIndex
+from hsnn_train.data.dataset import Dataset, Examples
+
+from .hsnn import Batch, NodeBatch
+
+
+@dataclass(frozen=True)
+class IndexState:
+    """The hard index as of the last refresh, in item-table rows.
+
+    paths (V, N-1) int32: codes of each item; representative (N-1, V) int32: row of the representative of the
+    item's node, per index layer.
+    """
+
+    paths: np.ndarray
+    representative: np.ndarray
+
+    @staticmethod
+    def from_index(index: HierarchicalIndex, paths: np.ndarray) -> IndexState:
+        """The rows' view of an index built from ``paths`` (V, N-1) in the same row order."""
+        rows = len(paths)
+        representative = np.empty((index.layers - 1, rows), np.int32)
+        for layer in range(1, index.layers):
+            of_position = index.representative[layer - 1][index.ancestors(layer)]
+            representative[layer - 1, index.row_of_position] = index.row_of_position[of_position]
+        return IndexState(np.ascontiguousarray(paths, dtype=np.int32), representative)
+
+
+class CandidateSampler:
+    """Draws items with probability proportional to popularity ** power (every item at least once counted)."""
+
+    def __init__(self, counts: np.ndarray, power: float) -> None:
+        weight = np.maximum(counts.astype(np.float64), 1.0) ** power
+        self.cumulative = np.cumsum(weight / weight.sum())
+
+    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Item rows int32 of the given shape."""
+        found = np.searchsorted(self.cumulative, rng.random(shape), side="right")
+        return np.minimum(found, len(self.cumulative) - 1).astype(np.int32)
+
+
+class BatchMaker:
+    """Makes `Batch`es of a data set.
+
+    Args:
+        dataset: features are already encoded.
+        i2if: crossings with forward lists in item-table row order, or None without interactions.
+        layers: N.
+        negatives, unlabelled: sampled candidates per example, with label 0 and without label.
+        power: see `CandidateSampler`.
+    """
+
+    def __init__(
+        self, dataset: Dataset, i2if: I2IF | None, layers: int, negatives: int, unlabelled: int, power: float
+    ) -> None:
+        self.items = dataset.items
+        self.i2if = i2if
+        self.layers = layers
+        self.negatives = negatives
+        self.unlabelled = unlabelled
+        self.sampler = CandidateSampler(dataset.item_counts, power)
+        self.tasks = len(dataset.schema.tasks)
+
+    def make(
+        self, examples: Examples, rows: np.ndarray, state: IndexState, rng: np.random.Generator
+    ) -> Batch:
+        """The batch of examples ``rows`` (B,): candidate 0 is the impression's own item, then the sampled."""
+        own = examples.item_row[rows]
+        sampled = self.sampler.draw((len(rows), self.negatives + self.unlabelled), rng)
+        candidates = np.concatenate([own[:, None], sampled], axis=1)  # (B, C)
+        labels = np.zeros((*candidates.shape, self.tasks), np.float32)
+        labels[:, 0] = examples.labels[rows]
+        labelled = np.zeros(candidates.shape, np.float32)
+        labelled[:, : 1 + self.negatives] = 1.0
+        labelled[:, 1:] *= sampled != own[:, None]  # a draw of the positive itself is no negative
+        users = Encoded(examples.users.dense[rows], examples.users.ids[rows])
+        return self.assemble(users, candidates, state, labels, labelled)
+
+    def assemble(
+        self,
+        users: Encoded,
+        candidates: np.ndarray,
+        state: IndexState,
+        labels: np.ndarray,
+        labelled: np.ndarray,
+    ) -> Batch:
+        """Batch of users (B rows) and candidate item rows (B, C)."""
+        distinct, of = np.unique(candidates, return_inverse=True)
+        of = of.reshape(candidates.shape)
+        per_layer = [state.representative[layer][candidates] for layer in range(self.layers - 1)]
+        nodes = []
+        for wanted in per_layer:
+            found, where = np.unique(wanted, return_inverse=True)
+            nodes.append(self._node_batch(found, where.reshape(wanted.shape)))
+        cross_dense: list[Tensor | None] = [None] * self.layers
+        cross_ids: list[Tensor | None] = [None] * self.layers
+        if self.i2if is not None:
+            query = self.i2if.query(users.ids)
+            for layer, positions in enumerate([*per_layer, candidates]):
+                dense, ids = self.i2if.probe(query, positions)
+                cross_dense[layer], cross_ids[layer] = torch.from_numpy(dense), torch.from_numpy(ids)
+        return Batch(
+            user_dense=_tensor(users.dense),
+            user_ids=_tensor(users.ids),
+            items=self._node_batch(distinct, of),
+            nodes=tuple(nodes),
+            paths=torch.from_numpy(state.paths[distinct].astype(np.int64)),
+            cross_dense=tuple(cross_dense),
+            cross_ids=tuple(cross_ids),
+            labels=torch.from_numpy(labels),
+            labelled=torch.from_numpy(labelled),
+        )
+
+    def _node_batch(self, rows: np.ndarray, of: np.ndarray) -> NodeBatch:
+        return NodeBatch(
+            _tensor(self.items.dense[rows]),
+            _tensor(self.items.ids[rows]),
+            torch.from_numpy(np.ascontiguousarray(of, dtype=np.int64)),
+        )
+
+
+def _tensor(values: np.ndarray) -> Tensor | None:
+    """A tensor of a packed feature array; None when it has no columns."""
+    return torch.from_numpy(np.ascontiguousarray(values)) if values.shape[1] else None
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits its examples, int64 (S,)."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(examples)
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """The generator of everything sampled in one step."""
+    return np.random.default_rng([seed, 2, step])

@@ -1,0 +1,143 @@
+"""Run directories: what a training run leaves behind, written so that a crash never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from hsnn_core.arrayfile import open_arrays, write_arrays
+from hsnn_core.errors import FormatError, SchemaMismatch
+from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.schema import Schema
+
+from .batches import IndexState
+from .hsnn import HSNN
+from .recipe import Recipe, recipe_from_dict
+
+CHECKPOINT_FORMAT = 1
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part: aside, fsync, rename."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, written aside and renamed."""
+    write_aside(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """A torch file, written aside, fsynced and renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as f:
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
+    """A checkpoint of a run with this schema, read without pickle's code execution.
+
+    Raises FormatError for a missing, damaged or unknown file, SchemaMismatch when it was trained on another
+    schema.
+    """
+    if not path.exists():
+        raise FormatError(f"checkpoint {path}: no such file; has the run been trained (hsnn train)?")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise FormatError(f"checkpoint {path}: cannot be read ({e}); restore it or train again") from e
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise FormatError(f"checkpoint {path}: format {state.get('format')!r}, expected {CHECKPOINT_FORMAT}")
+    if state["schema_hash"] != schema.hash:
+        raise SchemaMismatch(
+            f"checkpoint {path}: schema {state['schema_hash']}, the run's schema.json is {schema.hash}"
+        )
+    return state
+
+
+def save_inputs(
+    run: Path, recipe: Recipe, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
+) -> None:
+    """Everything of a run that is known before the first step: recipe, schema, transform and the corpus."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_aside(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+    write_aside(run / "schema.json", recipe.schema.to_json().encode())
+    write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
+    write_arrays(
+        run / "corpus.hsnn",
+        "corpus",
+        {"dense": items.dense, "ids": items.ids, "item_ids": item_keys},
+        {"schema": recipe.schema.hash},
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, ready to be evaluated or exported. ``items`` (V rows) and ``item_ids`` int64 (V,) are the
+    corpus it was trained on, ``index`` the hard index as of the last refresh."""
+
+    path: Path
+    recipe: Recipe
+    schema: Schema
+    transform: FeatureTransform
+    model: HSNN
+    items: Encoded
+    item_ids: np.ndarray
+    index: IndexState
+    step: int
+
+
+def make_model(recipe: Recipe, transform: FeatureTransform) -> HSNN:
+    """The untrained model of a recipe; weights follow torch's current seed."""
+    schema = recipe.schema
+    spaces = {f.space for f in (*schema.user_features, *schema.item_features) if f.encoding is not None}
+    cardinality = {space: transform.cardinality(space) for space in sorted(spaces)}
+    return HSNN(schema, cardinality, recipe.model.monns(), recipe.model.index_config())
+
+
+def load_recipe_of_run(run: Path) -> Recipe:
+    """The recipe a run was trained with. Raises FormatError when the folder is no run."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise FormatError(f"run {run}: no recipe.yaml there; expected a folder that hsnn train wrote")
+    return recipe_from_dict(yaml.safe_load(path.read_text()), run.name, run)
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """A trained run from its directory; see `Run`."""
+    path = Path(run_dir)
+    recipe = load_recipe_of_run(path)
+    transform = FeatureTransform.from_arrays(
+        recipe.schema, open_arrays(path / "transform.hsnn", "transform").arrays
+    )
+    corpus = open_arrays(path / "corpus.hsnn", "corpus").arrays
+    state = load_checkpoint(path / "checkpoint.pt", recipe.schema)
+    model = make_model(recipe, transform)
+    model.load_state_dict(state["model"])
+    return Run(
+        path=path,
+        recipe=recipe,
+        schema=recipe.schema,
+        transform=transform,
+        model=model.eval(),
+        items=Encoded(corpus["dense"], corpus["ids"]),
+        item_ids=np.asarray(corpus["item_ids"]),
+        index=IndexState(state["paths"].numpy(), state["representative"].numpy()),
+        step=int(state["step"]),
+    )

@@ -1,0 +1,208 @@
+"""A recipe: one YAML file that says what to train on what, and how to search.
+
+    schema: {...}        features, interactions, tasks (hsnn_core.schema)
+    data: {...}          tables or a data adapter (hsnn_train.data)
+    split: {...}         how impressions are divided
+    model: {layers: [cpu_large, cpu_medium, cpu_small], codebooks: [32, 16]}
+    train: {epochs: 2, batch_size: 512}
+    search: {widths: [8, 64], k: 100}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from hsnn_core.errors import SchemaError
+from hsnn_core.schema import Schema
+
+from .hsnn import IndexConfig
+from .presets import MoNNConfig, preset
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+INDEX_METHODS = ("joint", "kmeans", "em", "hierarchy")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """layers: a preset name per layer, coarse to fine; codebooks: K_l per index layer; columns: for method
+    "hierarchy", the item table's columns from coarse to fine; pool: batches the balance loss pools."""
+
+    layers: tuple[str, ...] = ("cpu_large", "cpu_medium", "cpu_small")
+    index: str = "joint"
+    codebooks: tuple[int, ...] = (32, 16)
+    columns: tuple[str, ...] = ()
+    pool: int = 8
+
+    def monns(self) -> list[MoNNConfig]:
+        return [preset(name) for name in self.layers]
+
+    def index_config(self) -> IndexConfig:
+        return IndexConfig(self.index, self.codebooks, self.columns, self.pool)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Weights multiply losses; fractions are of all steps.
+
+    Attributes:
+        negatives: sampled negatives per impression, label 0 (for logs of positives only).
+        unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
+        negative_power: sampled items follow popularity ** power; 0 is uniform.
+        teacher: run directory of a stronger model for the soft labels; none: this model's own last layer.
+        refresh_steps: steps between two refreshes of hard paths and representatives.
+        init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
+            index losses begin.
+        warmup: fraction over which the index losses' weight grows linearly; 0 switches the warm-up off.
+        max_alpha, alpha_exponent, alpha_until: Eq. 8; exponent 0 switches the schedule off.
+        balance: weight of the FLOPs regulariser; 0 switches it off.
+        em_rounds: k-means rounds of method "em".
+    """
+
+    epochs: int = 2
+    max_steps: int = 0
+    batch_size: int = 512
+    lr: float = 0.002
+    weight_decay: float = 0.0
+    seed: int = 1
+    negatives: int = 0
+    unlabelled: int = 1
+    negative_power: float = 0.75
+    distil: float = 0.1
+    teacher: str = ""
+    refresh_steps: int = 200
+    init_at: float = 0.15
+    warmup: float = 0.1
+    max_alpha: float = 20.0
+    alpha_exponent: float = 1.0
+    alpha_until: float = 0.8
+    index_loss: float = 0.5
+    reconstruction: float = 0.5
+    balance: float = 0.2
+    interaction_pull: float = 0.1
+    em_rounds: int = 3
+    checkpoint_steps: int = 500
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """widths: nodes kept after each layer above the items (the beam); k: items returned by default; max_k: the
+    most a request may ask for; buckets: candidate counts that scorers are padded to, one list per layer, or
+    empty for powers of two; requests: evaluation requests for recall."""
+
+    widths: tuple[int, ...] = (8, 64)
+    k: int = 100
+    max_k: int = 1000
+    requests: int = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A loaded recipe. ``base`` is the folder that relative data paths start from."""
+
+    name: str
+    schema: Schema
+    data: Mapping[str, Any]
+    split: Mapping[str, Any]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    base: Path = Path()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that `recipe_from_dict` reads back; ``base`` becomes an absolute path."""
+        return {
+            "name": self.name,
+            "schema": self.schema.to_dict(),
+            "data": dict(self.data),
+            "split": dict(self.split),
+            "model": _plain(asdict(self.model)),
+            "train": _plain(asdict(self.train)),
+            "search": _plain(asdict(self.search)),
+            "base": str(self.base.resolve()),
+        }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+S = TypeVar("S", ModelConfig, TrainConfig, SearchConfig)
+
+
+def _section(kind: type[S], raw: Any, path: str) -> S:
+    """A section as its dataclass; SchemaError names the dotted path, what was got and what is known."""
+    if raw is None:
+        return kind()
+    if not isinstance(raw, Mapping):
+        raise SchemaError(f"{path}: got {type(raw).__name__}, expected a mapping")
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    defaults = kind()
+    for key, value in raw.items():
+        if key not in known:
+            raise SchemaError(f"{path}.{key}: unknown key; known keys: {', '.join(known)}")
+        default = getattr(defaults, key)
+        if isinstance(default, tuple):
+            if not isinstance(value, list | tuple):
+                raise SchemaError(f"{path}.{key}: got {value!r}, expected a list")
+            values[key] = tuple(value)
+        elif isinstance(default, float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SchemaError(f"{path}.{key}: got {value!r}, expected a number")
+            values[key] = float(value)
+        elif not isinstance(value, type(default)) or isinstance(value, bool):
+            raise SchemaError(f"{path}.{key}: got {value!r}, expected {type(default).__name__}")
+        else:
+            values[key] = value
+    return kind(**values)
+
+
+def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
+    """A recipe from its plain form. Raises SchemaError naming the dotted path that is wrong."""
+    known = {"name", "schema", "data", "split", "model", "train", "search", "base"}
+    for key in raw:
+        if key not in known:
+            raise SchemaError(f"{key}: unknown section; known sections: {', '.join(sorted(known))}")
+    for key in ("schema", "data"):
+        if key not in raw:
+            raise SchemaError(f"{key}: missing section; a recipe needs schema and data")
+    model = _section(ModelConfig, raw.get("model"), "model")
+    if model.index not in INDEX_METHODS:
+        raise SchemaError(f"model.index: got {model.index!r}, expected one of {', '.join(INDEX_METHODS)}")
+    search = _section(SearchConfig, raw.get("search"), "search")
+    if len(search.widths) < len(model.layers) - 1:
+        raise SchemaError(
+            f"search.widths: got {len(search.widths)} widths, expected {len(model.layers) - 1} "
+            f"(one per layer above the items)"
+        )
+    return Recipe(
+        name=str(raw.get("name", name)),
+        schema=Schema.from_dict(raw["schema"]),
+        data=raw["data"],
+        split=raw.get("split") or {"by": "time"},
+        model=model,
+        train=_section(TrainConfig, raw.get("train"), "train"),
+        search=search,
+        base=Path(raw.get("base", base)),
+    )
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name in `recipes/`, or at that path; its data paths are relative to the file's folder
+    (for the shipped recipes: to the project's root)."""
+    path = Path(name_or_path)
+    if not path.exists() and path.suffix == "":
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.exists():
+        shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise SchemaError(f"recipe {str(name_or_path)!r}: no such file, and no shipped recipe ({shipped})")
+    raw = yaml.safe_load(path.read_text())
+    if not isinstance(raw, Mapping):
+        raise SchemaError(f"recipe {path}: got {type(raw).__name__}, expected a mapping of sections")
+    base = path.resolve().parent
+    return recipe_from_dict(raw, path.stem, base.parent if base == RECIPES else base)
