@@ -115,7 +115,7 @@ def test_residual_gradient_is_not_zeroed_onward():
 def test_collapse_is_detected_by_hard_occupancy_even_when_the_soft_loss_is_at_its_minimum():
     lti = LearnToIndex([20], 2).train()
     lti.set_codebooks([torch.cat([torch.zeros(1, 2), 10 + torch.rand(19, 2)])])
-    out = lti(0.01 * torch.randn(100, 2), alpha=1e-6)
+    out = lti(0.01 * torch.randn(100, 2), alpha=1e-9)
     assert lti.balance_loss(out).item() == pytest.approx(1.0, abs=1e-3)  # blind
     health = index_health(out.mapping[0], 20)
     assert health.collapsed
