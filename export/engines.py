@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hsnn_core.errors import PublishError
-
 from export import tensorrt
 from export.files import copy_file, sync_directory
 from export.graphs import Signature
 from export.onnx_files import MAX_BATCH
+from hsnn_core.errors import PublishError
 
 DEFAULT_ENGINE = "onnxruntime"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from hsnn_core.errors import PublishError
 from onnx import TensorProto
 
 from export.files import write_bytes
 from export.graphs import Datatype, ServingGraph, Signature, TensorSpec, example_inputs
+from hsnn_core.errors import PublishError
 
 OPSET = 20  # what the exporter of torch 2.13 targets; ONNX Runtime >= 1.17 and TensorRT >= 10 read it
 MAX_BATCH = 64

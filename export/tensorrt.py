@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsnn_core.errors import PublishError
-
 from export.files import write_bytes
 from export.graphs import Signature
+from hsnn_core.errors import PublishError
 
 DEFAULT_TARGETS = ("SM80", "SM89")
 _INSTALL = {"tensorrt_rtx": "pip install tensorrt-rtx", "tensorrt": "pip install 'hsnn-triton[tensorrt]'"}
@@ -115,7 +114,7 @@ def _set_targets(trt: Any, library: str, config: Any, targets: Sequence[str]) ->
     if library != "tensorrt_rtx":
         if targets:
             raise PublishError(
-                f"engine {library}: builds for the GPU of this machine, but got targets {', '.join(targets)}; "
+                f"engine {library}: builds for this machine's GPU, but got targets {', '.join(targets)}; "
                 "leave them out, or choose the engine tensorrt-rtx"
             )
         return
