@@ -204,30 +204,22 @@ def assign_paths(codebooks: Sequence[np.ndarray], vectors: np.ndarray) -> tuple[
     return paths, distances
 
 
-def path_distances(codebooks: Sequence[np.ndarray], vectors: np.ndarray, paths: np.ndarray) -> np.ndarray:
-    """Squared distances (R, N-1) float32 of residuals to their codewords along given paths (R, N-1).
+def centroid_distances(vectors: np.ndarray, paths: np.ndarray) -> np.ndarray:
+    """Squared distances (R, N-1) float32 of vectors (R, d) to the mean of their node, for given paths (R,
+    N-1).
 
-    For an index whose paths were not chosen by `assign_paths`, e.g. a hierarchy in the data.
+    What stands in for the distance to a codeword when the hierarchy comes with the data (spec §3a).
     """
-    codebooks, vectors = _checked_vectors(codebooks, vectors)
-    paths = np.asarray(paths)
-    if paths.shape != (len(vectors), len(codebooks)):
-        raise DataError(
-            f"paths: shape {paths.shape}, expected {(len(vectors), len(codebooks))}: "
-            "one row per vector, one column per codebook"
-        )
-    for layer, codebook in enumerate(codebooks):
-        column = paths[:, layer]
-        if len(column) and not 0 <= column.min() <= column.max() < len(codebook):
-            raise DataError(
-                f"paths: layer {layer + 1} has codes {column.min()}..{column.max()}, "
-                f"expected 0..{len(codebook) - 1}: one per row of its codebook"
-            )
     distances = np.empty(paths.shape, dtype=np.float32)
-    for part, residual in _chunks(vectors):
-        for layer, codebook in enumerate(codebooks):
-            residual = residual - codebook[paths[part, layer]]
-            distances[part, layer] = (residual**2).sum(axis=1)
+    node = np.zeros(len(paths), dtype=np.int64)
+    for layer in range(paths.shape[1]):
+        _, node = np.unique(np.stack([node, paths[:, layer]], axis=1), axis=0, return_inverse=True)
+        node = node.reshape(-1)
+        order = np.argsort(node, kind="stable")
+        counts = np.bincount(node)
+        starts = counts.cumsum() - counts
+        total = np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0)
+        distances[:, layer] = ((vectors - (total / counts[:, None])[node]) ** 2).sum(axis=1)
     return distances
 
 

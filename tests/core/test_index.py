@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hsnn_core import index as index_module
 from hsnn_core.errors import DataError, FormatError
-from hsnn_core.index import HierarchicalIndex, assign_paths, path_distances
+from hsnn_core.index import HierarchicalIndex, assign_paths, centroid_distances
 
 
 def small_index() -> HierarchicalIndex:
@@ -175,7 +175,6 @@ def test_assign_paths_is_the_residual_chain(monkeypatch):
             assert paths[row, layer] == away.argmin()
             assert distances[row, layer] == pytest.approx(away.min(), rel=1e-6)
             residual = residual - codebook[away.argmin()]
-    np.testing.assert_array_equal(path_distances(codebooks, vectors, paths), distances)
     monkeypatch.undo()
     np.testing.assert_array_equal(assign_paths(codebooks, vectors)[0], paths)
 
@@ -186,7 +185,11 @@ def test_assign_paths_refuses():
         assign_paths([np.zeros((4, 2))], vectors)
     with pytest.raises(DataError, match="index vectors: row 1 is not finite"):
         assign_paths([np.zeros((4, 3))], np.array([[0, 0, 0], [0, np.nan, 0]], dtype=np.float32))
-    with pytest.raises(DataError, match=r"paths: layer 1 has codes 0..4, expected 0..3"):
-        path_distances([np.zeros((4, 3))], vectors, np.array([[0], [4]]))
-    with pytest.raises(DataError, match=r"paths: shape \(2, 2\), expected \(2, 1\)"):
-        path_distances([np.zeros((4, 3))], vectors, np.zeros((2, 2), dtype=int))
+
+
+def test_centroid_distances_by_hand():
+    vectors = np.array([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0], [9.0, 9.0]], dtype=np.float32)
+    paths = np.array([[1, 5], [1, 5], [1, 7], [0, 5]])
+    # Layer 1: mean of the first three is (2, 0). Layer 2: the first two share (1, 0), the others are alone.
+    assert centroid_distances(vectors, paths).tolist() == [[4.0, 1.0], [0.0, 1.0], [4.0, 0.0], [0.0, 0.0]]
+    assert centroid_distances(vectors, paths[:, :0]).shape == (4, 0)

@@ -1,0 +1,288 @@
+"""A snapshot's data in one directory: what the search needs besides the networks, and proof that it is whole.
+
+manifest.json    what the snapshot is, and sha256 and length of every other file
+schema.json      the schema
+transform.hsnn   vocabularies and normalisation
+index.hsnn       index, I2IF forward lists, node embeddings and codebooks, memory-mapped
+smoke.npz        a few users' raw wire tensors and the items they must get
+
+Files that the manifest does not list (the orchestrator's code lies in the same directory) are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arrayfile import open_arrays, write_arrays
+from .corpus import Corpus
+from .errors import FormatError, PublishError, SchemaMismatch
+from .features import FeatureTransform
+from .i2if import I2IF
+from .index import HierarchicalIndex
+from .schema import Schema
+from .scorer import LayerScorer, Runner
+
+FORMAT = "hsnn-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FILES = ("schema.json", "transform.hsnn", "index.hsnn", "smoke.npz")
+FIELDS = (
+    "schema_hash", "tasks", "layers", "nodes", "widths", "k", "max_k", "buckets", "embedding_widths",
+    "engine", "models", "created", "files",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """A request with its answer, replayed before a snapshot goes live.
+
+    ``users``: raw wire tensors, one (B, ...) array per user feature; ``item_ids`` (B, K) int64 and
+    ``probabilities`` (B, K, T) float32: what the search at the default widths and k returned at export.
+    """
+
+    users: dict[str, np.ndarray]
+    item_ids: np.ndarray
+    probabilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle; arrays are read-only views of the mapped files. ``i2if`` is None without
+    interactions."""
+
+    path: Path
+    manifest: dict[str, Any]
+    schema: Schema
+    transform: FeatureTransform
+    index: HierarchicalIndex
+    i2if: I2IF | None
+    embeddings: list[np.ndarray]
+    codebooks: list[np.ndarray]
+
+    @classmethod
+    def open(cls, directory: str | Path, verify: bool = True) -> Bundle:
+        """Open and check a bundle. ``verify`` also compares every file's sha256 with the manifest.
+
+        Raises FormatError naming the file that is missing, edited, cut short or of another format version,
+        and SchemaMismatch when the schema is not the manifest's.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        for name, expected in manifest["files"].items():
+            _check_file(directory / name, expected, verify)
+        schema = Schema.from_json((directory / "schema.json").read_text())
+        if schema.hash != manifest["schema_hash"]:
+            raise SchemaMismatch(
+                f"{directory}: schema.json has hash {schema.hash}, the manifest says "
+                f"{manifest['schema_hash']}; the directory mixes two snapshots, export again"
+            )
+        # The files' sha256 were compared above; the array files need not hash themselves again.
+        transform = FeatureTransform.from_arrays(
+            schema, open_arrays(directory / "transform.hsnn", "transform", verify=False).arrays
+        )
+        arrays = open_arrays(directory / "index.hsnn", "index", verify=False).arrays
+        index = HierarchicalIndex.from_arrays(_under("index", arrays))
+        nodes = [index.nodes(layer) for layer in range(1, index.layers + 1)]
+        if nodes != manifest["nodes"]:
+            raise FormatError(
+                f"{directory / 'index.hsnn'}: nodes per layer {nodes}, the manifest says "
+                f"{manifest['nodes']}; the directory mixes two snapshots, export again"
+            )
+        return cls(
+            directory,
+            manifest,
+            schema,
+            transform,
+            index,
+            I2IF.from_arrays(schema, transform, _under("i2if", arrays)) if schema.interactions else None,
+            _numbered("embedding", arrays),
+            _numbered("codebook", arrays),
+        )
+
+    def scorer(self, runner: Runner) -> LayerScorer:
+        """A scorer over this bundle's data with the buckets its networks were built for."""
+        return LayerScorer(self.index, self.i2if, self.embeddings, runner, self.manifest["buckets"])
+
+    def smoke(self) -> Smoke:
+        """The smoke request and its expected answer."""
+        with np.load(self.path / "smoke.npz", allow_pickle=False) as arrays:
+            users = {name[5:]: arrays[name] for name in arrays.files if name.startswith("user.")}
+            return Smoke(users, arrays["item_ids"], arrays["probabilities"])
+
+
+def write_bundle(
+    directory: str | Path,
+    schema: Schema,
+    transform: FeatureTransform,
+    corpus: Corpus,
+    smoke: Smoke,
+    *,
+    widths: Sequence[int],
+    k: int,
+    max_k: int,
+    buckets: Sequence[Sequence[int]],
+    engine: str,
+    models: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a bundle and return its manifest. All or nothing: written aside, synced, renamed.
+
+    ``widths``, ``k``: the search's defaults; ``max_k``: the most a request may ask for; ``buckets``:
+    candidate counts per layer ([] for any); ``models``: {"user_tower": name, "item_tower": name, "scorers":
+    [name, ...]}. Raises PublishError when the directory exists or the settings do not fit the index.
+    """
+    directory = Path(directory)
+    layers = corpus.index.layers
+    for name, given, expected in (
+        ("widths", len(widths), layers - 1),
+        ("buckets", len(buckets), layers),
+        ("scorers in models", len(models["scorers"]), layers),
+    ):
+        if given != expected:
+            raise PublishError(
+                f"{directory}: {given} {name}, expected {expected} for an index of {layers} layers"
+            )
+    if not 1 <= k <= max_k:
+        raise PublishError(f"{directory}: k {k} and max_k {max_k}, expected 1 <= k <= max_k")
+    if directory.exists():
+        raise PublishError(
+            f"{directory}: exists already; a bundle is never overwritten, remove it or write elsewhere"
+        )
+
+    aside = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write(aside / "schema.json", schema.to_json().encode())
+        write_arrays(aside / "transform.hsnn", "transform", transform.to_arrays(), {})
+        write_arrays(aside / "index.hsnn", "index", _corpus_arrays(corpus), {})
+        _write(aside / "smoke.npz", _smoke_bytes(smoke))
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "schema_hash": schema.hash,
+            "tasks": [task.name for task in schema.tasks],
+            "layers": layers,
+            "nodes": [corpus.index.nodes(layer) for layer in range(1, layers + 1)],
+            "widths": [int(width) for width in widths],
+            "k": int(k),
+            "max_k": int(max_k),
+            "buckets": [[int(size) for size in sizes] for sizes in buckets],
+            "embedding_widths": [int(table.shape[1]) for table in corpus.embeddings],
+            "engine": engine,
+            "models": dict(models),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {name: _fingerprint(aside / name) for name in FILES},
+        }
+        _write(aside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        _sync(aside)
+        os.rename(aside, directory)
+        _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return manifest
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a bundle, its format and fields checked, its files not. Raises FormatError."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FormatError(
+            f"{path}: missing, expected the manifest of a bundle; is this a bundle's directory?"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise FormatError(f"{path}: not valid JSON ({error}); export the snapshot again") from error
+    got = manifest.get("format") if isinstance(manifest, dict) else None
+    if got != FORMAT:
+        raise FormatError(f"{path}: format {got!r}, expected {FORMAT!r}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "export the snapshot again with this release"
+        )
+    lacking = [field for field in FIELDS if field not in manifest]
+    lacking += [f"files.{name}" for name in FILES if name not in manifest.get("files", {})]
+    if lacking:
+        raise FormatError(f"{path}: {', '.join(lacking)} missing; export the snapshot again")
+    return manifest
+
+
+def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise FormatError(
+            f"{path}: missing, expected {expected['bytes']} bytes with sha256 {expected['sha256']}; "
+            "copy the whole directory again"
+        )
+    length = path.stat().st_size
+    if verify:
+        digest = _fingerprint(path)["sha256"]
+        if digest != expected["sha256"]:
+            raise FormatError(
+                f"{path}: {length} bytes with sha256 {digest}, expected {expected['bytes']} bytes with "
+                f"sha256 {expected['sha256']}; the file was edited or cut short, copy the directory again"
+            )
+    elif length != expected["bytes"]:
+        raise FormatError(
+            f"{path}: {length} bytes, expected {expected['bytes']}; the file was edited or cut short, "
+            "copy the directory again"
+        )
+
+
+def _corpus_arrays(corpus: Corpus) -> dict[str, np.ndarray]:
+    arrays = {f"index/{name}": array for name, array in corpus.index.to_arrays().items()}
+    if corpus.i2if is not None:
+        arrays |= {f"i2if/{name}": array for name, array in corpus.i2if.to_arrays().items()}
+    for kind, tables in (("embedding", corpus.embeddings), ("codebook", corpus.codebooks)):
+        arrays |= {f"{kind}/{number}": table for number, table in enumerate(tables, start=1)}
+    return arrays
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    start = f"{prefix}/"
+    return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
+
+
+def _numbered(prefix: str, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    found = _under(prefix, arrays)
+    return [np.asarray(found[number]) for number in sorted(found, key=int)]
+
+
+def _smoke_bytes(smoke: Smoke) -> bytes:
+    buffer = io.BytesIO()
+    users = {f"user.{name}": value for name, value in smoke.users.items()}
+    np.savez(buffer, item_ids=smoke.item_ids, probabilities=smoke.probabilities, **users)
+    return buffer.getvalue()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
