@@ -1,0 +1,286 @@
+"""From plain dicts to a checked `Schema`; every SchemaError starts with the dotted path of the entry."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from .errors import SchemaError
+from .schema import ITEM_SPACE, OWNERS, Encoding, Feature, Interaction, KeyType, Kind, Owner, Schema, Task
+
+Choice = TypeVar("Choice", bound=str)
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+DEFAULT_MATCHES = 4
+# Ids are int32 and two of them are taken.
+MAX_SIZE = 2**31 - 3
+LARGEST = 3.4e38
+
+ENCODINGS: dict[str, Encoding] = {"vocab": "vocab", "hash": "hash", "range": "range", "of": "item"}
+KINDS: dict[str, Kind] = {"dense": "dense", "sparse": "sparse", "sequence": "sequence"}
+TYPES: dict[str, KeyType] = {"int": "int", "string": "string"}
+SETTINGS = {
+    "dense": ("kind", "dim", "default"),
+    "sparse": ("kind", *ENCODINGS, "type", "max", "same_as"),
+    "sequence": ("kind", *ENCODINGS, "type", "length", "same_as", "from"),
+}
+
+
+def parse_schema(raw: Any) -> Schema:
+    """See `Schema.from_dict`."""
+    top = _mapping("schema", raw)
+    _known("schema", top, ("name", "keys", "tasks", "features", "interactions"))
+    for section in ("name", "keys", "tasks", "features"):
+        if section not in top:
+            raise SchemaError(f"{section}: missing; a schema needs name, keys, tasks and features")
+    name = _text("name", top["name"])
+    keys = _keys(top["keys"])
+    tasks = _tasks(top["tasks"])
+    features = _features(top["features"], tasks)
+    interactions = _interactions(top.get("interactions"), features)
+    by_owner = {owner: tuple(f for f in features.values() if f.owner == owner) for owner in OWNERS}
+    return Schema(
+        name,
+        keys["user"],
+        keys["item"],
+        keys.get("time"),
+        tasks,
+        by_owner["user"],
+        by_owner["item"],
+        interactions,
+    )
+
+
+def _keys(raw: Any) -> dict[str, str]:
+    entries = _mapping("keys", raw)
+    _known("keys", entries, ("user", "item", "time"))
+    for key in OWNERS:
+        if key not in entries:
+            raise SchemaError(f"keys.{key}: missing; expected the column with the {key}'s key")
+    keys = {key: _text(f"keys.{key}", column) for key, column in entries.items() if column is not None}
+    if len(set(keys.values())) != len(keys):
+        raise SchemaError(
+            f"keys: got columns {', '.join(keys.values())}, expected a column of its own for each"
+        )
+    return keys
+
+
+def _tasks(raw: Any) -> tuple[Task, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise SchemaError(
+            f"tasks: got {raw!r}, expected a list with at least one task, e.g. [{{name: click}}]"
+        )
+    tasks: list[Task] = []
+    for number, entry in enumerate(raw):
+        path = f"tasks.{number}"
+        entry = _mapping(path, entry)
+        _known(path, entry, ("name", "weight", "rank"))
+        if "name" not in entry:
+            raise SchemaError(f"{path}.name: missing; expected the name of a label column")
+        name = _name(f"{path}.name", entry["name"])
+        if any(task.name == name for task in tasks):
+            raise SchemaError(f"{path}.name: {name!r} is declared twice, expected a name of its own")
+        weight = _number(f"{path}.weight", entry.get("weight", 1.0))
+        rank = _number(f"{path}.rank", entry.get("rank", 0.0 if tasks else 1.0))
+        if weight < 0:
+            raise SchemaError(f"{path}.weight: got {weight}, expected a number >= 0")
+        tasks.append(Task(name, weight, rank))
+    if all(task.rank == 0 for task in tasks):
+        raise SchemaError("tasks: every rank is 0, expected at least one task to rank by")
+    return tuple(tasks)
+
+
+def _features(raw: Any, tasks: tuple[Task, ...]) -> dict[str, Feature]:
+    sections = _mapping("features", raw)
+    _known("features", sections, OWNERS)
+    entries: dict[str, tuple[str, Owner, dict[str, Any]]] = {}
+    for owner in OWNERS:
+        section = _mapping(f"features.{owner}", sections.get(owner) or {})
+        if not section:
+            raise SchemaError(f"features.{owner}: no features, expected at least one feature of the {owner}")
+        for name, entry in section.items():
+            path = f"features.{owner}.{name}"
+            _name(path, name)
+            if name in entries:
+                raise SchemaError(f"{path}: the name is taken by {entries[name][0]}; expected one of its own")
+            entries[name] = (path, owner, _mapping(path, entry))
+    features: dict[str, Feature] = {}
+    # Features that own their space come first, so that `same_as` finds it whatever the order in the file.
+    for name in sorted(entries, key=lambda name: "same_as" in entries[name][2]):
+        path, owner, entry = entries[name]
+        features[name] = _feature(path, name, owner, entry, features, tasks)
+    _one_type_of_item_keys(features)
+    return {name: features[name] for name in entries}
+
+
+def _feature(
+    path: str,
+    name: str,
+    owner: Owner,
+    entry: dict[str, Any],
+    known: dict[str, Feature],
+    tasks: tuple[Task, ...],
+) -> Feature:
+    kind = _choice(f"{path}.kind", entry.get("kind"), KINDS)
+    _known(path, entry, SETTINGS[kind], f"{kind} ")
+    if kind == "dense":
+        dim = _whole(f"{path}.dim", entry.get("dim", 1))
+        return Feature(
+            name, owner, kind, dim=dim, default=_number(f"{path}.default", entry.get("default", 0.0))
+        )
+    shared = _shared(path, entry["same_as"], known) if "same_as" in entry else None
+    encoding, size = _encoding(path, entry, shared)
+    key_type = _choice(f"{path}.type", entry.get("type", shared.type if shared else "int"), TYPES)
+    if shared and (encoding, size, key_type) != (shared.encoding, shared.size, shared.type):
+        raise SchemaError(
+            f"{path}.same_as: {encoding}: {size} of type {key_type} differs from {shared.name}'s "
+            f"{shared.encoding}: {shared.size} of type {shared.type}; leave them out to take the shared ones"
+        )
+    if encoding == "range" and key_type == "string":
+        raise SchemaError(f"{path}.type: got string, expected int with range; use vocab or hash for strings")
+    if name == ITEM_SPACE and encoding != "item":
+        raise SchemaError(
+            f"{path}: the name 'item' is kept for the item's own id; add `of: item` or rename it"
+        )
+    if kind == "sequence" and "length" not in entry:
+        raise SchemaError(f"{path}.length: missing; expected the number of ids that a row keeps")
+    setting = "max" if kind == "sparse" else "length"
+    length = _whole(f"{path}.{setting}", entry.get(setting, 1))
+    derive_from = entry.get("from")
+    if derive_from is not None:
+        _choice(f"{path}.from", derive_from, {task.name: task.name for task in tasks})
+        if owner != "user" or encoding != "item":
+            raise SchemaError(f"{path}.from: only a user's sequence `of: item` can be derived from a task")
+    return Feature(
+        name,
+        owner,
+        kind,
+        encoding=encoding,
+        size=size,
+        length=length,
+        type=key_type,
+        derive_from=derive_from,
+        same_as=shared.name if shared else None,
+    )
+
+
+def _shared(path: str, name: Any, known: dict[str, Feature]) -> Feature:
+    feature = known.get(name) if isinstance(name, str) else None
+    if feature is None or feature.encoding is None or feature.encoding == "item":
+        usable = [f.name for f in known.values() if f.encoding not in (None, "item") and f.same_as is None]
+        raise SchemaError(
+            f"{path}.same_as: got {name!r}, expected a sparse or sequence feature with an id space of its "
+            f"own ({', '.join(usable) or 'there is none'}); for item ids write `of: item`"
+        )
+    if feature.same_as is not None:
+        raise SchemaError(f"{path}.same_as: {name!r} itself shares a space; write same_as: {feature.same_as}")
+    return feature
+
+
+def _encoding(path: str, entry: dict[str, Any], shared: Feature | None) -> tuple[Encoding, int]:
+    given = [setting for setting in ENCODINGS if setting in entry]
+    if not given and shared is not None and shared.encoding is not None:
+        return shared.encoding, shared.size
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise SchemaError(f"{path}: got {got} of vocab, hash, range, of; expected exactly one id encoding")
+    setting = given[0]
+    if setting == "of":
+        if entry["of"] != ITEM_SPACE:
+            raise SchemaError(
+                f"{path}.of: got {entry['of']!r}, expected item; to share another feature's ids use same_as"
+            )
+        return "item", 0
+    return ENCODINGS[setting], _whole(f"{path}.{setting}", entry[setting], MAX_SIZE)
+
+
+def _one_type_of_item_keys(features: dict[str, Feature]) -> None:
+    of_item = [feature for feature in features.values() if feature.encoding == "item"]
+    for feature in of_item[1:]:
+        if feature.type != of_item[0].type:
+            raise SchemaError(
+                f"features.{feature.owner}.{feature.name}.type: item keys are {feature.type} here and "
+                f"{of_item[0].type} in {of_item[0].name}; expected one type"
+            )
+
+
+def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, ...]:
+    found = []
+    for name, entry in _mapping("interactions", raw or {}).items():
+        path = f"interactions.{name}"
+        _name(path, name)
+        entry = _mapping(path, entry)
+        _known(path, entry, ("user", "item", "matches"))
+        user, item = (_side(path, owner, entry.get(owner), features) for owner in OWNERS)
+        through = user.space != item.space
+        if through and user.space != ITEM_SPACE:
+            raise SchemaError(
+                f"{path}: ids of {user.name} (space {user.space}) and {item.name} (space {item.space}) can "
+                f"never match; share a space with same_as, or take a user feature `of: item` to go through items"
+            )
+        matches = _whole(f"{path}.matches", entry.get("matches", min(DEFAULT_MATCHES, item.length)))
+        if matches > item.length:
+            raise SchemaError(
+                f"{path}.matches: got {matches}, expected at most {item.length}, the ids that a row of "
+                f"{item.name} has"
+            )
+        found.append(Interaction(name, user.name, item.name, matches, through))
+    return tuple(found)
+
+
+def _side(path: str, owner: Owner, name: Any, features: dict[str, Feature]) -> Feature:
+    usable = [f.name for f in features.values() if f.owner == owner and f.encoding is not None]
+    if name not in usable:
+        raise SchemaError(
+            f"{path}.{owner}: got {name!r}, expected a sparse or sequence feature of the {owner} "
+            f"({', '.join(usable) or 'there is none'})"
+        )
+    return features[name]
+
+
+def _mapping(path: str, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise SchemaError(f"{path}: got {raw!r} ({type(raw).__name__}), expected a mapping")
+    return raw
+
+
+def _known(path: str, entry: dict[str, Any], known: Iterable[str], what: str = "") -> None:
+    known = list(known)
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            dotted = f"{key}" if path == "schema" else f"{path}.{key}"
+            raise SchemaError(f"{dotted}: unknown {what}setting, expected one of {', '.join(known)}{hint}")
+
+
+def _text(path: str, raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise SchemaError(f"{path}: got {raw!r}, expected a text that is not empty")
+    return raw
+
+
+def _name(path: str, raw: Any) -> str:
+    if not isinstance(raw, str) or not NAME.fullmatch(raw):
+        raise SchemaError(f"{path}: the name {raw!r} is not letters, digits and _ with no digit in front")
+    return raw
+
+
+def _choice(path: str, raw: Any, choices: Mapping[str, Choice]) -> Choice:
+    if not isinstance(raw, str) or raw not in choices:
+        got = "missing" if raw is None else f"got {raw!r}"
+        raise SchemaError(f"{path}: {got}, expected one of {', '.join(choices)}")
+    return choices[raw]
+
+
+def _whole(path: str, raw: Any, most: int = 2**20) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= most:
+        raise SchemaError(f"{path}: got {raw!r}, expected a whole number from 1 to {most}")
+    return raw
+
+
+def _number(path: str, raw: Any) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) <= LARGEST:
+        raise SchemaError(f"{path}: got {raw!r}, expected a number that float32 can hold")
+    return float(raw)
