@@ -58,7 +58,6 @@ class ServedModel:
     widths: tuple[int, ...]
     max_users: int
     mode: str
-    snapshot: str
 
 
 def served_model(config: Any, expected: Schema | None) -> ServedModel:
@@ -80,7 +79,6 @@ def served_model(config: Any, expected: Schema | None) -> ServedModel:
         widths=tuple(int(width) for width in facts["widths"].split(",") if width),
         max_users=config.max_batch_size,
         mode=facts.get("mode", ""),
-        snapshot=facts.get("snapshot", ""),
     )
 
 
