@@ -106,7 +106,7 @@ class Run:
 def make_model(recipe: Recipe, transform: FeatureTransform) -> HSNN:
     """The untrained model of a recipe; weights follow torch's current seed."""
     schema = recipe.schema
-    spaces = {f.space for f in (*schema.user_features, *schema.item_features) if f.encoding is not None}
+    spaces = {f.space for f in schema.features if f.encoding is not None}
     cardinality = {space: transform.cardinality(space) for space in sorted(spaces)}
     return HSNN(schema, cardinality, recipe.model.monns(), recipe.model.index_config())
 

@@ -37,7 +37,7 @@ def count(config: MoNNConfig, schema: Schema, node: bool = False) -> Flops:
     """FLOPs of a preset on a schema's features; ``node``: as a layer above the items."""
     user, item = schema.layout("user"), schema.layout("item")
     cross = cross_layout(schema)
-    cardinality = {f.space: 8 for f in (*schema.user_features, *schema.item_features)}
+    cardinality = {f.space: 8 for f in schema.features}
     with torch.device("meta"):
         monn = MoNN(config, user, item, cardinality, cross, len(schema.tasks), node)
 

@@ -9,6 +9,8 @@ Letters: B users, C nodes per user, d width, n = nu + m tokens, k tokens put out
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -207,7 +209,7 @@ class DotOverArch(nn.Module):
 
     def __init__(self, width: int, tasks: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.full((tasks,), -0.5 * float(torch.log(torch.tensor(float(width))))))
+        self.log_scale = nn.Parameter(torch.full((tasks,), -0.5 * math.log(width)))
         self.bias = nn.Parameter(torch.zeros(tasks))
 
     def forward(self, user: Tensor, pair: Tensor) -> Tensor:

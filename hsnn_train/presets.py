@@ -73,9 +73,9 @@ def two_tower_xs() -> MoNNConfig:
     """Table 5 "Two Tower Tiny": 1x40 and 1x40, one dot product."""
     return MoNNConfig(
         name="two_tower_xs",
-        embed=4,
-        user=TowerConfig(1, 40, blocks=1, hidden=20, max_fields=4),
-        item=TowerConfig(1, 40, blocks=1, hidden=20, max_fields=4),
+        embed=8,
+        user=TowerConfig(1, 40, blocks=1, hidden=20, max_fields=6),
+        item=TowerConfig(1, 40, blocks=1, hidden=20, max_fields=6),
         interaction=None,
         over=OverArchConfig(kind="dot"),
     )
@@ -85,11 +85,11 @@ def small() -> MoNNConfig:
     """Table 5 "MoNN Small": 8x40, 1x40, 1x40 and a thin OverArch."""
     return MoNNConfig(
         name="small",
-        embed=16,
-        user=TowerConfig(8, 40, blocks=1, hidden=48, max_fields=8),
+        embed=8,
+        user=TowerConfig(8, 40, blocks=1, hidden=32, max_fields=8),
         item=TowerConfig(1, 40, blocks=1, hidden=32, max_fields=8),
-        interaction=TowerConfig(1, 40, blocks=1, hidden=16, max_fields=8),
-        over=OverArchConfig(layers=1, tokens=1, modules=("fm", "mlp"), hidden=32),
+        interaction=TowerConfig(1, 40, blocks=1, hidden=16, max_fields=6),
+        over=OverArchConfig(layers=1, tokens=1, modules=("fm", "mlp"), hidden=24),
     )
 
 
@@ -97,12 +97,12 @@ def medium() -> MoNNConfig:
     """Table 5 "MoNN Medium": 10x48, 4x48, 1x48."""
     return MoNNConfig(
         name="medium",
-        embed=48,
-        user=TowerConfig(10, 48, blocks=2, hidden=512, max_fields=24),
-        item=TowerConfig(4, 48, blocks=2, hidden=512, max_fields=24),
-        interaction=TowerConfig(1, 48, blocks=1, hidden=128, max_fields=16),
-        over=OverArchConfig(layers=4, tokens=12, modules=("fm", "cross", "mlp", "attention"), hidden=512,
-                            feed_forward=384),
+        embed=24,
+        user=TowerConfig(10, 48, blocks=2, hidden=256, max_fields=24),
+        item=TowerConfig(4, 48, blocks=2, hidden=256, max_fields=24),
+        interaction=TowerConfig(1, 48, blocks=1, hidden=96, max_fields=12),
+        over=OverArchConfig(layers=3, tokens=8, modules=("fm", "cross", "mlp", "attention"), hidden=256,
+                            feed_forward=192),
     )  # fmt: skip
 
 

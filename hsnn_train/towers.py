@@ -159,15 +159,15 @@ class TowerBlock(nn.Module):
     def __init__(self, fields: int, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_mlp = FieldGate(fields, width)
-        self.gate_fm = FieldGate(fields, width)
         self.mlp = nn.Sequential(nn.Linear(fields * width, hidden), nn.ReLU())
+        self.gate_fm = FieldGate(fields, width) if fields > 1 else None
         self.fm = AttentionFM(fields, width) if fields > 1 else None
         self.bridge = nn.Linear(hidden + (width if fields > 1 else 0), fields * width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         streams = [self.mlp(self.gate_mlp(x).flatten(-2))]
-        if self.fm is not None:
+        if self.fm is not None and self.gate_fm is not None:
             streams.append(self.fm(self.gate_fm(x)))
         update = self.bridge(torch.cat(streams, dim=-1)).unflatten(-1, x.shape[-2:])
         out: Tensor = self.norm(x + update)
