@@ -217,7 +217,8 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
         if through and user.space != ITEM_SPACE:
             raise SchemaError(
                 f"{path}: ids of {user.name} (space {user.space}) and {item.name} (space {item.space}) can "
-                f"never match; share a space with same_as, or take a user feature `of: item` to go through items"
+                "never match; share a space with same_as, or take a user feature `of: item` to go through "
+                "items"
             )
         matches = _whole(f"{path}.matches", entry.get("matches", min(DEFAULT_MATCHES, item.length)))
         if matches > item.length:
