@@ -35,8 +35,8 @@ class RepositoryAdmin:
     ...     admin.load("hsnn_retrieve")
     ...     print(admin.ready("hsnn_retrieve"), admin.versions("hsnn_retrieve"))
 
-    ``url``: host:port. ``key``: the server's admin key, None where these calls are not restricted. ``timeout``:
-    seconds that one call may take (a load warms the model up). Every failure is a ServerError.
+    ``url``: host:port. ``key``: the server's admin key, None where these calls are not restricted.
+    ``timeout``: seconds that one call may take (a load warms the model up). Every failure is a ServerError.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 120.0) -> None:
@@ -47,12 +47,13 @@ class RepositoryAdmin:
     def load(self, model: str) -> None:
         """Load the versions that ``model``'s configuration selects; returns when they are ready.
 
-        Versions that are ready and unchanged go on without a break. When a new one fails, ServerError has its own
-        message and the others go on serving."""
+        Versions that are ready and unchanged go on without a break. When a new one fails, ServerError has
+        its own message and the others go on serving."""
         self._call(f"load {model}", self._grpc.load_model, model)
 
     def unload(self, model: str) -> None:
-        """Unload all versions of ``model``; returns when their requests are answered and their memory is free."""
+        """Unload all versions of ``model``; returns when their requests are answered and their memory is
+        free."""
         deadline = time.monotonic() + self._timeout
         self._call(f"unload {model}", self._grpc.unload_model, model)
         while any(entry.state in ("READY", "UNLOADING") for entry in self.index() if entry.model == model):
@@ -112,5 +113,5 @@ class RepositoryAdmin:
         if status == "UNAVAILABLE":
             return f"no server answers there ({text}); check the address and that Triton runs"
         if "failed to poll from model repository" in text:
-            return f"{text}: no such model in the server's repository, or its config.pbtxt is invalid (server's log)"
+            return f"{text}: its repository has no such model, or its config.pbtxt is invalid (see the log)"
         return text
