@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hsnn_core.bundle import Bundle
-
 from export.engines import Engine, engine_named
 from export.files import file_sha256, write_bytes
 from export.graphs import Signature, TensorSpec
+from export.parity import ParityReport, ParityRow
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import FormatError, PublishError
 
 EXPORT_FILE = "export.json"
@@ -46,7 +46,7 @@ class Exported:
     path: Path
     engine: Engine
     graphs: tuple[ExportedGraph, ...]
-    parity: tuple[dict[str, Any], ...]
+    parity: ParityReport
 
     @property
     def bundle(self) -> Path:
@@ -60,7 +60,7 @@ class Exported:
             "format_version": FORMAT_VERSION,
             "engine": self.engine.name,
             "graphs": [asdict(graph) for graph in self.graphs],
-            "parity": list(self.parity),
+            "parity": [asdict(row) for row in self.parity.rows],
         }
         write_bytes(self.path / EXPORT_FILE, (json.dumps(value, indent=1) + "\n").encode())
 
@@ -96,7 +96,12 @@ def open_export(source: Path) -> Exported:
             f"expected {FORMAT_VERSION}; export the run again"
         )
     graphs = tuple(_graph(graph) for graph in value["graphs"])
-    return Exported(path, engine_named(value["engine"]), graphs, tuple(value["parity"]))
+    return Exported(
+        path,
+        engine_named(value["engine"]),
+        graphs,
+        ParityReport(tuple(ParityRow(**row) for row in value["parity"])),
+    )
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hsnn_core.bundle import Bundle
-from hsnn_core.features import Encoded
 
 from export.graphs import ServingGraph, Signature
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
+from hsnn_core.features import Encoded
 from hsnn_core.index import HierarchicalIndex
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, rank_scores, search
@@ -118,7 +118,6 @@ def search_rows(
     expected = search(index, reference, users, widths, k, rank)
     got = search(index, other, users, widths, k, rank)
     rows = []
-    exchanged = 0
     same = np.ones(len(users.ids), dtype=bool)  # users whose beams agree so far
     for layer in range(1, index.layers + 1):
         largest = worst = 0.0
@@ -127,9 +126,9 @@ def search_rows(
             swapped = np.setxor1d(left, right)
             if len(swapped):
                 same[user] = False
-                exchanged += 1
                 keys = node_keys(index, reference, _user(users, user), layer, swapped, rank)
-                largest, worst = max(largest, np.ptp(keys)), max(worst, np.ptp(keys) / _tolerance(keys).min())
+                spread = float(np.ptp(keys))
+                largest, worst = max(largest, spread), max(worst, spread / float(_tolerance(keys).min()))
         note = f"nodes {'kept' if layer < index.layers else 'returned'} by one search only differ in score"
         rows.append(
             ParityRow(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from google.protobuf import text_format
-from hsnn_core.schema import Schema, first_difference
 from tritonclient.grpc import model_config_pb2 as pb
 
 from export.engines import Engine
 from export.graphs import Signature, TensorSpec
 from export.onnx_files import MAX_BATCH
 from hsnn_core.errors import PublishError
+from hsnn_core.schema import Schema, first_difference
 
 ORCHESTRATOR = "hsnn_retrieve"
 CONFIG_FILE = "config.pbtxt"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import Message
-from hsnn_core.bundle import Bundle
 
 from export import pbtxt
 from export.exported import Exported, check_sha256, open_export
@@ -21,6 +20,7 @@ from export.files import copy_file, sync_directory, write_bytes
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
 from export.repository import STAGING, locked, next_version, recover, versions
 from export.vendor import vendor, verify_code
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
 
 

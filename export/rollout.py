@@ -18,8 +18,11 @@ class Admin(Protocol):
     """Model control of a running server."""
 
     def load(self, model: str) -> None:
-        """Load or reload a model; returns when it is ready, raises with the server's message when it
-        can't."""
+        """Load or reload a model; returns when it is ready, raises with the server's message."""
+        ...
+
+    def ready(self, model: str, version: int | None = None) -> bool:
+        """Whether a version answers requests."""
         ...
 
 
@@ -33,6 +36,8 @@ def promote(repository: str | Path, admin: Admin) -> int:
     for model in snapshot_models(repository, version):
         try:
             admin.load(model)
+            if not admin.ready(model, version):
+                raise PublishError(f"version {version} is not ready; does the server serve {repository}?")
         except Exception as error:
             raise PublishError(
                 f"snapshot {version}: the server did not load {model}: {error}; it goes on serving the "
