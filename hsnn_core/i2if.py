@@ -1,0 +1,342 @@
+"""I2IF: <user, item> interaction features from an inverted index (paper §2, spec §1).
+
+Every interaction crosses a user feature with an item feature. The user's ids are the query: directly, when
+both features share an id space, or *through items*, when the user's ids are items and it is the terms of
+those items that count. Per candidate there are three dense crossings and the ids that matched:
+
+    0  number of the item's terms that matched
+    1  share of the user's total count that lies on matched terms (0 without any)
+    2  share of the item's terms that matched (0 without any)
+
+Two plans give the same bits: `probe` looks the user up from the candidates' forward lists (few candidates),
+`walk` runs over the postings of the user's terms (all nodes of a layer). Both only collect integers; one
+function turns them into features. Padding (0) and unknown (1) never match and are no terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import local
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import FeatureError, FormatError
+from .features import Encoded, FeatureTransform, without_gaps, without_repeats
+from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
+
+DENSE_PER_INTERACTION = 3
+# Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
+TABLE_ENTRIES = 1 << 20
+
+
+class CrossSpec(NamedTuple):
+    """An interaction, the columns of its feature in the encoded user ids, and the ids its terms have."""
+
+    interaction: Interaction
+    user: slice
+    cardinality: int
+
+
+class IdSlot(NamedTuple):
+    """Columns ``start:stop`` of the sparse crossings belong to the interaction."""
+
+    interaction: Interaction
+    start: int
+    stop: int
+
+
+class Terms(NamedTuple):
+    """The users' terms in one interaction: ``terms`` (B, M) int32 ascending and different within a user, 0
+    beyond; ``counts`` (B, M) int32 their occurrences; ``totals`` (B,) int64."""
+
+    terms: np.ndarray
+    counts: np.ndarray
+    totals: np.ndarray
+
+
+class Query(NamedTuple):
+    """B users as queries, one `Terms` per interaction."""
+
+    terms: tuple[Terms, ...]
+
+
+class Crossings(NamedTuple):
+    """``dense`` (B, C, 3P) float32 and ``ids`` (B, C, sum of matches) int32: the first matches in the order
+    of the item's list, 0 beyond."""
+
+    dense: np.ndarray
+    ids: np.ndarray
+
+
+class PostingList(NamedTuple):
+    """One interaction over R' nodes of L slots; cell = node * L + slot. ``cells[ptr[i]:ptr[i+1]]`` hold
+    ``terms[i]``, terms ascending; ``terms_of_cell`` (R' * L,) is the way back, 0 in empty cells."""
+
+    terms: np.ndarray
+    ptr: np.ndarray
+    cells: np.ndarray
+    terms_of_cell: np.ndarray
+
+    def find(self, terms: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in ``terms`` of those asked for that are there, and their counts."""
+        at = np.searchsorted(self.terms, terms)
+        there = np.flatnonzero(at < len(self.terms))
+        there = there[self.terms[at[there]] == terms[there]]
+        return at[there], counts[there]
+
+
+@dataclass(frozen=True, eq=False)
+class Postings:
+    """The inverted index over a fixed list of nodes, ``positions`` (R',)."""
+
+    positions: np.ndarray
+    lists: tuple[PostingList, ...]
+
+
+class I2IF:
+    """The interactions of a schema over V items, known by their position.
+
+    ``forward[name]`` (V, L) int32: the terms of every item, different within an item, 0 at the end (`build`
+    makes them). ``position_of_id`` (cardinality of the item space,) int32: position of an item id, -1 when it
+    is not in the corpus. Safe to share between threads. Raises FormatError when the arrays do not fit.
+    """
+
+    def __init__(
+        self, specs: Sequence[CrossSpec], forward: Mapping[str, np.ndarray], position_of_id: np.ndarray
+    ) -> None:
+        self.specs = tuple(specs)
+        self.forward = {spec.interaction.name: _forward_list(spec, forward) for spec in self.specs}
+        self.position_of_id = np.asarray(position_of_id)
+        rows = {len(lists) for lists in self.forward.values()}
+        if len(rows) != 1:
+            raise FormatError(
+                f"i2if: forward lists of {sorted(rows)} items, expected lists of the same items"
+            )
+        self.positions = rows.pop()
+        if self.position_of_id.ndim != 1 or self.position_of_id.max(initial=-1) >= self.positions:
+            raise FormatError(
+                f"i2if: position_of_id of shape {self.position_of_id.shape} reaches position "
+                f"{self.position_of_id.max(initial=-1)}, expected one axis and positions below "
+                f"{self.positions}"
+            )
+        self._term_counts = {
+            name: (lists != ID_PADDING).sum(axis=1, dtype=np.int32) for name, lists in self.forward.items()
+        }
+        slots, stop = [], 0
+        for spec in self.specs:
+            start, stop = stop, stop + spec.interaction.matches
+            slots.append(IdSlot(spec.interaction, start, stop))
+        self.id_slots = tuple(slots)
+        self._scratch = local()
+
+    @classmethod
+    def build(
+        cls, schema: Schema, transform: FeatureTransform, items: Encoded, position_of_id: np.ndarray
+    ) -> I2IF:
+        """From encoded items, row = position. Raises FormatError when the schema has no interactions."""
+        columns = {slot.feature.name: slice(slot.start, slot.stop) for slot in schema.layout("item").slots}
+        forward = {}
+        for interaction in schema.interactions:
+            terms = items.ids[:, columns[interaction.item]]
+            known = np.where(terms < ID_FIRST, np.int32(ID_PADDING), terms)
+            forward[interaction.name] = np.ascontiguousarray(without_gaps(without_repeats(known)))
+        return cls(_specs(schema, transform), forward, position_of_id)
+
+    @classmethod
+    def from_arrays(
+        cls, schema: Schema, transform: FeatureTransform, arrays: Mapping[str, np.ndarray]
+    ) -> I2IF:
+        """The inverse of `to_arrays`; views, no copies. Raises FormatError."""
+        names = {i.name: f"i2if.{i.name}" for i in schema.interactions}
+        for name in (*names.values(), "i2if.position_of_id"):
+            if name not in arrays:
+                raise FormatError(f"i2if: array {name} is missing; got {', '.join(sorted(arrays))}")
+        forward = {name: arrays[stored] for name, stored in names.items()}
+        return cls(_specs(schema, transform), forward, arrays["i2if.position_of_id"])
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Named arrays for an array file."""
+        arrays = {f"i2if.{name}": lists for name, lists in self.forward.items()}
+        arrays["i2if.position_of_id"] = self.position_of_id
+        return arrays
+
+    @property
+    def dense_width(self) -> int:
+        """3P."""
+        return DENSE_PER_INTERACTION * len(self.specs)
+
+    @property
+    def ids_width(self) -> int:
+        """Sum of the interactions' matches."""
+        return self.id_slots[-1].stop
+
+    def query(self, user_ids: np.ndarray) -> Query:
+        """The terms of encoded user ids (B, S) int32. Raises FeatureError for ids outside their space."""
+        return Query(tuple(self._user_terms(spec, user_ids[:, spec.user]) for spec in self.specs))
+
+    def _user_terms(self, spec: CrossSpec, ids: np.ndarray) -> Terms:
+        limit = len(self.position_of_id) if spec.interaction.through else spec.cardinality
+        if ids.size and (ids.min() < 0 or ids.max() >= limit):
+            raise FeatureError(
+                f"interaction {spec.interaction.name!r}: user ids {ids.min()}..{ids.max()}, expected 0.."
+                f"{limit - 1}; encode users with the transform of this snapshot"
+            )
+        if spec.interaction.through:
+            positions = np.where(ids < ID_FIRST, -1, self.position_of_id[ids])
+            terms = self.forward[spec.interaction.name][positions]
+            terms[positions < 0] = ID_PADDING
+            return _counted(terms.reshape(len(ids), -1))
+        return _counted(np.where(ids < ID_FIRST, ID_PADDING, ids))
+
+    def probe(self, query: Query, positions: np.ndarray) -> Crossings:
+        """Crossings of each user with positions (B, C) of its own, from the forward lists."""
+        batch, count = positions.shape
+        crossings = self._empty(batch, count)
+        for number, (spec, users) in enumerate(zip(self.specs, query.terms)):
+            forward = self.forward[spec.interaction.name]
+            step = max(1, TABLE_ENTRIES // spec.cardinality)
+            table = self._table(spec.cardinality)
+            for first in range(0, batch, step):
+                part = slice(first, min(first + step, batch))
+                row = np.arange(part.stop - first)[:, None] * spec.cardinality
+                asked = row + users.terms[part]
+                wanted = forward[positions[part]]  # (b, C, L)
+                table[asked] = users.counts[part]
+                hits = table[row[:, :, None] + wanted].ravel()
+                table[asked] = 0
+                self._fill(crossings, number, part, hits, wanted.ravel(), positions[part], users.totals[part])
+        return crossings
+
+    def postings(self, positions: np.ndarray) -> Postings:
+        """The inverted index over the nodes whose items are at positions (R',), in that order."""
+        positions = np.asarray(positions)
+        return Postings(
+            positions, tuple(_inverted(self.forward[s.interaction.name][positions]) for s in self.specs)
+        )
+
+    def walk(self, query: Query, postings: Postings) -> Crossings:
+        """Crossings (B, R', ...) of every user with all nodes of the postings, in their order."""
+        batch = len(query.terms[0].totals)
+        crossings = self._empty(batch, len(postings.positions))
+        for number, (users, inverted) in enumerate(zip(query.terms, postings.lists)):
+            for user in range(batch):
+                at, counts = inverted.find(users.terms[user], users.counts[user])
+                lengths = inverted.ptr[at + 1] - inverted.ptr[at]
+                before = lengths.cumsum() - lengths
+                entries = np.repeat(inverted.ptr[at] - before, lengths) + np.arange(lengths.sum())
+                hits = np.zeros(len(inverted.terms_of_cell), dtype=np.int32)
+                hits[inverted.cells[entries]] = np.repeat(counts, lengths)
+                part = slice(user, user + 1)
+                self._fill(
+                    crossings,
+                    number,
+                    part,
+                    hits,
+                    inverted.terms_of_cell,
+                    postings.positions[None],
+                    users.totals[part],
+                )
+        return crossings
+
+    def _fill(
+        self,
+        crossings: Crossings,
+        number: int,
+        part: slice,
+        hits: np.ndarray,
+        terms: np.ndarray,
+        positions: np.ndarray,
+        totals: np.ndarray,
+    ) -> None:
+        """Turn the counts of one interaction into the crossings of the users ``part`` (b of them).
+
+        ``hits`` (b*C*L,): how often the user has the term of that cell; ``terms`` (b*C*L,); ``positions``
+        (b, C); ``totals`` (b,). Integers until the one division, so equal hits give equal bits.
+        """
+        pairs, slot = positions.size, self.id_slots[number]
+        found = np.flatnonzero(hits)
+        pair = found // self.forward[slot.interaction.name].shape[1]
+        matched = np.bincount(pair, minlength=pairs)
+        weight = np.bincount(pair, weights=hits[found], minlength=pairs)  # exact: integers below 2**53
+        term_counts = self._term_counts[slot.interaction.name][positions]
+
+        dense = crossings.dense[part, :, DENSE_PER_INTERACTION * number :]  # (b, C, at least 3)
+        dense[..., 0] = matched.reshape(positions.shape)
+        dense[..., 1] = weight.reshape(positions.shape) / np.maximum(totals, 1)[:, None]
+        dense[..., 2] = matched.reshape(positions.shape) / np.maximum(term_counts, 1)
+
+        place = np.arange(len(found)) - (matched.cumsum() - matched)[pair]
+        keep = np.flatnonzero(place < slot.interaction.matches)
+        rows = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
+        rows[part.start * positions.shape[1] + pair[keep], slot.start + place[keep]] = terms[found[keep]]
+
+    def _empty(self, batch: int, count: int) -> Crossings:
+        return Crossings(
+            np.empty((batch, count, self.dense_width), dtype=np.float32),
+            np.zeros((batch, count, self.ids_width), dtype=np.int32),
+        )
+
+    def _table(self, cardinality: int) -> np.ndarray:
+        """This thread's term table; all zero between uses, so that it is never cleared as a whole."""
+        size = max(TABLE_ENTRIES, cardinality)
+        table: np.ndarray | None = getattr(self._scratch, "table", None)
+        if table is None or len(table) < size:
+            table = self._scratch.table = np.zeros(size, dtype=np.int32)
+        return table
+
+
+def _specs(schema: Schema, transform: FeatureTransform) -> list[CrossSpec]:
+    if not schema.interactions:
+        raise FormatError(f"i2if: schema {schema.name!r} has no interactions, expected at least one")
+    columns = {slot.feature.name: slice(slot.start, slot.stop) for slot in schema.layout("user").slots}
+    return [
+        CrossSpec(i, columns[i.user], transform.cardinality(schema.feature(i.item).space))
+        for i in schema.interactions
+    ]
+
+
+def _forward_list(spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndarray:
+    name = spec.interaction.name
+    if name not in forward:
+        raise FormatError(f"i2if: no forward lists of {name!r}; got {', '.join(sorted(forward)) or 'none'}")
+    lists = np.asarray(forward[name])
+    if lists.ndim != 2 or lists.dtype != np.int32 or 0 in lists.shape:
+        raise FormatError(
+            f"i2if: forward lists of {name!r}: {lists.dtype} {lists.shape}, expected int32 (V, L)"
+        )
+    if lists.min() < 0 or lists.max() >= spec.cardinality:
+        raise FormatError(
+            f"i2if: forward lists of {name!r} hold ids {lists.min()}..{lists.max()}, expected 0.."
+            f"{spec.cardinality - 1}"
+        )
+    return lists
+
+
+def _counted(terms: np.ndarray) -> Terms:
+    """terms (B, n) with zeros anywhere -> each user's different terms and their counts."""
+    batch, width = terms.shape
+    ordered = np.sort(terms, axis=1)
+    first = ordered > ID_PADDING
+    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    user, column = np.nonzero(first)
+    # A run of equal terms ends where the next one starts, the last of a user at the end of the row.
+    last = np.ones(len(user), dtype=bool)
+    last[:-1] = user[1:] != user[:-1]
+    ends = np.where(last, width, np.append(column[1:], width)[: len(column)])
+    different = first.sum(axis=1)
+    place = np.arange(len(user)) - (different.cumsum() - different)[user]
+    shape = (batch, int(different.max(initial=0)))
+    found, counts = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    found[user, place] = ordered[user, column]
+    counts[user, place] = ends - column
+    return Terms(found, counts, counts.sum(axis=1, dtype=np.int64))
+
+
+def _inverted(lists: np.ndarray) -> PostingList:
+    flat = lists.ravel()
+    cells = np.flatnonzero(flat)
+    cells = cells[np.argsort(flat[cells], kind="stable")]
+    terms, starts = np.unique(flat[cells], return_index=True)
+    return PostingList(terms, np.append(starts, len(cells)), cells, flat)
