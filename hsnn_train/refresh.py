@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hsnn_core.errors import SchemaError
 from hsnn_core.features import Encoded
-from hsnn_core.index import HierarchicalIndex, assign_paths
+from hsnn_core.index import HierarchicalIndex, assign_paths, centroid_distances
 from hsnn_core.schema import Schema
 
 from .batches import IndexState
@@ -74,19 +74,6 @@ def hierarchy_paths(schema: Schema, items: Encoded, columns: tuple[str, ...]) ->
                 f"item features are {', '.join(slots)}"
             )
         out[:, layer] = items.ids[:, slot.start]
-    return out
-
-
-def centroid_distances(v: np.ndarray, paths: np.ndarray) -> np.ndarray:
-    """Squared distance (V, N-1) of every item to the mean vector of its node, for paths without codebooks."""
-    out = np.empty(paths.shape, np.float32)
-    for layer in range(paths.shape[1]):
-        _, node = np.unique(paths[:, : layer + 1], axis=0, return_inverse=True)
-        node = node.reshape(-1)
-        total = np.zeros((node.max() + 1, v.shape[1]))
-        np.add.at(total, node, v)
-        mean = total / np.bincount(node)[:, None]
-        out[:, layer] = np.square(v - mean[node]).sum(1)
     return out
 
 

@@ -1,0 +1,166 @@
+"""hsnn export | publish | serve | query: from a trained run to answers over gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hsnn_core.errors import FeatureError, RequestError
+
+from .tables import table
+
+FORMAT = argparse.RawDescriptionHelpFormatter
+
+
+def add_commands(commands: Any) -> None:
+    """Register export, publish, serve and query."""
+    export = commands.add_parser(
+        "export", help="turn a trained run into serving graphs and an index", formatter_class=FORMAT,
+        description="Export towers and scorers (ONNX, or TensorRT engines), build the index over the corpus, and "
+        "refuse to go on unless torch, ONNX Runtime and the search over both agree.",
+        epilog="examples:\n  hsnn export runs/ads\n  hsnn export runs/ads --engine tensorrt        needs the "
+        "tensorrt package\n  hsnn export runs/ads --engine tensorrt-rtx --target SM80 --target SM89   without a GPU",
+    )  # fmt: skip
+    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("--engine", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
+    export.add_argument("--target", action="append", default=[], metavar="SM", dest="targets",
+                        help="compute capability to build for ahead of time; TensorRT only; may be repeated")  # fmt: skip
+    export.set_defaults(run_command=run_export)
+
+    publish = commands.add_parser(
+        "publish", help="publish an exported run as the next version of a model repository", formatter_class=FORMAT,
+        description="Stage, verify and rename a snapshot into a Triton model repository. All its models get one "
+        "version; the orchestrator comes last, and that rename is the commit.",
+        epilog="examples:\n  hsnn publish runs/ads --repository repo\n"
+        "  hsnn publish runs/ads --repository repo --mode in_process    towers run inside the orchestrator",
+    )  # fmt: skip
+    publish.add_argument("run", type=Path, help="run directory")
+    publish.add_argument("--repository", type=Path, required=True, help="model repository; made when missing")
+    publish.add_argument("--mode", choices=("bls", "in_process"), default=None,
+                         help="how the orchestrator calls its networks (default: the repository's, else bls)")  # fmt: skip
+    publish.set_defaults(run_command=run_publish)
+
+    serve = commands.add_parser(
+        "serve", help="serve a repository with the local Triton, until Ctrl-C", formatter_class=FORMAT,
+        description="Start the Triton server of the nvidia-pytriton wheel on loopback and load the newest snapshot.",
+        epilog="examples:\n  hsnn serve --repository repo\n  hsnn serve --repository repo --grpc-port 8001\n\n"
+        "For GPUs and production serve the same repository with an NGC Triton; see README.",
+    )  # fmt: skip
+    serve.add_argument("--repository", type=Path, help="model repository")
+    serve.add_argument("--stop", type=Path, metavar="STATE", help="stop the server that hsnn demo --keep left running")
+    serve.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: 8001)")
+    serve.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: 8000)")
+    serve.add_argument("--metrics-port", type=int, default=8002, help="0 picks a free one (default: 8002)")
+    serve.add_argument("--log", type=Path, default=None, help="server log file (default: gone with the server)")
+    serve.set_defaults(run_command=run_serve)
+
+    query = commands.add_parser(
+        "query", help="ask a server for the top k of a user", formatter_class=FORMAT,
+        description="Send one request over gRPC and print the results as a table.",
+        epilog='examples:\n  hsnn query --user \'{"history": [3, 17], "country": "IT"}\'\n'
+        "  hsnn query --url 127.0.0.1:8001 --user @user.json --k 20 --widths 16,128\n"
+        "  hsnn query --schema                          which features a user has",
+    )  # fmt: skip
+    query.add_argument("--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC (default: %(default)s)")
+    query.add_argument("--user", default="{}", help="features as JSON, or @FILE; missing ones take their defaults")
+    query.add_argument("--k", type=int, default=10, help="items to return (default: %(default)s)")
+    query.add_argument("--widths", default=None, help="nodes kept after each layer but the last, like 16,128")
+    query.add_argument("--timeout", type=float, default=5.0, help="deadline in seconds (default: %(default)s)")
+    query.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    query.add_argument("--schema", action="store_true", help="print the served schema and stop")
+    query.set_defaults(run_command=run_query)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """hsnn export."""
+    from export.export_run import export_run
+
+    report = export_run(options.run, options.engine, targets=options.targets)
+    print(report.table())
+    print(f"exported: {options.run / 'export'}")
+
+
+def run_publish(options: argparse.Namespace) -> None:
+    """hsnn publish."""
+    from dataclasses import replace
+
+    from export.publish import current_options, publish
+
+    serving = current_options(options.repository)
+    if options.mode is not None:
+        serving = replace(serving, mode=options.mode)
+    version = publish(options.run, options.repository, options=serving)
+    print(f"published: version {version} in {options.repository}")
+    print(f"serve it with: hsnn serve --repository {options.repository}")
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """hsnn serve."""
+    from export.rollout import promote
+    from hsnn_server.triton import TritonServer
+
+    if options.stop is not None:
+        TritonServer.attach(options.stop).stop()
+        print("stopped")
+        return
+    if options.repository is None:
+        raise RequestError("hsnn serve: --repository is missing; name the model repository to serve")
+    with TritonServer(
+        options.repository,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        log_file=options.log,
+    ) as server:
+        version = promote(options.repository, server.admin)
+        urls = server.urls
+        print(f"serving version {version}: gRPC {urls.grpc}  HTTP {urls.http}  metrics {urls.metrics}")
+        print(f"ask it with: hsnn query --url {urls.grpc} --user '{{}}'   (Ctrl-C stops)", flush=True)
+        server.wait()
+
+
+def user_of(text: str) -> dict[str, Any]:
+    """The --user argument as features. Raises FeatureError for text that is no JSON object."""
+    try:
+        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
+        raise FeatureError(f"--user: {error}; expected a JSON object of features, or @FILE") from error
+    if not isinstance(value, dict):
+        raise FeatureError(f"--user: got {type(value).__name__}, expected a JSON object of features")
+    return value
+
+
+def widths_of(text: str | None) -> list[int] | None:
+    """The --widths argument. Raises RequestError for anything but whole numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise RequestError(f"--widths: got {text!r}, expected whole numbers like 16,128") from error
+
+
+def run_query(options: argparse.Namespace) -> None:
+    """hsnn query."""
+    from clients.retrieval import RetrievalClient
+
+    with RetrievalClient(options.url, timeout=options.timeout) as client:
+        if options.schema:
+            print(client.connect().schema.to_json())
+            return
+        results = client.retrieve(
+            [user_of(options.user)], k=options.k, widths=widths_of(options.widths), timings=True
+        )
+    hits = results[0]
+    if options.json:
+        print(json.dumps([{"item_id": h.item_id, "scores": h.scores, "rank_score": h.rank_score} for h in hits]))
+        return
+    tasks = list(hits[0].scores) if hits else []
+    rows = [[i, h.item_id, *(h.scores[t] for t in tasks), h.rank_score] for i, h in enumerate(hits, start=1)]
+    print(table(["", "item", *(f"P({t})" for t in tasks), "rank score"], rows, f"version {results.version}"))
+    if results.timings is not None:
+        t = results.timings
+        layers = "  ".join(f"layer {i}: {us / 1000:.2f}" for i, us in enumerate(t.layers, start=1))
+        print(f"milliseconds in the server: user tower: {t.user_tower / 1000:.2f}  {layers}  total: {t.total / 1000:.2f}")

@@ -1,0 +1,189 @@
+"""The whole way in one process: train → export → publish → serve → query, with what was measured on it.
+
+`hsnn demo` and `hsnn pipeline` both call it; the first on simulated ads, the second on any recipe.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clients.retrieval import Results, RetrievalClient
+from export.export_run import export_run
+from export.pbtxt import ServingOptions
+from export.publish import publish
+from export.rollout import promote
+from hsnn_core.bundle import Bundle
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.features import Encoded
+from hsnn_core.search import SearchResult, search
+from hsnn_server.triton import TritonServer
+from hsnn_train.checkpoint import load_run, write_json
+from hsnn_train.data.dataset import Dataset, load_dataset
+from hsnn_train.plots import latency_per_layer
+from hsnn_train.recipe import Recipe
+from hsnn_train.runner import TorchRunner
+
+from .commands_training import train_and_evaluate
+
+SCORE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Served:
+    """Answers of the running server to the sampled users, one request each.
+
+    results: per user its hits and timings; seconds: per user the time the client waited."""
+
+    results: list[Results]
+    seconds: np.ndarray
+
+
+def publish_run(recipe: Recipe, work: Path, mode: str, log: Any = print) -> tuple[dict[str, Any], Path, int]:
+    """Train, evaluate, export and publish; returns the metrics, the repository and the version."""
+    run, repository = work / "run", work / "repository"
+    metrics = train_and_evaluate(recipe, run)
+    assert metrics is not None
+    log()
+    log(export_run(run).table())
+    options = ServingOptions(mode="in_process" if mode == "in_process" else "bls")
+    version = publish(run, repository, options=options)
+    log(f"published: version {version} in {repository}")
+    return metrics, repository, version
+
+
+def ask(client: RetrievalClient, users: Sequence[dict[str, Any]], k: int) -> Served:
+    """One request per user, after a few that are not counted."""
+    for user in users[:5]:
+        client.retrieve([user], k=k)
+    results, seconds = [], []
+    for user in tqdm(users, desc="query", unit="request", mininterval=0.5):
+        began = time.perf_counter()
+        results.append(client.retrieve([user], k=k, timings=True))
+        seconds.append(time.perf_counter() - began)
+    return Served(results, np.array(seconds))
+
+
+def compare(served: Served, offline: SearchResult, tasks: Sequence[str]) -> dict[str, Any]:
+    """Served ids and probabilities against the offline search of the torch model, user by user.
+
+    Two items whose scores differ by less than the tolerance may change places; anything else is a mismatch.
+    """
+    worst, same_ids, mismatched = 0.0, 0, 0
+    for row, hits in enumerate(result[0] for result in served.results):
+        count = int(offline.valid[row])
+        ids = [hit.item_id for hit in hits]
+        wanted = offline.item_ids[row, :count].tolist()
+        got = np.array([[hit.scores[task] for task in tasks] for hit in hits]).reshape(len(hits), len(tasks))
+        if len(ids) != count:
+            mismatched += 1
+            continue
+        gap = np.abs(got - offline.probabilities[row, :count])
+        worst = max(worst, float(gap.max(initial=0.0)))
+        same_ids += ids == wanted
+        rank_gap = np.abs(np.array([h.rank_score for h in hits]) - offline.rank_score[row, :count])
+        mismatched += bool((gap > SCORE_TOLERANCE).any()) or bool((rank_gap > SCORE_TOLERANCE * 10).any())
+    return {
+        "users": len(served.results),
+        "same_ids_in_order": same_ids,
+        "mismatched": mismatched,
+        "largest_score_difference": worst,
+    }
+
+
+def check_against_offline(run_dir: Path, dataset: Dataset, users: Encoded, served: Served, k: int) -> dict[str, Any]:
+    """What was served beside the offline search of the *torch* model on the published index, and full-width
+    search beside exhaustive scoring (must be equal to the bit)."""
+    run = load_run(run_dir)
+    bundle = Bundle.open(run_dir / "export" / "bundle")
+    scorer = bundle.scorer(TorchRunner(run.model))
+    rank = np.array([task.rank for task in run.schema.tasks], np.float32)
+    widths = bundle.manifest["widths"]
+    parts = [search(bundle.index, scorer, _row(users, i), widths, k, rank) for i in range(len(users))]
+    offline = SearchResult(
+        item_ids=np.concatenate([p.item_ids for p in parts]),
+        probabilities=np.concatenate([p.probabilities for p in parts]),
+        rank_score=np.concatenate([p.rank_score for p in parts]),
+        valid=np.concatenate([p.valid for p in parts]),
+        positions=np.concatenate([p.positions for p in parts]),
+        layers=[],
+    )
+    report = compare(served, offline, [task.name for task in run.schema.tasks])
+    full = [bundle.index.nodes(layer) for layer in range(1, bundle.index.layers)]
+    equal, found = 0, 0.0
+    sample = range(min(len(users), 50))
+    for i in sample:
+        exact = exhaustive(bundle.index, scorer, _row(users, i), k, rank)
+        wide = search(bundle.index, scorer, _row(users, i), full, k, rank)
+        equal += bool(np.array_equal(wide.item_ids, exact.item_ids)) and bool(
+            np.array_equal(wide.rank_score, exact.rank_score)
+        )
+        n = int(exact.valid[0])
+        found += len(np.intersect1d(offline.item_ids[i, :n], exact.item_ids[0, :n])) / max(1, n)
+    report["full_width_equals_exhaustive"] = f"{equal} of {len(sample)}"
+    report["served_search_recall"] = found / len(sample)
+    return report
+
+
+def _row(users: Encoded, i: int) -> Encoded:
+    return Encoded(users.dense[i : i + 1], users.ids[i : i + 1])
+
+
+def run_pipeline(
+    recipe: Recipe, work: Path, users: int = 200, k: int = 100, mode: str = "bls"
+) -> dict[str, Any]:
+    """Everything, and a report of it (also written to work/report.json)."""
+    began = time.monotonic()
+    metrics, repository, version = publish_run(recipe, work, mode)
+    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    requests, encoded = dataset.requests("test", users, recipe.train.seed)
+    k = min(k, len(dataset.item_keys))
+    with TritonServer(repository, log_file=work / "triton.log") as server:
+        promote(repository, server.admin)
+        with RetrievalClient(server.urls.grpc, timeout=30.0) as client:
+            served = ask(client, requests, k)
+    stages = stage_matrix(served)
+    names = ["user tower", *(f"layer {i}" for i in range(1, stages.shape[1] - 1)), "whole request"]
+    plot = latency_per_layer(names, stages, work / "run" / "plots" / "latency.png")
+    report = {
+        "recipe": recipe.name,
+        "machine": f"{platform.machine()}, {_cores()} cores, CPU",
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": recipe.train.seed,
+        "mode": mode,
+        "minutes": (time.monotonic() - began) / 60,
+        "metrics": metrics,
+        "served": {
+            "version": version,
+            "k": k,
+            "p50_ms_client": float(np.median(served.seconds) * 1000),
+            "p99_ms_client": float(np.percentile(served.seconds, 99) * 1000),
+            "p50_ms_stages": dict(zip(names, (np.median(stages, axis=0) / 1000).round(3).tolist())),
+        },
+        "offline": check_against_offline(work / "run", dataset, encoded, served, k),
+        "plots": [str(plot)],
+    }
+    write_json(work / "report.json", report)
+    return report
+
+
+def stage_matrix(served: Served) -> np.ndarray:
+    """Microseconds (requests, N + 2): user tower, layers 1..N, total."""
+    rows = []
+    for result in served.results:
+        assert result.timings is not None
+        rows.append([result.timings.user_tower, *result.timings.layers, result.timings.total])
+    return np.array(rows, np.float64)
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,178 @@
+"""From columns of a table to NumPy: keys, labels, times, and the raw wire rows of a feature, without a loop over
+rows. Every DataError names table, column and row (counted from 0), what was got and what was expected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hsnn_core.errors import DataError
+from hsnn_core.schema import KEY_MISSING, Feature, stable_key
+
+
+def column(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
+    """The column as one array. Raises DataError when it is not there; ``use`` says what it is needed for."""
+    if name not in table.column_names:
+        raise DataError(
+            f"{where}: column {name!r} is missing ({use}); columns there: {', '.join(table.column_names)}"
+        )
+    values = table.column(name)
+    whole = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+    if isinstance(whole, pa.ChunkedArray):  # a column without rows has no chunk to combine
+        whole = pa.array([], type=values.type)
+    return whole.dictionary_decode() if pa.types.is_dictionary(whole.type) else whole
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def text_keys(values: pa.Array) -> np.ndarray:
+    """`stable_key` of every string, int64; the hash runs once per distinct string. Nulls become KEY_MISSING."""
+    coded = values.dictionary_encode()
+    keys = np.array([stable_key(text) for text in coded.dictionary.to_pylist()] + [KEY_MISSING], np.int64)
+    return keys[np.asarray(pc.fill_null(coded.indices, len(keys) - 1))]
+
+
+def keys_of(values: pa.Array, name: str, where: str) -> np.ndarray:
+    """Keys of users or items (R,) int64: integers as they are, strings as `stable_key`; none may be missing."""
+    if values.null_count:
+        raise DataError(
+            f"{where}: column {name!r}, row {_first(values.is_null())}: the key is missing; every row needs one"
+        )
+    if is_text(values.type):
+        return text_keys(values)
+    if not pa.types.is_integer(values.type):
+        raise DataError(f"{where}: column {name!r}: got {values.type}, expected integer or string keys")
+    return np.asarray(values).astype(np.int64, copy=False)
+
+
+def labels_of(values: pa.Array, name: str, where: str) -> np.ndarray:
+    """Labels (R,) float32, each 0 or 1."""
+    kind = values.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DataError(f"{where}: column {name!r}: got {kind}, expected labels 0 or 1")
+    numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
+    wrong = (numbers != 0) & (numbers != 1)
+    if wrong.any():
+        row = _first(wrong)
+        raise DataError(
+            f"{where}: column {name!r}, row {row}: got {_shown(values, row)}, expected a label 0 or 1"
+        )
+    return numbers.astype(np.float32)
+
+
+def times_of(values: pa.Array, name: str, where: str) -> np.ndarray:
+    """Times (R,) int64: integers as they are, dates and timestamps as milliseconds since 1970."""
+    if values.null_count:
+        raise DataError(f"{where}: column {name!r}, row {_first(values.is_null())}: the time is missing")
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        # Sub-millisecond digits are cut: events of one millisecond count as simultaneous.
+        return np.asarray(values.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()))
+    if not pa.types.is_integer(values.type):
+        raise DataError(f"{where}: column {name!r}: got {values.type}, expected an integer or a timestamp")
+    return np.asarray(values).astype(np.int64, copy=False)
+
+
+def wire_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
+    """The feature's raw wire rows: dense (R, dim) float32, others (R, length) int64 padded with KEY_MISSING.
+
+    Null is missing. A sparse row keeps its first ids, a sequence its last ones.
+    """
+    if feature.kind == "dense":
+        return _dense_rows(values, feature, where)
+    if not is_list(values.type):
+        keys = _feature_keys(values, feature, where)
+        rows = missing_rows(feature, len(keys))
+        rows[:, 0] = keys
+        return rows
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(values), 0)).astype(np.int64)
+    flat = pc.list_flatten(values)
+    of_row = np.repeat(np.arange(len(lengths)), lengths)
+    if flat.null_count:
+        row = of_row[_first(flat.is_null())]
+        raise DataError(f"{where}: column {feature.name!r}, row {row}: null inside a list; leave it out")
+    keys = _feature_keys(flat, feature, where)
+    place = np.arange(len(keys)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if feature.kind == "sequence":
+        place -= np.repeat(np.maximum(lengths - feature.length, 0), lengths)
+    kept = (place >= 0) & (place < feature.length)
+    rows = missing_rows(feature, len(lengths))
+    rows[of_row[kept], place[kept]] = keys[kept]
+    return rows
+
+
+def missing_rows(feature: Feature, rows: int) -> np.ndarray:
+    """Wire rows of a feature that is missing: the default, or no keys."""
+    if feature.kind == "dense":
+        return np.full((rows, feature.dim), feature.default, np.float32)
+    return np.full((rows, feature.length), KEY_MISSING, np.int64)
+
+
+def _feature_keys(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
+    fits = is_text(values.type) if feature.type == "string" else pa.types.is_integer(values.type)
+    if not fits and not pa.types.is_null(values.type):
+        raise DataError(
+            f"{where}: column {feature.name!r}: got {values.type}, expected {feature.type} keys (the schema says "
+            f"type: {feature.type})"
+        )
+    if feature.type == "string":
+        return text_keys(values.cast(pa.string()))
+    return np.asarray(pc.fill_null(values.cast(pa.int64()), int(KEY_MISSING)))
+
+
+def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
+    rows = missing_rows(feature, len(values))
+    there = np.asarray(values.is_valid())
+    if is_list(values.type):
+        lengths = np.asarray(pc.fill_null(pc.list_value_length(values), feature.dim))
+        if (lengths != feature.dim).any():
+            row = _first(lengths != feature.dim)
+            raise DataError(
+                f"{where}: column {feature.name!r}, row {row}: got {lengths[row]} numbers, expected {feature.dim}"
+            )
+        numbers = _numbers(pc.list_flatten(values), feature, where).reshape(-1, feature.dim)
+    elif feature.dim > 1:
+        raise DataError(
+            f"{where}: column {feature.name!r}: got {values.type}, expected lists of {feature.dim} numbers"
+        )
+    else:
+        numbers = _numbers(values.drop_null(), feature, where)[:, None]
+    rows[there] = numbers
+    wrong = ~np.isfinite(rows).all(axis=1)
+    if wrong.any():
+        row = _first(wrong)
+        raise DataError(
+            f"{where}: column {feature.name!r}, row {row}: got {_shown(values, row)}, expected finite numbers; "
+            f"leave missing values empty (null)"
+        )
+    return rows
+
+
+def _numbers(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
+    kind = values.type
+    if pa.types.is_null(kind):
+        return np.zeros(0, np.float32)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"{where}: column {feature.name!r}: got {kind}, expected numbers (kind: dense)")
+    with np.errstate(over="ignore"):
+        return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan)).astype(np.float32)
+
+
+def _first(mask: Any) -> int:
+    return int(np.argmax(np.asarray(mask)))
+
+
+def _shown(values: pa.Array, row: int) -> str:
+    value = values[row].as_py()
+    return "nothing (null)" if value is None else repr(value)
