@@ -105,7 +105,7 @@ class Bundle:
             schema,
             transform,
             index,
-            I2IF.from_arrays(schema, transform, _under("i2if", arrays)) if schema.interactions else None,
+            I2IF.from_arrays(schema, transform, arrays) if schema.interactions else None,
             _numbered("embedding", arrays),
             _numbered("codebook", arrays),
         )
@@ -242,16 +242,16 @@ def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
 
 
 def _corpus_arrays(corpus: Corpus) -> dict[str, np.ndarray]:
-    arrays = {f"index/{name}": array for name, array in corpus.index.to_arrays().items()}
+    arrays = {f"index.{name}": array for name, array in corpus.index.to_arrays().items()}
     if corpus.i2if is not None:
-        arrays |= {f"i2if/{name}": array for name, array in corpus.i2if.to_arrays().items()}
+        arrays |= corpus.i2if.to_arrays()
     for kind, tables in (("embedding", corpus.embeddings), ("codebook", corpus.codebooks)):
-        arrays |= {f"{kind}/{number}": table for number, table in enumerate(tables, start=1)}
+        arrays |= {f"{kind}.{number}": table for number, table in enumerate(tables, start=1)}
     return arrays
 
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    start = f"{prefix}/"
+    start = f"{prefix}."
     return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
 
 

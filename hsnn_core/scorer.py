@@ -140,7 +140,8 @@ class LayerScorer:
         sizes = self._buckets[layer - 1]
         step = sizes[-1] if sizes else max(1, PAIRS_PER_CALL // batch)
 
-        monn, logits = [], []
+        monn: list[np.ndarray] = []
+        logits: list[np.ndarray] = []
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
             inputs = {"user": state.towers[layer - 1]}

@@ -163,6 +163,8 @@ def checked_request(
     index: HierarchicalIndex, batch: int, k: int, rank: np.ndarray, item_mask: np.ndarray | None
 ) -> np.ndarray:
     """The rank exponents as (T,) float32; SearchError on a request that cannot be answered."""
+    if batch < 1:
+        raise SearchError("no users, expected at least one row of user features")
     if k < 1:
         raise SearchError(f"k is {k}, expected at least 1")
     rank = np.asarray(rank, dtype=np.float32)

@@ -4,12 +4,18 @@ Triton."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from hsnn_core.features import Encoded
+from hsnn_core.bundle import Smoke, write_bundle
+from hsnn_core.corpus import Corpus, build_corpus
+from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.index import HierarchicalIndex
+from hsnn_core.schema import KEY_MISSING, Schema
 from hsnn_core.scorer import LayerScorer
+from hsnn_core.search import search
 
 
 class FakeRunner:
@@ -37,6 +43,14 @@ class FakeRunner:
             outputs[f"user_l{layer}"] = np.tanh((features[:, None, :] * weights).sum(axis=-1))
         return outputs
 
+    def item_tower(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        features = np.concatenate([(value % 13).astype(np.float32) for value in inputs.values()], axis=1)
+        widths = {f"item_l{layer}": 4 + layer for layer in range(1, self.layers + 1)} | {"index": 3}
+        return {
+            name: np.tanh((features[:, None, :] * self._weights(name, width, features.shape[1])).sum(axis=-1))
+            for name, width in widths.items()
+        }
+
     def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         self.calls.append((layer, inputs))
         monn = self._mix(f"user{layer}", inputs["user"])[:, None] * self._mix(f"item{layer}", inputs["item"])
@@ -50,6 +64,113 @@ class FakeRunner:
         if self.step:
             logits = np.round(logits / self.step) * np.float32(self.step)
         return monn, logits
+
+
+SMALL_SCHEMA = {
+    "name": "small",
+    "keys": {"user": "user_id", "item": "item_id"},
+    "tasks": [{"name": "click"}, {"name": "buy", "rank": 0.5}],
+    "features": {
+        "user": {
+            "age": {"kind": "dense", "dim": 2},
+            "country": {"kind": "sparse", "vocab": 10, "type": "string"},
+            "history": {"kind": "sequence", "of": "item", "length": 6},
+        },
+        "item": {
+            "item": {"kind": "sparse", "of": "item"},
+            "category": {"kind": "sparse", "vocab": 8, "max": 3},
+            "price": {"kind": "dense"},
+        },
+    },
+    "interactions": {
+        "topics": {"user": "history", "item": "category", "matches": 2},
+        "seen": {"user": "history", "item": "item"},
+    },
+}
+
+
+@dataclass
+class World:
+    """A schema, a fitted transform and raw tables of V items and R users."""
+
+    schema: Schema
+    transform: FeatureTransform
+    item_keys: np.ndarray
+    item_raw: dict[str, np.ndarray]
+    user_raw: dict[str, np.ndarray]
+    codebooks: list[np.ndarray]
+    projection: list[tuple[np.ndarray, np.ndarray]]
+    runner: FakeRunner
+
+    def corpus(self, **changes) -> Corpus:
+        arguments = {
+            "items": self.transform.encode_items(self.item_raw),
+            "item_ids": self.item_keys,
+            "item_tower": self.runner.item_tower,
+            "codebooks": self.codebooks,
+            "codeword_projection": self.projection,
+        } | changes
+        return build_corpus(self.schema, self.transform, **arguments)
+
+
+def small_world(layers: int = 3, items: int = 30, users: int = 4, interactions: bool = True) -> World:
+    rng = np.random.default_rng(7)
+    schema = Schema.from_dict(SMALL_SCHEMA if interactions else SMALL_SCHEMA | {"interactions": {}})
+    item_keys = rng.permutation(10 * items)[:items].astype(np.int64)
+
+    def keys(values: np.ndarray, missing: float) -> np.ndarray:
+        gone = np.sort(rng.random(values.shape) < missing, axis=1)
+        return np.where(gone, KEY_MISSING, values).astype(np.int64)
+
+    item_raw = {
+        "item": item_keys[:, None],
+        "category": keys(rng.integers(0, 6, size=(items, 3)), 0.4),
+        "price": rng.normal(size=(items, 1)).astype(np.float32),
+    }
+    user_raw = {
+        "age": rng.normal(size=(users, 2)).astype(np.float32),
+        "country": keys(rng.integers(0, 5, size=(users, 1)), 0.2),
+        "history": keys(rng.choice(item_keys, size=(users, 6)), 0.5),
+    }
+    return World(
+        schema,
+        FeatureTransform.fit(schema, user_raw, item_raw, item_keys),
+        item_keys,
+        item_raw,
+        user_raw,
+        [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(layers - 1)],
+        [
+            (rng.normal(size=(3, 4 + n)).astype(np.float32), rng.normal(size=4 + n).astype(np.float32))
+            for n in range(1, layers)
+        ],
+        FakeRunner(layers),
+    )
+
+
+def write_small_bundle(directory: Path, world: World) -> dict:
+    """What tests/core/golden/bundle_v1 was made with: small_world() at format version 1."""
+    corpus = world.corpus()
+    scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, world.runner)
+    users = world.transform.encode_users(world.user_raw)
+    rank = np.array([task.rank for task in world.schema.tasks])
+    result = search(corpus.index, scorer, users, [2, 3], 5, rank)
+    return write_bundle(
+        directory,
+        world.schema,
+        world.transform,
+        corpus,
+        Smoke(world.user_raw, result.item_ids, result.probabilities),
+        widths=[2, 3],
+        k=5,
+        max_k=20,
+        buckets=[[4], [8, 16], []],
+        engine="onnxruntime",
+        models={
+            "user_tower": "hsnn_user_tower",
+            "item_tower": "hsnn_item_tower",
+            "scorers": ["hsnn_scorer_l1", "hsnn_scorer_l2", "hsnn_scorer_l3"],
+        },
+    )
 
 
 def random_index(rng: np.random.Generator, layers: int, items: int, codes: int = 3) -> HierarchicalIndex:

@@ -205,3 +205,14 @@ def test_malformed_answers_of_the_networks(world):
         SearchError, match=r"the user tower's user_l1 has shape \(2, 4\), expected \(3, width\)"
     ):
         scorer.open(users)
+
+
+def test_pieces_are_of_the_largest_bucket_and_the_rest_of_the_next(world):
+    index, embeddings, users = world
+    runner = FakeRunner(index.layers)
+    scorer = LayerScorer(index, None, embeddings, runner, [[], [], [3, 8, 20]])
+    nodes = np.tile(np.arange(46), (3, 1))
+    scorer.score(scorer.open(users), 3, nodes, np.zeros((3, 46, 4), np.float32))
+    assert [inputs["item"].shape[1] for _, inputs in runner.calls] == [20, 20, 8]
+    assert np.array_equal(runner.calls[2][1]["item"][0, :6], embeddings[2][40:46])
+    assert not runner.calls[2][1]["item"][:, 6:].any()

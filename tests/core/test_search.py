@@ -256,6 +256,14 @@ def test_requests_that_cannot_be_answered(change, text):
     assert text in str(caught.value)
 
 
+def test_a_batch_of_no_users():
+    rng = np.random.default_rng(13)
+    index = random_index(rng, 2, 5)
+    scorer, _ = fake_scorer(rng, index)
+    with pytest.raises(SearchError, match="no users, expected at least one row of user features"):
+        search(index, scorer, random_users(rng, 0), [2], 3, RANK)
+
+
 def test_deadline_is_asked_before_the_user_tower_and_every_layer():
     rng = np.random.default_rng(12)
     index = random_index(rng, 3, 30)
