@@ -17,10 +17,16 @@ HERE = Path(__file__).absolute().parent
 # An installed package named hsnn_core would otherwise win over this snapshot's own.
 sys.path.insert(0, str(HERE))
 
-import hsnn_core  # noqa: E402
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
+from request_decoding import Deadline, decode_ask  # noqa: E402
+from retriever import Retriever, answer_tensors  # noqa: E402
+from serving_config import ServingConfig  # noqa: E402
+from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
+from worker_pool import QueueFull, WorkerPool  # noqa: E402
+
+import hsnn_core  # noqa: E402
 from hsnn_core.bundle import Bundle  # noqa: E402
 from hsnn_core.errors import (  # noqa: E402
     DeadlineExceeded,
@@ -31,11 +37,6 @@ from hsnn_core.errors import (  # noqa: E402
     ServerError,
 )
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
-from request_decoding import Deadline, decode_ask  # noqa: E402
-from retriever import Retriever, answer_tensors  # noqa: E402
-from serving_config import ServingConfig  # noqa: E402
-from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
-from worker_pool import QueueFull, WorkerPool  # noqa: E402
 
 
 class TritonPythonModel:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+from request_decoding import Ask, Deadline
+
 from hsnn_core.bundle import Bundle
 from hsnn_core.scorer import Runner
 from hsnn_core.search import SearchResult, search
-from request_decoding import Ask, Deadline
 
 
 class Retriever:

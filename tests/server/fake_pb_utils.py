@@ -1,6 +1,6 @@
 """A stand-in for triton_python_backend_utils: as much of it as the orchestrator touches, and no server.
 
-Tests that use it check the orchestrator's own logic; what Triton really does is checked by the tests marked triton.
+Tests that use it check the orchestrator's own logic; what Triton really does is checked by those marked triton.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event, Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class MetricFamily:
     def __init__(self, name: str, description: str, kind: int) -> None:
         self.metrics = self.made[name] = []  # type: ignore[var-annotated]
 
-    def Metric(self, labels: dict[str, str], **options: Any) -> Metric:  # noqa: N802 (Triton's name)
+    def Metric(self, labels: dict[str, str], **options: Any) -> Metric:
         self.metrics.append(Metric(labels, **options))
         return self.metrics[-1]
 
@@ -136,7 +136,7 @@ def make(call: Callable[[Any], InferenceResponse]) -> types.ModuleType:
             return call(self)
 
     class Logger:
-        lines: list[str] = []
+        lines: ClassVar[list[str]] = []
 
         @classmethod
         def log_error(cls, line: str) -> None:

@@ -1,4 +1,4 @@
-"""The orchestrator's own logic, driven with a fake pb_utils (no server); test_orchestrator_triton.py has the real one."""
+"""The orchestrator's own logic, driven with a fake pb_utils; test_orchestrator_triton.py has the real server."""
 
 from __future__ import annotations
 
@@ -104,10 +104,11 @@ def test_answers_equal_the_offline_search(orchestrator: Orchestrator, mode: str)
 def test_bls_calls_pin_the_version_and_pass_on_the_time_left(orchestrator: Orchestrator) -> None:
     orchestrator.start().ask(slice(0, 2), timeout=5_000_000).sender.wait()
     calls = orchestrator.pb_utils.calls
-    assert [call.model_name for call in calls] == ["hsnn_user_tower"] + [f"hsnn_scorer_l{n}" for n in (1, 2, 3)]
+    models = list(dict.fromkeys(call.model_name for call in calls))  # a layer may be scored in pieces
+    assert models == ["hsnn_user_tower", "hsnn_scorer_l1", "hsnn_scorer_l2", "hsnn_scorer_l3"]
     assert {call.model_version for call in calls} == {VERSION}
     left = [call.timeout for call in calls]
-    assert 5_000_000 > left[0] > left[1] > left[2] > left[3] > 0
+    assert 5_000_000 > left[0] > left[1] > left[2] > left[3] > 0  # microseconds
     assert {len(call.inputs[0].as_numpy()) for call in calls} == {2}, "users of one request go together"
     assert calls[0].preferred_memory == (orchestrator.pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
@@ -129,8 +130,14 @@ def test_stages_come_only_when_asked_for(orchestrator: Orchestrator) -> None:
         ({"k": 10**6}, "RequestError: k: got 1000000, expected at most 100 (the snapshot's max_k)"),
         ({"widths": "4"}, "RequestError: widths: got '4', expected 2 numbers separated by commas"),
         ({"widths": "4,x"}, "RequestError: widths: got 'x', expected a whole number >= 1"),
-        ({"width": "4,8"}, "RequestError: unknown request parameters ['width'], expected among ['k', 'widths'"),
-        ({"schema_hash": "0" * 16}, f"SchemaMismatch: the client encodes by schema {'0' * 16}, this snapshot"),
+        (
+            {"width": "4,8"},
+            "RequestError: unknown request parameters ['width'], expected among ['k', 'widths'",
+        ),
+        (
+            {"schema_hash": "0" * 16},
+            f"SchemaMismatch: the client encodes by schema {'0' * 16}, this snapshot",
+        ),
     ],
 )
 def test_wrong_parameters_are_the_clients_error(
@@ -252,7 +259,9 @@ def test_an_error_of_a_network_names_model_and_version(
     failed = InferenceResponse(error=TritonError("not ready"))
     monkeypatch.setattr(orchestrator.pb_utils.InferenceRequest, "exec", lambda self: failed)
     message, code = orchestrator.error()
-    assert message.startswith("ServerError: hsnn_user_tower version 3 failed: not ready; every model of a snapshot")
+    assert message.startswith(
+        "ServerError: hsnn_user_tower version 3 failed: not ready; every model of a snapshot"
+    )
     assert code == TritonError.INTERNAL
 
 
@@ -290,10 +299,15 @@ def test_metrics(orchestrator: Orchestrator) -> None:
         ({"queue": "-1"}, "parameter queue: got '-1', expected a whole number >= 0"),
         ({"widths": "4"}, "parameter widths: got [4], expected 2 numbers for an index of 3 layers"),
         ({"widths": "4,none"}, "parameter widths: got 'none', expected a whole number >= 1"),
-        ({"schema_hash": "f" * 16}, f"config.pbtxt says {'f' * 16}; a new schema needs a new model repository"),
+        (
+            {"schema_hash": "f" * 16},
+            f"config.pbtxt says {'f' * 16}; a new schema needs a new model repository",
+        ),
     ],
 )
-def test_a_wrong_config_does_not_load(orchestrator: Orchestrator, parameters: dict[str, str], text: str) -> None:
+def test_a_wrong_config_does_not_load(
+    orchestrator: Orchestrator, parameters: dict[str, str], text: str
+) -> None:
     with pytest.raises(Exception, match="config.pbtxt") as failure:
         orchestrator.start(**parameters)
     assert text in str(failure.value)

@@ -1,4 +1,4 @@
-"""Small real ONNX networks with the inputs and outputs of a user tower and of a layer's scorer, made by hand."""
+"""Small real ONNX networks with the tensors of a user tower and of a layer's scorer, made by hand."""
 
 from __future__ import annotations
 
@@ -102,5 +102,8 @@ def write_scorer(path: Path, inputs: dict[str, tuple], tasks: int, seed: int) ->
         carried = graph.node("MatMul", ["previous", graph.weight(inputs["previous"][-1], tasks)])
         total = graph.node("Add", [total, carried])
     graph.node("Add", [total, graph.weight(tasks)], "logits")
-    dims = {name: (spec[0], "B", *("C" if dim == -1 else dim for dim in spec[1:])) for name, spec in inputs.items()}
-    graph.save(path, dims, {name: (FLOAT, "B", "C", tasks) for name in ("monn", "logits")})
+    dims = {
+        name: (spec[0], "B", *("C" if dim == -1 else dim for dim in spec[1:]))
+        for name, spec in inputs.items()
+    }
+    graph.save(path, dims, dict.fromkeys(("monn", "logits"), (FLOAT, "B", "C", tasks)))

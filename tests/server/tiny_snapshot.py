@@ -1,6 +1,6 @@
 """A snapshot small enough to reason about: 60 items, 3 layers, 2 tasks, hand-made networks, a real bundle.
 
-``write_snapshot`` lays it out as a model repository does: <root>/hsnn_retrieve/<version>/ and the networks beside.
+``write_snapshot`` lays it out as a model repository: <root>/hsnn_retrieve/<version>/ and the networks beside.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def tiny_users() -> list[dict[str, Any]]:
     """Eight users, each a dict of features as a client gives it; some features are missing or unknown."""
     ids = item_ids()
     users: list[dict[str, Any]] = [
-        {"age": 20.0 + 3 * row, "country": ["IT", "DE", "JP"][row % 3], "history": ids[row : row + 4].tolist()}
+        {
+            "age": 20.0 + 3 * row,
+            "country": ["IT", "DE", "JP"][row % 3],
+            "history": ids[row : row + 4].tolist(),
+        }
         for row in range(6)
     ]
     return [*users, {"age": 51.0, "country": "nowhere", "history": [-5, 7]}, {}]
@@ -102,9 +106,7 @@ class TinySnapshot:
         """The raw wire tensors of ``tiny_users``."""
         return UserEncoder(self.schema).encode(tiny_users())
 
-    def offline(
-        self, rows: Any = slice(None), widths: Sequence[int] = WIDTHS, k: int = K
-    ) -> SearchResult:
+    def offline(self, rows: Any = slice(None), widths: Sequence[int] = WIDTHS, k: int = K) -> SearchResult:
         """The search over ONNX Runtime, without any server."""
         users = self.bundle.transform.encode_users({name: value[rows] for name, value in self.users.items()})
         scorer = self.bundle.scorer(OnnxRunner(self.user_tower, self.scorers))
@@ -113,7 +115,10 @@ class TinySnapshot:
 
 
 def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
-    """Networks and orchestrator version of one snapshot; hsnn_core is linked, so that tests may import it twice."""
+    """Networks and orchestrator of one snapshot.
+
+    hsnn_core is linked, not copied: in a test's own process it is imported only once.
+    """
     schema = Schema.from_dict(SCHEMA)
     snapshot = TinySnapshot(root, version, schema)
     rng = np.random.default_rng(seed)
@@ -163,14 +168,14 @@ def orchestrator_parameters(schema: Schema) -> dict[str, str]:
 
 
 def write_configs(root: Path, schema: Schema, models: dict[str, dict[str, str]]) -> None:
-    """config.pbtxt of the networks and of the orchestrators: ``models`` maps a name to its changed parameters."""
+    """config.pbtxt of networks and orchestrators; ``models``: name -> parameters that differ from the usual."""
     layout = schema.layout("user")
     tower = {"user_dense": (FLOAT, layout.dense_width), "user_ids": (INT, layout.ids_width)}
     outputs = {f"user_l{layer}": (FLOAT, WIDTH) for layer in range(1, LAYERS + 1)}
     _write_config(root, "hsnn_user_tower", "onnxruntime", tower, outputs)
     tasks = len(schema.tasks)
     for layer in range(1, LAYERS + 1):
-        answers = {name: (FLOAT, -1, tasks) for name in ("monn", "logits")}
+        answers = dict.fromkeys(("monn", "logits"), (FLOAT, -1, tasks))
         _write_config(root, f"hsnn_scorer_l{layer}", "onnxruntime", _scorer_inputs(layer, schema), answers)
     inputs = {tensor.name: (tensor.datatype, *tensor.shape) for tensor in schema.user_wire()}
     answers = {

@@ -17,8 +17,18 @@ def failure(status: str, message: str) -> InferenceServerException:
     ("status", "message", "kind", "text"),
     [
         ("INVALID_ARGUMENT", "FeatureError: feature 'age': got nan", RequestError, "feature 'age': got nan"),
-        ("INVALID_ARGUMENT", "unexpected inference input 'x'", RequestError, "unexpected inference input 'x'"),
-        ("INVALID_ARGUMENT", "SchemaMismatch: the client encodes by", SchemaMismatch, "the client encodes by"),
+        (
+            "INVALID_ARGUMENT",
+            "unexpected inference input 'x'",
+            RequestError,
+            "unexpected inference input 'x'",
+        ),
+        (
+            "INVALID_ARGUMENT",
+            "SchemaMismatch: the client encodes by",
+            SchemaMismatch,
+            "the client encodes by",
+        ),
         ("CANCELLED", "DeadlineExceeded: the request took 3 ms", DeadlineExceeded, "the request took 3 ms"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "no answer from m at h:1 within 250 ms"),
         ("UNAVAILABLE", "connection refused", ServerError, "check that Triton runs there"),
