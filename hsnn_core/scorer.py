@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from .errors import SearchError
 from .features import Encoded
-from .i2if import I2IF
+from .i2if import I2IF, Crossings, Postings, Query
 from .index import HierarchicalIndex
 
 # <user, node> pairs of one call when the layer declares no buckets: bounds the memory of exhaustive scoring.
@@ -52,7 +52,7 @@ class UserState:
 
     batch: int
     towers: tuple[np.ndarray, ...]  # (B, U_l) per layer
-    query: Any  # i2if.Query, None without interactions
+    query: Query | None  # None without interactions
 
 
 class LayerScorer:
@@ -97,7 +97,7 @@ class LayerScorer:
         self._embeddings = [np.asarray(table) for table in embeddings]
         self._runner = runner
         self._buckets = [tuple(sizes) for sizes in buckets]
-        self._postings: dict[int, Any] = {}
+        self._postings: dict[int, Postings] = {}
         self._lock = Lock()
 
     def open(self, users: Encoded) -> UserState:
@@ -136,7 +136,7 @@ class LayerScorer:
         if count == 0:
             raise SearchError(f"layer {layer}: no candidates to score")
         everything = count == self.index.nodes(layer) and bool((nodes == np.arange(count)).all())
-        crossings = self._walk(state, layer) if everything and self._i2if is not None else None
+        walked = self._walk(state, layer) if everything else None
         sizes = self._buckets[layer - 1]
         step = sizes[-1] if sizes else max(1, PAIRS_PER_CALL // batch)
 
@@ -151,11 +151,10 @@ class LayerScorer:
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
                 inputs["item"] = self._embeddings[layer - 1][nodes[:, part]].astype(np.float32, copy=False)
-            if crossings is not None:
-                inputs |= {name: value[:, part] for name, value in crossings.items()}
-            elif self._i2if is not None:
-                positions = self.index.representatives(layer)[nodes[:, part]]
-                inputs |= _named(self._i2if.probe(state.query, positions))
+            if walked is not None:
+                inputs |= {name: value[:, part] for name, value in walked.items()}
+            else:
+                inputs |= self._probe(state, layer, nodes[:, part])
             if layer > 1:
                 inputs["previous"] = previous[:, part]
             size = part.stop - part.start
@@ -170,15 +169,24 @@ class LayerScorer:
         return _joined(monn), _joined(logits)
 
     def _walk(self, state: UserState, layer: int) -> dict[str, np.ndarray]:
-        assert self._i2if is not None
+        if self._i2if is None or state.query is None:
+            return {}
         # Requests share the scorer: the first one that walks a layer builds its postings for all.
         with self._lock:
             if layer not in self._postings:
                 self._postings[layer] = self._i2if.postings(self.index.representatives(layer))
         return _named(self._i2if.walk(state.query, self._postings[layer]))
 
+    def _probe(self, state: UserState, layer: int, nodes: np.ndarray) -> dict[str, np.ndarray]:
+        if self._i2if is None or state.query is None:
+            return {}
+        # A node of the item layer is its own position: no table of V entries per request.
+        item_layer = layer == self.index.layers
+        positions = nodes if item_layer else self.index.representative[layer - 1][nodes]
+        return _named(self._i2if.probe(state.query, positions))
 
-def _named(crossings: Any) -> dict[str, np.ndarray]:
+
+def _named(crossings: Crossings) -> dict[str, np.ndarray]:
     tensors = {"cross_dense": crossings.dense, "cross_ids": crossings.ids}
     return {name: value for name, value in tensors.items() if value.shape[-1]}
 
