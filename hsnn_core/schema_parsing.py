@@ -284,4 +284,4 @@ def _whole(path: str, raw: Any, most: int = 2**20) -> int:
 def _number(path: str, raw: Any) -> float:
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not abs(raw) <= LARGEST:
         raise SchemaError(f"{path}: got {raw!r}, expected a number that float32 can hold")
-    return float(raw)
+    return float(raw) + 0.0  # -0.0 would be an equal schema of another hash
