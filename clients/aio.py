@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
-from .errors import Patience
+from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
 
 __all__ = ["AsyncRetrievalClient", "Hit", "Results", "ServedModel", "Timings"]
@@ -41,7 +41,7 @@ class AsyncRetrievalClient:
         self._codec: Codec | None = None
 
     async def connect(self) -> ServedModel:
-        """The served schema and defaults, fetched once (by the first call, if not before)."""
+        """The served schema and defaults, fetched by the first call, and again when the server changed."""
         return (await self._connected(self._patience(None))).model
 
     async def retrieve(
@@ -63,6 +63,12 @@ class AsyncRetrievalClient:
                     await self._grpc.infer(**request, timeout=int(left * 1e6), client_timeout=left)
                 )
             except InferenceServerException as error:
+                if schema_may_differ(error):
+                    fresh = await self._fetch(patience)
+                    if fresh.model.schema != codec.model.schema:
+                        self._codec = codec = fresh
+                        request = codec.request(users, k, widths, timings)
+                        continue
                 await asyncio.sleep(patience.pause_after(error))
 
     async def close(self) -> None:
@@ -80,11 +86,15 @@ class AsyncRetrievalClient:
         return Patience(self._url, self._model, self._timeout if timeout is None else timeout, self._retries)
 
     async def _connected(self, patience: Patience) -> Codec:
-        while self._codec is None:
+        if self._codec is None:
+            self._codec = await self._fetch(patience)
+        return self._codec
+
+    async def _fetch(self, patience: Patience) -> Codec:
+        while True:
             try:
                 reply = await self._grpc.get_model_config(self._model, client_timeout=patience.remaining())
             except InferenceServerException as error:
                 await asyncio.sleep(patience.pause_after(error))
             else:
-                self._codec = Codec(served_model(reply.config, self._expected))
-        return self._codec
+                return Codec(served_model(reply.config, self._expected))

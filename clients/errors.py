@@ -53,6 +53,15 @@ def translate(error: InferenceServerException, url: str, model: str, timeout: fl
     return ServerError(f"{model} at {url} failed with {status or 'no status'}: {text}; see the server's log")
 
 
+def schema_may_differ(error: InferenceServerException) -> bool:
+    """Whether the server may have moved to another schema than the request was encoded by.
+
+    The orchestrator says so; but a tensor that it no longer has is refused by Triton before it is asked.
+    """
+    kind, _ = _split(error.message())
+    return kind == "SchemaMismatch" or (not kind and error.status() == "StatusCode.INVALID_ARGUMENT")
+
+
 def _split(message: str) -> tuple[str, str]:
     kind, separator, text = message.partition(": ")
     return (kind, text) if separator and kind in _OURS else ("", message)

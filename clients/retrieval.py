@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
-from .errors import Patience
+from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
 
 __all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings"]
@@ -44,7 +44,7 @@ class RetrievalClient:
         self._codec: Codec | None = None
 
     def connect(self) -> ServedModel:
-        """The served schema and defaults, fetched once (by the first call, if not before)."""
+        """The served schema and defaults, fetched by the first call, and again when the server changed."""
         return self._connected(self._patience(None)).model
 
     def retrieve(
@@ -59,6 +59,9 @@ class RetrievalClient:
 
         ``k`` and ``widths`` (nodes kept after each layer but the last) default to the snapshot's own. Raises
         FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
+
+        A server that moved to another schema since the last call is asked again by the new one, unless it is
+        not the expected one.
         """
         patience = self._patience(timeout)
         codec = self._connected(patience)
@@ -68,6 +71,12 @@ class RetrievalClient:
             try:
                 return codec.answer(self._grpc.infer(**request, timeout=int(left * 1e6), client_timeout=left))
             except InferenceServerException as error:
+                if schema_may_differ(error):
+                    fresh = self._fetch(patience)
+                    if fresh.model.schema != codec.model.schema:
+                        self._codec = codec = fresh
+                        request = codec.request(users, k, widths, timings)
+                        continue
                 time.sleep(patience.pause_after(error))
 
     def close(self) -> None:
@@ -85,11 +94,15 @@ class RetrievalClient:
         return Patience(self._url, self._model, self._timeout if timeout is None else timeout, self._retries)
 
     def _connected(self, patience: Patience) -> Codec:
-        while self._codec is None:
+        if self._codec is None:
+            self._codec = self._fetch(patience)
+        return self._codec
+
+    def _fetch(self, patience: Patience) -> Codec:
+        while True:
             try:
                 reply = self._grpc.get_model_config(self._model, client_timeout=patience.remaining())
             except InferenceServerException as error:
                 time.sleep(patience.pause_after(error))
             else:
-                self._codec = Codec(served_model(reply.config, self._expected))
-        return self._codec
+                return Codec(served_model(reply.config, self._expected))

@@ -2,20 +2,21 @@
 
 Triton's duration metrics stop when ``execute`` returns, which here is when the request was only handed over,
 so the latency that a client sees is measured in here. One operation on a metric is a round trip of about 50
-microseconds to the server process; a reporter thread makes them, off the request path.
+microseconds to the server process; a reporter thread makes them, off the request path
+and together for all requests of a period where the metric allows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 OUTCOMES = ("ok", "invalid", "deadline", "overload", "error")
+PERIOD = 0.25  # seconds between reports
 SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 
 
@@ -75,8 +76,8 @@ class ServingMetrics:
         self._in_flight = self._metric("in_flight", labels)
         self._lock = Lock()
         self._running = 0
-        self._events: SimpleQueue[_Finished | None] = SimpleQueue()
-        self._closed = False
+        self._events: list[_Finished] = []
+        self._closing = Event()
         self._reporter = Thread(target=self._report, name="hsnn-metrics", daemon=True)
         self._reporter.start()
 
@@ -84,33 +85,29 @@ class ServingMetrics:
         """A request arrived."""
         with self._lock:
             self._running += 1
-        self._events.put(None)
 
     def finished(self, outcome: str, seconds: float, layers: Sequence[LayerUse] = ()) -> None:
         """A request was answered; ``outcome`` is one of OUTCOMES."""
         with self._lock:
             self._running -= 1
-        self._events.put(_Finished(outcome, seconds, layers))
+            self._events.append(_Finished(outcome, seconds, layers))
 
     def close(self) -> None:
         """Report what is left and stop."""
-        self._closed = True
-        self._events.put(None)
+        self._closing.set()
         self._reporter.join()
 
     def _metric(self, family: str, labels: dict[str, str], **options: Any) -> Any:
         return self._families[family].Metric(labels=labels, **options)
 
     def _report(self) -> None:
-        while not self._closed:
-            events = [self._events.get()]
+        last = False
+        while not last:
+            last = self._closing.wait(PERIOD)
+            with self._lock:
+                events, self._events = self._events, []
             try:
-                while True:
-                    events.append(self._events.get_nowait())
-            except Empty:
-                pass
-            try:
-                self._apply([event for event in events if event is not None])
+                self._apply(events)
             except Exception as error:  # metrics must never take the requests down with them
                 pb_utils.Logger.log_warn(f"hsnn_retrieve: metrics were not reported: {error}")
 

@@ -1,6 +1,6 @@
 """A stand-in for triton_python_backend_utils: as much of it as the orchestrator touches, and no server.
 
-Tests that use it check the orchestrator's own logic; what Triton really does is checked by those marked triton.
+Tests that use it check the orchestrator's own logic; what Triton really does, those marked triton check.
 """
 
 from __future__ import annotations

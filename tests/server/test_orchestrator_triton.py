@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from clients.aio import AsyncRetrievalClient
-from clients.retrieval import Hit, RetrievalClient
+from clients.retrieval import Hit, RetrievalClient, ServedModel
+from clients.wire import Codec
 from hsnn_core.errors import (
     DeadlineExceeded,
     FeatureError,
@@ -91,6 +93,7 @@ def test_served_equals_offline(
         results = client.retrieve(tiny_users(), k=k, widths=widths)
     options: dict[str, Any] = {"k": k or K} | ({"widths": widths} if widths else {})
     assert_equal(results, snapshot.offline(**options))
+    assert server.ready("hsnn_user_tower", VERSION + 1)  # newer networks are there, and are not asked
     assert results.version == str(VERSION)
     assert results.timings is None
     assert list(results[0][0].scores) == ["click", "conversion"]
@@ -168,6 +171,35 @@ def test_an_expected_schema_that_differs_is_refused(server: TritonServer, snapsh
         client.connect()
     for text in (ours.hash, snapshot.schema.hash, "name: 'other' != 'tiny'"):
         assert text in str(failure.value)
+
+
+def stale(model: ServedModel, **features: Any) -> Codec:
+    """As a client holds it that connected before the server moved to today's schema."""
+    user = SCHEMA["features"]["user"] | features  # type: ignore[index]
+    changed = SCHEMA | {"features": SCHEMA["features"] | {"user": user}}  # type: ignore[operator]
+    return Codec(replace(model, schema=Schema.from_dict(changed)))
+
+
+@pytest.mark.parametrize("change", [{"age": {"kind": "dense", "default": 1.0}}, {"city": {"kind": "dense"}}])
+def test_a_client_follows_the_server_to_another_schema(
+    client: RetrievalClient, server: TritonServer, change: dict[str, Any]
+) -> None:
+    expected, served = client.retrieve(tiny_users()), client.connect()
+    client._codec = stale(served, **change)
+    assert client.retrieve(tiny_users()) == expected
+    assert client.connect() == served
+
+    async def ask() -> Any:
+        async with AsyncRetrievalClient(server.urls.grpc, timeout=20) as aio:
+            aio._codec = stale(served, **change)
+            return await aio.retrieve(tiny_users())
+
+    assert asyncio.run(ask()) == expected
+    codec = stale(served, **change)
+    with RetrievalClient(server.urls.grpc, timeout=20, expected_schema=codec.model.schema) as strict:
+        strict._codec = codec
+        with pytest.raises(SchemaMismatch, match=r"first difference .*: features.user\."):
+            strict.retrieve(tiny_users())
 
 
 @pytest.mark.parametrize(

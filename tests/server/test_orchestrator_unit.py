@@ -1,4 +1,4 @@
-"""The orchestrator's own logic, driven with a fake pb_utils; test_orchestrator_triton.py has the real server."""
+"""The orchestrator's own logic, driven with a fake pb_utils; the real server: test_orchestrator_triton.py."""
 
 from __future__ import annotations
 

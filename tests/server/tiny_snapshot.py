@@ -168,7 +168,7 @@ def orchestrator_parameters(schema: Schema) -> dict[str, str]:
 
 
 def write_configs(root: Path, schema: Schema, models: dict[str, dict[str, str]]) -> None:
-    """config.pbtxt of networks and orchestrators; ``models``: name -> parameters that differ from the usual."""
+    """config.pbtxt of networks and orchestrators; ``models``: name -> what differs from the usual."""
     layout = schema.layout("user")
     tower = {"user_dense": (FLOAT, layout.dense_width), "user_ids": (INT, layout.ids_width)}
     outputs = {f"user_l{layer}": (FLOAT, WIDTH) for layer in range(1, LAYERS + 1)}
