@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def launch(
 ) -> ServerProcess:
     """Start ``command`` as leader of its own session (a terminal's Ctrl-C is for its owner alone), writing to
     ``log``."""
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -84,6 +85,26 @@ def launch(
         raise ServerError(f"{command[0]} vanished as it started; see {log}")
     process.returncode = 0  # ServerProcess looks after it from here, possibly beyond this process's life
     return ServerProcess(process.pid, status.started)
+
+
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Within, SIGTERM and a closed terminal raise KeyboardInterrupt, where they would end this process at
+    once.
+
+    Only in the main thread, which is the one signals go to, and only where the program has no handler of
+    its own.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    signals = [signal.SIGTERM, signal.SIGHUP] if main else []
+    changed = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, interval: float = 0.02) -> bool:

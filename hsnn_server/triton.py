@@ -5,19 +5,18 @@ from __future__ import annotations
 import http.client
 import secrets
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from clients.admin import RepositoryAdmin
 from hsnn_core.errors import ServerError
 
 from .binaries import environment, find_wheel, lay_out
-from .processes import HOST, check_port_free, free_ports, launch, listening, wait_until
+from .processes import HOST, check_port_free, ended_like_ctrl_c, free_ports, launch, listening, wait_until
 from .state import ServerState, Urls, write_private
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
@@ -78,14 +77,15 @@ class TritonServer:
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
         self._admin: RepositoryAdmin | None = None
-        self._handler: Any = None
+        self._exit = ExitStack()
 
     @classmethod
     def start_detached(cls, repository: str | Path, state_file: str | Path, **options: Any) -> TritonServer:
         """Start a server that goes on after this process; ``attach(state_file)`` finds it. ``options``: as
         above."""
         server = cls(repository, state_file=state_file, **options)
-        server.start()
+        with ended_like_ctrl_c():
+            server.start()
         return server
 
     @classmethod
@@ -112,6 +112,11 @@ class TritonServer:
     @property
     def pid(self) -> int:
         return self._running().process.pid
+
+    @property
+    def region_prefix(self) -> str:
+        """How the names of its regions in /dev/shm begin."""
+        return self._running().region_prefix
 
     @property
     def log_file(self) -> Path:
@@ -178,8 +183,8 @@ class TritonServer:
         return self.admin.ready(model, version)
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
-        """The last lines of the server's log, without its option tables."""
-        text = self._running().log_file.read_text(errors="replace")
+        """The last lines of the server's log, without its tables and its help text."""
+        text = self._running().log_file.read_text(errors="replace").partition("Usage: tritonserver")[0]
         kept = [line for line in text.splitlines() if line.strip() and not line.startswith(("+--", "|"))]
         return "\n".join(kept[-lines:])
 
@@ -208,22 +213,18 @@ class TritonServer:
                 self._state_file.unlink(missing_ok=True)
 
     def __enter__(self) -> TritonServer:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._handler = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            return self.start() if self._state is None else self
-        except BaseException:
-            self._restore_handler()
-            raise
+        with ExitStack() as stack:
+            stack.enter_context(ended_like_ctrl_c())
+            if self._state is None:
+                self.start()
+            stack.callback(self.stop)
+            self._exit = stack.pop_all()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.stop()
-        finally:
-            self._restore_handler()
+        self._exit.close()
 
     def _start_once(self) -> None:
         wheel = find_wheel()
@@ -321,11 +322,6 @@ class TritonServer:
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{what}\nThe last lines of {self.log_file}:\n{self.log_tail()}")
 
-    def _restore_handler(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
-
 
 class _PortTaken(ServerError):
     """A port was free when it was chosen, but not when the server bound it."""
@@ -340,7 +336,3 @@ def _http_ready(address: str) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

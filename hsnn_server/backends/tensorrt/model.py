@@ -58,8 +58,7 @@ class TritonPythonModel:
                     raise ValueError(f"TensorRT refuses input {name} of shape {list(inputs[name].shape)}")
             for name in self._outputs:  # the engine writes all of them, whichever were asked for
                 shape = tuple(context.get_tensor_shape(name))
-                dtype = np.dtype(self._library.nptype(self._engine.get_tensor_dtype(name)))
-                tensors[name] = torch.from_numpy(np.empty(shape, dtype)).to(self._device)
+                tensors[name] = torch.empty(shape, dtype=self._dtype(name), device=self._device)
             for name, tensor in tensors.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(self._stream.cuda_stream):
@@ -77,6 +76,10 @@ class TritonPythonModel:
             self._stream.synchronize()
             self._contexts[profile] = context
         return self._contexts[profile]
+
+    def _dtype(self, name: str) -> Any:
+        numpy_type = self._library.nptype(self._engine.get_tensor_dtype(name))
+        return self._torch.from_numpy(np.empty(0, numpy_type)).dtype
 
     def _ranges(self, profile: int) -> dict[str, _Range]:
         shapes = {name: self._engine.get_tensor_profile_shape(name, profile) for name in self._inputs}
