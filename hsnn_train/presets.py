@@ -153,7 +153,7 @@ def cpu_medium() -> MoNNConfig:
         user=TowerConfig(8, 40, blocks=2, hidden=128, max_fields=12),
         item=TowerConfig(2, 40, blocks=2, hidden=96, max_fields=12),
         interaction=TowerConfig(1, 40, blocks=1, hidden=48, max_fields=8),
-        over=OverArchConfig(layers=2, tokens=4, modules=("fm", "mlp", "attention"), hidden=96),
+        over=OverArchConfig(layers=2, tokens=3, modules=("fm", "mlp", "attention"), hidden=64),
     )
 
 
@@ -162,10 +162,10 @@ def cpu_large() -> MoNNConfig:
     return MoNNConfig(
         name="cpu_large",
         embed=32,
-        user=TowerConfig(10, 48, blocks=2, hidden=192, max_fields=12),
-        item=TowerConfig(4, 48, blocks=2, hidden=128, max_fields=12),
-        interaction=TowerConfig(1, 48, blocks=2, hidden=64, max_fields=8),
-        over=OverArchConfig(layers=3, tokens=8, modules=("fm", "cross", "mlp", "attention"), hidden=192),
+        user=TowerConfig(8, 40, blocks=2, hidden=160, max_fields=12),
+        item=TowerConfig(4, 40, blocks=2, hidden=128, max_fields=12),
+        interaction=TowerConfig(1, 40, blocks=2, hidden=64, max_fields=8),
+        over=OverArchConfig(layers=2, tokens=6, modules=("fm", "cross", "mlp", "attention"), hidden=96),
     )
 
 

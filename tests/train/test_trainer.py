@@ -1,0 +1,156 @@
+"""The trainer: it learns, it resumes exactly, it is deterministic, it survives Ctrl-C."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from hsnn_core.errors import FormatError, SchemaError, SchemaMismatch
+from hsnn_train.checkpoint import load_checkpoint, load_run
+from hsnn_train.evaluate import calibrate, evaluate, pointwise, pointwise_report
+from hsnn_train.trainer import Interrupted, Trainer, make_batches
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_is_deterministic_by_seed(dataset, make_recipe, tmp_path):
+    runs = [Trainer(make_recipe(), dataset, tmp_path / n, progress=False).train() for n in "ab"]
+    assert same(weights(runs[0]), weights(runs[1]))
+    other = Trainer(make_recipe(train={"seed": 2}), dataset, tmp_path / "c", progress=False).train()
+    assert not same(weights(runs[0]), weights(other))
+
+
+@pytest.mark.parametrize("method", ["joint", "em"])
+def test_a_resumed_run_equals_an_uninterrupted_one(dataset, make_recipe, tmp_path, method):
+    recipe = make_recipe(model={"index": method})
+    whole = Trainer(recipe, dataset, tmp_path / "whole", progress=False)
+    whole.train()
+
+    cut = Trainer(recipe, dataset, tmp_path / "cut", progress=False)
+    one_step = cut._one_step
+
+    def stop_after_13():
+        result = one_step()
+        if cut.step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    cut._one_step = stop_after_13
+    with pytest.raises(Interrupted, match=r"stopped at step 13 of 24; .* go on with: hsnn train --resume"):
+        cut.train()
+    resumed = Trainer(recipe, dataset, tmp_path / "cut", resume=True, progress=False)
+    assert resumed.step == 13
+    resumed.train()
+    assert same(weights(whole.model), weights(resumed.model))
+    assert np.array_equal(whole.state.paths, resumed.state.paths)
+    assert whole.history == resumed.history
+    for name in ("checkpoint.pt", "history.jsonl", "recipe.yaml", "schema.json", "transform.hsnn"):
+        assert (tmp_path / "cut" / name).exists()
+    assert not list((tmp_path / "cut").glob("*.tmp"))
+
+
+def test_it_learns_and_calibration_meets_the_validation_mean(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(train={"max_steps": 150})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    model = trainer.train()
+    batches = make_batches(dataset, recipe)
+    values = pointwise(model, batches, dataset.valid, trainer.state, 1)
+    calibrate(model, values)
+    after = pointwise_report(pointwise(model, batches, dataset.valid, trainer.state, 1), np.array([0.3, 0.1]), "ab")
+    assert all(abs(row["calibration"] - 1) < 1e-3 for row in after)
+    report = evaluate(model, dataset, recipe, trainer.state, progress=False)
+    clicks = [row["ne"] for row in report["pointwise"] if row["task"] == "click"]
+    assert clicks[-1] < 0.95
+    assert report["retrieval"]["search_recall"]["@10"] > 0.3
+    assert json.loads(json.dumps(report)) == report
+    health = report["index"]
+    assert [row["codewords"] for row in health] == [6, 3]
+    assert not any(row["collapsed"] for row in health)
+
+
+def test_recall_at_full_width_is_the_exhaustive_recall(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(search={"widths": [999, 999]})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    got = evaluate(trainer.train(), dataset, recipe, trainer.state, progress=False)["retrieval"]
+    assert got["search"] == got["exhaustive"]
+    assert set(got["search_recall"].values()) == {1.0}
+    assert got["scored_share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "model", [{"index": "kmeans"}, {"index": "hierarchy", "codebooks": [], "columns": ["shop", "shop"]}]
+)
+def test_other_ways_to_build_the_index(dataset, make_recipe, tmp_path, model):
+    recipe = make_recipe(model=model)
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    trained = trainer.train()
+    if model["index"] == "kmeans":
+        assert all(not c.requires_grad for c in trained.lti.codebook)
+    else:
+        assert trained.codebooks() == []
+        assert len(np.unique(trainer.state.paths[:, 0])) == 8
+    assert evaluate(trained, dataset, recipe, trainer.state, progress=False)["retrieval"]["requests"] == 38
+
+
+def test_hierarchy_columns_are_checked(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(model={"index": "hierarchy", "codebooks": [], "columns": ["category", "shop"]})
+    with pytest.raises(SchemaError, match="'category' is not an item feature of kind sparse with one value"):
+        Trainer(recipe, dataset, tmp_path / "run", progress=False).train()
+
+
+def test_a_teacher_gives_the_soft_labels(dataset, make_recipe, tmp_path):
+    Trainer(make_recipe(), dataset, tmp_path / "teacher", progress=False).train()
+    recipe = make_recipe(train={"teacher": str(tmp_path / "teacher"), "max_steps": 4})
+    student = Trainer(recipe, dataset, tmp_path / "student", progress=False)
+    student.train()
+    assert student.teacher is not None
+    assert student.history[-2]["distil"] > 0
+
+
+def test_load_run_gives_the_trained_model(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(), dataset, tmp_path / "run", progress=False)
+    model = trainer.train()
+    run = load_run(tmp_path / "run")
+    assert same(weights(model), weights(run.model))
+    assert run.step == 24
+    assert np.array_equal(run.index.paths, trainer.state.paths)
+    assert np.array_equal(run.items.ids, dataset.items.ids)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(dataset, make_recipe, tmp_path):
+    run = tmp_path / "run"
+    trainer = Trainer(make_recipe(train={"max_steps": 1}), dataset, run, progress=False)
+    trainer.train()
+    path = run / "checkpoint.pt"
+    schema = trainer.recipe.schema
+    with pytest.raises(FormatError, match="no such file; has the run been trained"):
+        load_checkpoint(run / "none.pt", schema)
+    other = make_recipe(schema={"tasks": [{"name": "click"}]}).schema
+    with pytest.raises(SchemaMismatch, match=f"schema {schema.hash}, the run's schema.json is {other.hash}"):
+        load_checkpoint(path, other)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(FormatError, match="cannot be read"):
+        load_checkpoint(path, schema)
+
+
+def test_recipes_name_what_is_wrong(make_recipe):
+    with pytest.raises(SchemaError, match=r"train\.epoch: unknown key; known keys: epochs"):
+        make_recipe(train={"epoch": 3})
+    with pytest.raises(SchemaError, match=r"model\.layers: got 'small', expected a list"):
+        make_recipe(model={"layers": "small"})
+    with pytest.raises(SchemaError, match=r"train\.lr: got 'fast', expected a number"):
+        make_recipe(train={"lr": "fast"})
+    with pytest.raises(SchemaError, match=r"model\.index: got 'magic', expected one of joint"):
+        make_recipe(model={"index": "magic"})
+    with pytest.raises(SchemaError, match=r"search\.widths: got 1 widths, expected 2"):
+        make_recipe(search={"widths": [4]})
