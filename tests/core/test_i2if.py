@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from core_schemas import ads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsnn_core import i2if as i2if_module
+from hsnn_core.errors import FeatureError, FormatError
+from hsnn_core.features import FeatureTransform
+from hsnn_core.i2if import I2IF, Crossings
+from hsnn_core.schema import KEY_MISSING, Schema
+
+X = KEY_MISSING
+
+
+def world(items: np.ndarray, categories: np.ndarray) -> tuple[Schema, FeatureTransform, I2IF]:
+    """The example's schema over items with keys (V,) and categories (V, 4); position = row."""
+    schema = Schema.from_dict(ads())
+    raw = {"item": items[:, None], "category": categories}
+    transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, raw, items)
+    position_of_id = np.full(transform.cardinality("item"), -1, np.int32)
+    position_of_id[2:] = np.arange(len(items))
+    return schema, transform, I2IF.build(schema, transform, transform.encode_items(raw), position_of_id)
+
+
+def test_by_hand():
+    items = np.array([10, 20, 30])
+    categories = np.array([[1, 2, X, X], [2, 3, 4, X], [X, X, X, X]])
+    _, transform, i2if = world(items, categories)
+    users = transform.encode_users(
+        {
+            "likes": np.array([[4, 2], [X, X]]),
+            # 20 twice, and 77, which no one knows; the second user has no history.
+            "history": np.array([[20, 10, 77, 20, X], [X, X, X, X, X]]),
+        }
+    )
+    query = i2if.query(users.ids)
+    topics, seen, likes = query.terms
+    # Through items: 20 counts twice, so categories 2 (ids +2), 3 and 4 twice, and 10 adds 1 and 2.
+    assert topics.terms.tolist() == [[3, 4, 5, 6], [0, 0, 0, 0]]
+    assert topics.counts.tolist() == [[1, 3, 2, 2], [0, 0, 0, 0]]
+    assert topics.totals.tolist() == [8, 0]
+    assert seen.terms.tolist() == [[2, 3], [0, 0]]
+    assert seen.counts.tolist() == [[1, 2], [0, 0]]
+    assert likes.terms.tolist() == [[4, 6], [0, 0]]
+
+    assert (i2if.dense_width, i2if.ids_width) == (9, 7)
+    assert [(slot.interaction.name, slot.start, slot.stop) for slot in i2if.id_slots] == [
+        ("topics", 0, 4),
+        ("seen", 4, 5),
+        ("likes", 5, 7),
+    ]
+    found = i2if.probe(query, np.array([[0, 1, 2], [0, 1, 2]]))
+    f = np.float32
+    assert found.dense.tolist() == [
+        [
+            # topics: matched, share of count, share of terms | seen | likes
+            [2, f(4 / 8), 1, 1, f(1 / 3), 1, 1, f(1 / 2), f(1 / 2)],
+            [3, f(7 / 8), 1, 1, f(2 / 3), 1, 2, 1, f(2 / 3)],
+            [0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ],
+        [[0] * 9] * 3,
+    ]
+    assert found.ids.tolist() == [
+        [[3, 4, 0, 0, 2, 4, 0], [4, 5, 6, 0, 3, 4, 6], [0] * 7],
+        [[0] * 7] * 3,
+    ]
+    assert found.dense.dtype == np.float32
+    assert found.ids.dtype == np.int32
+    equal(i2if.walk(query, i2if.postings(np.arange(3))), found)
+
+
+def equal(ours: Crossings, theirs: Crossings) -> None:
+    np.testing.assert_array_equal(ours.dense.view(np.int32), theirs.dense.view(np.int32))  # the very bits
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+
+
+def slow_crossings(i2if: I2IF, user_ids: np.ndarray, positions: np.ndarray) -> Crossings:
+    """Straight from the definition, one <user, item> pair at a time."""
+    dense = np.zeros((*positions.shape, i2if.dense_width), np.float32)
+    ids = np.zeros((*positions.shape, i2if.ids_width), np.int32)
+    for number, (spec, slot) in enumerate(zip(i2if.specs, i2if.id_slots)):
+        lists = i2if.forward[spec.interaction.name]
+        for user, row in enumerate(user_ids[:, spec.user].tolist()):
+            known = [value for value in row if value > 1]
+            if spec.interaction.through:
+                held = [i2if.position_of_id[value] for value in known]
+                known = [int(term) for at in held if at >= 0 for term in lists[at] if term > 0]
+            for column, position in enumerate(positions[user]):
+                terms = [int(term) for term in lists[position] if term > 0]
+                hits = [term for term in terms if term in known]
+                dense[user, column, 3 * number : 3 * number + 3] = [
+                    len(hits),
+                    sum(known.count(term) for term in hits) / max(len(known), 1),
+                    len(hits) / max(len(terms), 1),
+                ]
+                capped = hits[: spec.interaction.matches]
+                ids[user, column, slot.start : slot.start + len(capped)] = capped
+    return Crossings(dense, ids)
+
+
+def random_world(rng: np.random.Generator, rows: int) -> tuple[I2IF, np.ndarray]:
+    items = rng.choice(100, size=rows, replace=False).astype(np.int64)
+    categories = rng.integers(0, 12, size=(rows, 4))
+    categories[rng.random(categories.shape) < 0.3] = X
+    _, transform, i2if = world(items, categories)
+    batch = int(rng.integers(1, 6))
+    history = rng.choice(np.append(items, [500, X]), size=(batch, 5))
+    likes = rng.choice(np.append(np.arange(12), X), size=(batch, 2))
+    return i2if, transform.encode_users({"history": history, "likes": likes}).ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 15), nodes=st.integers(1, 20), few=st.booleans())
+def test_both_plans_equal_the_slow_twin(seed, rows, nodes, few):
+    rng = np.random.default_rng(seed)
+    i2if, user_ids = random_world(rng, rows)
+    query = i2if.query(user_ids)
+    reps = rng.integers(0, rows, size=nodes)
+    everyone = np.tile(reps, (len(user_ids), 1))
+    with pytest.MonkeyPatch.context() as patch:
+        if few:
+            patch.setattr(i2if_module, "TABLE_ENTRIES", 1)  # one user per pass
+        probed = i2if.probe(query, everyone)
+        own = rng.integers(0, rows, size=(len(user_ids), nodes))
+        equal(i2if.probe(query, own), slow_crossings(i2if, user_ids, own))
+    equal(probed, slow_crossings(i2if, user_ids, everyone))
+    equal(i2if.walk(query, i2if.postings(reps)), probed)
+
+
+def test_item_that_left_the_corpus_gives_no_terms():
+    schema, transform, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
+    position_of_id = i2if.position_of_id.copy()
+    position_of_id[2] = -1
+    gone = I2IF.from_arrays(schema, transform, i2if.to_arrays() | {"i2if.position_of_id": position_of_id})
+    users = transform.encode_users({"history": np.array([[10, 20, X, X, X]])})
+    assert gone.query(users.ids).terms[0].terms.tolist() == [[5]]
+
+
+def test_terms_of_an_item_are_unique_and_known():
+    """A sequence may repeat ids; a term counts once per item, and unknown is no term."""
+    raw = ads()
+    raw["features"]["item"]["category"] = {"kind": "sequence", "vocab": 5, "length": 4}
+    schema = Schema.from_dict(raw)
+    items, table = np.array([1, 2]), {"category": np.array([[7, 8, 7, 9], [X, X, X, X]])}
+    transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, table, items)
+    encoded = transform.encode_items({"category": np.array([[8, 66, 8, 7], [X, X, X, X]])})
+    i2if = I2IF.build(schema, transform, encoded, np.array([-1, -1, 0, 1], np.int32))
+    assert i2if.forward["topics"].tolist() == [[3, 2, 0, 0], [0, 0, 0, 0]]
+
+
+def test_threads_share_one_i2if():
+    rng = np.random.default_rng(0)
+    i2if, user_ids = random_world(rng, 15)
+    positions = rng.integers(0, 15, size=(len(user_ids), 50))
+    expected = i2if.probe(i2if.query(user_ids), positions)
+    failures: list[Exception] = []
+
+    def work():
+        try:
+            for _ in range(50):
+                equal(i2if.probe(i2if.query(user_ids), positions), expected)
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_probe_takes_milliseconds():
+    """B = 1, C = 2000, L = 4: what one layer of a request may cost. The bound is ten times what is usual."""
+    rng = np.random.default_rng(0)
+    rows = 5000
+    _, transform, i2if = world(np.arange(rows), rng.integers(0, 300, size=(rows, 4)))
+    users = transform.encode_users(
+        {"history": rng.integers(0, rows, size=(1, 5)), "likes": rng.integers(0, 300, size=(1, 2))}
+    )
+    positions = rng.integers(0, rows, size=(1, 2000))
+    i2if.probe(i2if.query(users.ids), positions)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        i2if.probe(i2if.query(users.ids), positions)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.005
+
+
+def test_no_candidates():
+    i2if, user_ids = random_world(np.random.default_rng(0), 5)
+    found = i2if.probe(i2if.query(user_ids), np.empty((len(user_ids), 0), np.int64))
+    assert found.dense.shape == (len(user_ids), 0, 9)
+    assert found.ids.shape == (len(user_ids), 0, 7)
+
+
+def test_user_ids_of_another_transform():
+    _, _, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
+    ids = np.zeros((1, 8), np.int32)
+    ids[0, 3] = 4
+    with pytest.raises(
+        FeatureError, match=r"interaction 'topics': user ids 0..4, expected 0..3; encode users"
+    ):
+        i2if.query(ids)
+
+
+def test_arrays_that_do_not_fit():
+    schema, transform, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
+    arrays = i2if.to_arrays()
+    again = I2IF.from_arrays(schema, transform, arrays)
+    assert again.forward.keys() == i2if.forward.keys()
+
+    def broken(**changes):
+        return I2IF.from_arrays(schema, transform, arrays | {f"i2if.{n}": a for n, a in changes.items()})
+
+    with pytest.raises(FormatError, match=r"i2if: array i2if.seen is missing; got i2if.likes"):
+        I2IF.from_arrays(schema, transform, {n: a for n, a in arrays.items() if n != "i2if.seen"})
+    with pytest.raises(FormatError, match=r"i2if: forward lists of 'seen': int64 \(2, 1\), expected int32"):
+        broken(seen=np.zeros((2, 1), np.int64))
+    with pytest.raises(FormatError, match=r"i2if: forward lists of \[1, 2\] items"):
+        broken(seen=np.zeros((1, 1), np.int32))
+    with pytest.raises(FormatError, match=r"i2if: forward lists of 'seen' hold ids 0..4, expected 0..3"):
+        broken(seen=np.array([[0], [4]], np.int32))
+    with pytest.raises(FormatError, match=r"position_of_id of shape \(4,\) reaches position 2, expected"):
+        broken(position_of_id=np.array([-1, -1, 0, 2], np.int32))
+    raw = ads()
+    del raw["interactions"]
+    with pytest.raises(FormatError, match="i2if: schema 'ads' has no interactions, expected at least one"):
+        I2IF.build(
+            Schema.from_dict(raw), transform, transform.encode_items({"item": np.array([[10]])}), np.zeros(4)
+        )
