@@ -1,10 +1,10 @@
 """How impressions are divided into train, valid and test.
 
-    split: {by: time, fractions: [0.8, 0.1, 0.1]}          the log cut at two moments
-    split: {by: user_time, fractions: [0.8, 0.1, 0.1]}     every user's own log cut
-    split: {by: last_days, valid_days: 1, test_days: 1, unit: s}
-    split: {by: leave_one_out}                             a user's last positive: test, the one before: valid
-    split: {by: column, column: split}                     a column that says train, valid or test
+split: {by: time, fractions: [0.8, 0.1, 0.1]}          the log cut at two moments
+split: {by: user_time, fractions: [0.8, 0.1, 0.1]}     every user's own log cut
+split: {by: last_days, valid_days: 1, test_days: 1, unit: s}
+split: {by: leave_one_out}                             a user's last positive: test, the one before: valid
+split: {by: column, column: split}                     a column that says train, valid or test
 """
 
 from __future__ import annotations

@@ -120,7 +120,9 @@ def read_table(path: Path, schema: Schema, name: str) -> pa.Table:
             return pyarrow.json.read_json(path)
     except pa.ArrowException as error:
         raise DataError(f"{name} ({path.name}): cannot be read as {path.suffix[1:]}: {error}") from None
-    raise DataError(f"{name} ({path.name}): got a file ending in {path.suffix!r}, expected .parquet, .csv or .jsonl")
+    raise DataError(
+        f"{name} ({path.name}): got a file ending in {path.suffix!r}, expected .parquet, .csv or .jsonl"
+    )
 
 
 def _read_csv(path: Path, schema: Schema) -> pa.Table:
@@ -169,7 +171,14 @@ def check_tables(tables: LogTables) -> Log:
         by = column(impressions, tables.history_by, where, "data.history_by")
         group = keys_of(by, tables.history_by, where)
     return Log(
-        tables, user_key, _user_rows(tables, user_key), item_row, np.stack(labels, axis=1), time, group, item_keys
+        tables,
+        user_key,
+        _user_rows(tables, user_key),
+        item_row,
+        np.stack(labels, axis=1),
+        time,
+        group,
+        item_keys,
     )
 
 

@@ -1,0 +1,230 @@
+"""The encoded data set that training and evaluation read.
+
+data: {adapter: ml-100k, path: ../shared/data/ml-100k, options: {...}}
+data: {impressions: f.parquet, users: u.parquet, items: i.parquet, unknown_items: drop, history_by: session_id}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hsnn_core.errors import DataError
+from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.schema import KEY_MISSING, Feature, Schema
+
+from .columns import column, missing_rows, wire_rows
+from .history import Histories
+from .splits import NAMES, TRAIN, Split
+from .tables import TABLES, Log, LogTables, check_tables, load_tables
+
+ENCODE_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Examples:
+    """S impressions in order of time.
+
+    users: encoded user features as of each impression; item_row (S,) int32 row of the item table; labels (S, T)
+    float32; time (S,) int64; user_key (S,) int64.
+    """
+
+    users: Encoded
+    item_row: np.ndarray
+    labels: np.ndarray
+    time: np.ndarray
+    user_key: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.item_row)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded examples and items; the transform has seen nothing of the users but the train split.
+
+    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task.
+    notes: what a person should know about the data; simulated: whether figures must be labelled so.
+    """
+
+    schema: Schema
+    transform: FeatureTransform
+    items: Encoded
+    item_keys: np.ndarray
+    item_counts: np.ndarray
+    train: Examples
+    valid: Examples
+    test: Examples
+    seed: int = 1
+    notes: tuple[str, ...] = ()
+    simulated: bool = False
+
+    def relevant(self, split: str, max_requests: int | None = None) -> tuple[Encoded, list[np.ndarray]]:
+        """One evaluation request per user who has a positive (of the first task) in the split.
+
+        Returns the users (R rows) as of their first impression in the split, and per request the int32 rows
+        of the items of all their positives there, distinct and ascending. More users than ``max_requests``
+        are cut to a choice that depends on the data set's seed alone; requests are ordered by user key.
+        """
+        examples: Examples = getattr(self, split)
+        hit = examples.labels[:, 0] > 0
+        users = np.unique(examples.user_key[hit])
+        if max_requests is not None and len(users) > max_requests:
+            chosen = np.random.default_rng([self.seed, 3]).choice(len(users), max_requests, replace=False)
+            users = users[np.sort(chosen)]
+        everyone, first = np.unique(examples.user_key, return_index=True)
+        rows = first[np.searchsorted(everyone, users)]
+        wanted = hit & np.isin(examples.user_key, users)
+        pairs = np.unique(np.stack([examples.user_key[wanted], examples.item_row[wanted]], axis=1), axis=0)
+        items = np.split(pairs[:, 1].astype(np.int32), np.searchsorted(pairs[:, 0], users)[1:])
+        return Encoded(examples.users.dense[rows], examples.users.ids[rows]), items if len(users) else []
+
+
+def load_dataset(
+    schema: Schema,
+    data_section: Mapping[str, Any],
+    split_section: Mapping[str, Any],
+    base_dir: Path,
+    seed: int,
+    progress: bool = True,
+) -> Dataset:
+    """The data set of a recipe's `data:` and `split:` sections; paths start from ``base_dir``.
+
+    Raises DataError, SchemaError and FeatureError.
+    """
+    split = Split.from_dict(split_section)
+    if "adapter" in data_section:
+        from .adapters import adapt
+
+        tables = adapt(schema, data_section, base_dir)
+    else:
+        known = (*TABLES, "unknown_items", "history_by")
+        for key in data_section:
+            if key not in known:
+                raise DataError(f"data.{key}: unknown key, expected adapter, or of {', '.join(known)}")
+        paths = {name: base_dir / data_section[name] for name in TABLES if data_section.get(name)}
+        tables = load_tables(
+            schema, paths, data_section.get("unknown_items", "refuse"), data_section.get("history_by")
+        )
+    return build_dataset(schema, tables, split, seed, progress)
+
+
+def build_dataset(
+    schema: Schema, tables: LogTables, split: Split, seed: int, progress: bool = False
+) -> Dataset:
+    """Check, split, derive histories, fit on the train split, encode. Raises DataError and FeatureError."""
+    log = check_tables(tables)
+    parts = split.assign(log)
+    users = _UserFeatures(schema, log)
+    order = np.argsort(log.time, kind="stable")
+    rows_of = [order[parts[order] == part] for part in range(len(NAMES))]
+
+    item_raw = _item_rows(schema, log)
+    transform = FeatureTransform.fit(schema, users.to_fit(rows_of[TRAIN]), item_raw, log.item_keys)
+    with tqdm(total=len(order), desc="encode", unit="row", delay=1.0, disable=not progress) as bar:
+        splits = [_encode(transform, users, log, rows, bar) for rows in rows_of]
+    train = splits[TRAIN]
+    return Dataset(
+        schema,
+        transform,
+        transform.encode_items(item_raw),
+        log.item_keys,
+        np.bincount(train.item_row[train.labels[:, 0] > 0], minlength=len(log.item_keys)),
+        *splits,
+        seed=seed,
+        notes=(*log.tables.notes, *users.notes),
+        simulated=log.tables.simulated,
+    )
+
+
+class _UserFeatures:
+    """Raw user features of any impressions: columns of the impressions, of the users, or derived histories."""
+
+    def __init__(self, schema: Schema, log: Log) -> None:
+        self.log = log
+        self.notes: list[str] = []
+        self.of_impression: dict[str, np.ndarray] = {}
+        self.of_user: dict[str, np.ndarray] = {}  # the last row is that of a user who is not in the table
+        self.derived: dict[str, tuple[Histories, int]] = {}
+        self.features = {f.name: f for f in schema.user_features}
+        names = [task.name for task in schema.tasks]
+        histories: dict[str, Histories] = {}
+        for feature in schema.user_features:
+            if feature.derive_from is not None:
+                task = feature.derive_from
+                if task not in histories:
+                    hit = log.labels[:, names.index(task)] > 0
+                    histories[task] = Histories(log.group, log.time, log.item_row, hit)
+                self.derived[feature.name] = (histories[task], feature.length)
+            else:
+                self._read(feature)
+        if self.of_user and (log.user_row < 0).any():
+            absent = np.unique(log.user_key[log.user_row < 0])
+            self.notes.append(f"{len(absent)} users are not in the users table: their features are missing")
+
+    def _read(self, feature: Feature) -> None:
+        tables = self.log.tables
+        if feature.name in tables.impressions.column_names or tables.users is None:
+            where = tables.where("impressions")
+            values = column(tables.impressions, feature.name, where, "user feature")
+            self.of_impression[feature.name] = wire_rows(values, feature, where)
+            return
+        where = tables.where("users")
+        use = f"user feature; {tables.where('impressions')} lacks it too"
+        values = column(tables.users, feature.name, where, use)
+        rows = [wire_rows(values, feature, where), missing_rows(feature, 1)]
+        self.of_user[feature.name] = np.concatenate(rows)
+
+    def raw(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Wire arrays of the impressions ``rows``, by feature name."""
+        found = self._declared(rows)
+        for name, (histories, length) in self.derived.items():
+            items = histories.rows(rows, length)
+            found[name] = np.where(items < 0, KEY_MISSING, self.log.item_keys[items])
+        return found
+
+    def to_fit(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As `raw` without the histories, whose ids are the item table's."""
+        found = self._declared(rows)
+        return found or {name: missing_rows(self.features[name], 0) for name in self.derived}
+
+    def _declared(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        found = {name: values[rows] for name, values in self.of_impression.items()}
+        user_row = self.log.user_row[rows]
+        return found | {name: values[user_row] for name, values in self.of_user.items()}
+
+
+def _item_rows(schema: Schema, log: Log) -> dict[str, np.ndarray]:
+    """Wire arrays of all items. A feature `of: item` of one id that has no column is the item's own key."""
+    tables, where = log.tables, log.tables.where("items")
+    raw = {}
+    for feature in schema.item_features:
+        own = feature.encoding == "item" and feature.kind == "sparse" and feature.length == 1
+        if own and feature.name not in tables.items.column_names:
+            raw[feature.name] = log.item_keys[:, None]
+        else:
+            values = column(tables.items, feature.name, where, "item feature")
+            raw[feature.name] = wire_rows(values, feature, where)
+    return raw
+
+
+def _encode(
+    transform: FeatureTransform, users: _UserFeatures, log: Log, rows: np.ndarray, bar: Any
+) -> Examples:
+    """Encode the impressions ``rows`` in chunks: raw keys take many times the memory of ids."""
+    layout = transform.schema.layout("user")
+    dense = np.empty((len(rows), layout.dense_width), np.float32)
+    ids = np.empty((len(rows), layout.ids_width), np.int32)
+    for start in range(0, len(rows), ENCODE_ROWS):
+        chunk = slice(start, start + ENCODE_ROWS)
+        encoded = transform.encode_users(users.raw(rows[chunk]))
+        dense[chunk], ids[chunk] = encoded.dense, encoded.ids
+        bar.update(len(encoded))
+    return Examples(
+        Encoded(dense, ids), log.item_row[rows], log.labels[rows], log.time[rows], log.user_key[rows]
+    )
