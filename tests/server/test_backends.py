@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fake_pb_utils
+import fake_tensorrt
 import numpy as np
 import pytest
 from fake_pb_utils import Request
@@ -29,26 +29,29 @@ def pb_utils(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def backend(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The backend's module as Triton's stub imports it: with its own directory and ``responses`` on the
-    path."""
-    monkeypatch.syspath_prepend(str(SOURCES))
-    monkeypatch.syspath_prepend(str(SOURCES / name))
-    for module in ("model", "responses"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    yield importlib.import_module("model")
-    for module in ("model", "responses"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+def backend(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The backend's model.py as Triton's stub imports it: with ``responses`` beside it."""
+    monkeypatch.setitem(sys.modules, "responses", load("responses", SOURCES / "responses.py"))
+    return load("model", SOURCES / name / "model.py")
+
+
+def load(name: str, file: Path) -> ModuleType:
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
-def tensorrt(pb_utils: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from backend("tensorrt", monkeypatch)
+def tensorrt(pb_utils: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return backend("tensorrt", monkeypatch)
 
 
 @pytest.fixture
-def onnx(pb_utils: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from backend("onnxruntime", monkeypatch)
+def onnx(pb_utils: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return backend("onnxruntime", monkeypatch)
 
 
 class Doubler:
@@ -164,3 +167,37 @@ def test_the_profile_is_the_first_that_every_input_fits(tensorrt: ModuleType) ->
         ValueError, match=r"covers user \[2, 8\], item \[2, 64, 4\]; .*\[1, 32, 4\] to \[64, 32, 4\]"
     ):
         tensorrt.fitting_profile(profiles, {"user": (2, 8), "item": (2, 64, 4)})
+
+
+@pytest.fixture
+def plan(tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Arguments of a model whose plan the stand-in for TensorRT reads."""
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.library())
+    monkeypatch.setitem(sys.modules, "torch", fake_tensorrt.torch_with_a_gpu())
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "model.plan").write_bytes(b"plan")
+    return {**tensorrt_arguments(), "model_repository": str(tmp_path)}
+
+
+def test_a_plan_runs_in_the_profile_that_fits(tensorrt: ModuleType, plan: dict[str, str]) -> None:
+    model = tensorrt.TritonPythonModel()
+    model.initialize(plan)
+    requests = [request(2, 4, "y"), request(1, 16, "z", "y"), request(3, 4, "z"), request(1, 5, "y")]
+    *served, refused = model.execute(requests)
+    for sent, response in zip(requests, served):
+        x = sent.inputs()[0].as_numpy()
+        assert set(response.tensors) == sent.requested_output_names()
+        for name, value in response.tensors.items():
+            np.testing.assert_array_equal(value, {"y": 2 * x, "z": -x}[name])
+    assert "no optimisation profile covers x [1, 5]" in refused.error().message()
+    assert [context.profile for context in model._engine.contexts] == [0, 1], "one context each, reused"
+
+
+def test_a_plan_that_cannot_be_read_says_why(tensorrt: ModuleType, plan: dict[str, str]) -> None:
+    file = Path(plan["model_repository"], "4", "model.plan")
+    file.write_bytes(b"other")
+    with pytest.raises(TritonModelException, match="can't read .*model.plan: a plan is bound to the version"):
+        tensorrt.TritonPythonModel().initialize(plan)
+    file.unlink()
+    with pytest.raises(TritonModelException, match="model.plan is missing, expected a TensorRT plan"):
+        tensorrt.TritonPythonModel().initialize(plan)
