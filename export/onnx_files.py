@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import io
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from export.files import write_bytes
 from export.graphs import Datatype, ServingGraph, Signature, TensorSpec, example_inputs
 from hsnn_core.errors import PublishError
 
-OPSET = 20  # what the exporter of torch 2.13 targets; ONNX Runtime >= 1.17 and TensorRT >= 10 read it
+OPSET = 20  # the newest that torch's tracing exporter writes; ONNX Runtime >= 1.17 and TensorRT >= 10 read it
 MAX_BATCH = 64
 # EmbeddingBag has no ONNX operator; TopK in TensorRT stops at 3840, and choosing is the search's work.
 FORBIDDEN_OPS = frozenset({"TopK", "EmbeddingBag", "NonZero", "Loop", "If", "Scan"})
@@ -56,44 +54,40 @@ def read_signature(path: Path) -> Signature:
 
 
 def _export(graph: ServingGraph) -> onnx.ModelProto:
+    """Trace the graph. The tracing exporter writes in 0.3 s what the one over torch.export takes 6 s for,
+    with the same operators; what a trace can't see (a branch on a size) the parity gates do, at other
+    sizes than these."""
     signature = graph.signature
-    # Sizes 2 and 3: the exporter would take an axis of size 1 for a constant.
     inputs = example_inputs(signature, batch=2, candidates=3, rng=np.random.default_rng(0))
-    letters = {"B": torch.export.Dim("B", min=1), "C": torch.export.Dim("C", min=1)}
-    dynamic = tuple(
-        {axis: letters[dim] for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
-        for spec in signature.inputs
-    )
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
             graph,
             tuple(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs),
-            dynamo=True,
+            buffer,
+            dynamo=False,
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
-            dynamic_shapes=(dynamic,),
+            dynamic_axes={
+                spec.name: {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
+                for spec in (*signature.inputs, *signature.outputs)
+            },
             opset_version=OPSET,
-            external_data=False,
-            verbose=False,
         )
-    if program is None:
-        raise PublishError(f"graph {signature.stem}: the exporter returned nothing")
-    return program.model_proto
+    model = onnx.load_from_string(buffer.getvalue())
+    _declare_outputs(model, graph.run(inputs), signature)
+    return model
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports each of its steps and every missing optional package; only failures matter
-    here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _declare_outputs(model: onnx.ModelProto, outputs: dict[str, np.ndarray], signature: Signature) -> None:
+    """Tracing leaves some widths of outputs open; what a run gave is what config.pbtxt has to say."""
+    letters = {spec.name: spec.dims for spec in signature.outputs}
+    for value in model.graph.output:
+        sizes = zip(value.type.tensor_type.shape.dim, letters[value.name], outputs[value.name].shape)
+        for dim, letter, size in sizes:
+            if not isinstance(letter, str):
+                dim.dim_value = size
 
 
 def _clean(model: onnx.ModelProto) -> None:
