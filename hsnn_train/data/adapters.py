@@ -117,9 +117,9 @@ def s3rec(folder: Path) -> Raw:
 def globo(folder: Path, last_days: int = 0) -> Raw:
     """News clicks of Globo.com; ``last_days`` > 0 keeps only that many days before the end.
 
-    The end is the start of the last session: the few clicks after it trail over four weeks. Added are hour and
-    weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the day of its first
-    click, which is known whenever the article can be shown.
+    The end is the start of the last session: the few clicks after it trail over four weeks. Added are hour
+    and weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the day of
+    its first click, which is known whenever the article can be shown.
     """
     clicks = _read(folder, "clicks")
     time = clicks.column("click_timestamp").to_numpy()
@@ -165,7 +165,7 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
 
 
 def completejourney(folder: Path) -> Raw:
-    """Grocery purchases with household demographics and a product hierarchy; products never bought stay items."""
+    """Grocery purchases, household demographics and a product hierarchy; those never bought are items too."""
     bought = _read(folder, "transactions_sample")
     stamp = pc.strptime(bought.column("transaction_timestamp"), format="%Y-%m-%dT%H:%M:%S", unit="s")
     impressions = pa.table(

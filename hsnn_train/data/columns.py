@@ -1,5 +1,5 @@
-"""From columns of a table to NumPy: keys, labels, times, and the raw wire rows of a feature, without a loop over
-rows. Every DataError names table, column and row (counted from 0), what was got and what was expected.
+"""From columns of a table to NumPy: keys, labels, times, and the raw wire rows of a feature, without a loop
+over rows. Every DataError names table, column and row (counted from 0), what was got and what was expected.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def text_keys(values: pa.Array) -> np.ndarray:
-    """`stable_key` of every string, int64; the hash runs once per distinct string. Nulls become KEY_MISSING."""
+    """`stable_key` of every string, int64, hashed once per distinct string. Nulls become KEY_MISSING."""
     coded = values.dictionary_encode()
     keys = np.array([stable_key(text) for text in coded.dictionary.to_pylist()] + [KEY_MISSING], np.int64)
     return keys[np.asarray(pc.fill_null(coded.indices, len(keys) - 1))]
 
 
 def keys_of(values: pa.Array, name: str, where: str) -> np.ndarray:
-    """Keys of users or items (R,) int64: integers as they are, strings as `stable_key`; none may be missing."""
+    """Keys of users or items (R,) int64: integers as they are, strings as `stable_key`; none missing."""
     if values.null_count:
         raise DataError(
-            f"{where}: column {name!r}, row {_first(values.is_null())}: the key is missing; every row needs one"
+            f"{where}: column {name!r}, row {_first(values.is_null())}: the key is missing; "
+            "every row needs one"
         )
     if is_text(values.type):
         return text_keys(values)
@@ -123,8 +124,8 @@ def _feature_keys(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     fits = is_text(values.type) if feature.type == "string" else pa.types.is_integer(values.type)
     if not fits and not pa.types.is_null(values.type):
         raise DataError(
-            f"{where}: column {feature.name!r}: got {values.type}, expected {feature.type} keys (the schema says "
-            f"type: {feature.type})"
+            f"{where}: column {feature.name!r}: got {values.type}, expected {feature.type} keys "
+            f"(the schema says type: {feature.type})"
         )
     if feature.type == "string":
         return text_keys(values.cast(pa.string()))
@@ -139,7 +140,8 @@ def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
         if (lengths != feature.dim).any():
             row = _first(lengths != feature.dim)
             raise DataError(
-                f"{where}: column {feature.name!r}, row {row}: got {lengths[row]} numbers, expected {feature.dim}"
+                f"{where}: column {feature.name!r}, row {row}: got {lengths[row]} numbers, "
+                f"expected {feature.dim}"
             )
         numbers = _numbers(pc.list_flatten(values), feature, where).reshape(-1, feature.dim)
     elif feature.dim > 1:
@@ -153,8 +155,8 @@ def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if wrong.any():
         row = _first(wrong)
         raise DataError(
-            f"{where}: column {feature.name!r}, row {row}: got {_shown(values, row)}, expected finite numbers; "
-            f"leave missing values empty (null)"
+            f"{where}: column {feature.name!r}, row {row}: got {_shown(values, row)}, "
+            "expected finite numbers; leave missing values empty (null)"
         )
     return rows
 

@@ -1,7 +1,14 @@
 """The encoded data set that training and evaluation read.
 
-data: {adapter: ml-100k, path: ../shared/data/ml-100k, options: {...}}
-data: {impressions: f.parquet, users: u.parquet, items: i.parquet, unknown_items: drop, history_by: session_id}
+A recipe's data section is one of
+
+    data: {adapter: ml-100k, path: ../shared/data/ml-100k, options: {...}}
+    data: {impressions: f.parquet, users: u.parquet, items: i.parquet}
+
+and either may add
+
+    unknown_items: drop        impressions of items that the table lacks; they are refused by default
+    history_by: session_id     histories within a column's values instead of a user's
 """
 
 from __future__ import annotations
@@ -30,8 +37,8 @@ ENCODE_ROWS = 1 << 16
 class Examples:
     """S impressions in order of time.
 
-    users: encoded user features as of each impression; item_row (S,) int32 row of the item table; labels (S, T)
-    float32; time (S,) int64; user_key (S,) int64.
+    users: encoded user features as of each impression; item_row (S,) int32 row of the item table; labels
+    (S, T) float32; time (S,) int64; user_key (S,) int64.
     """
 
     users: Encoded
@@ -127,15 +134,16 @@ def build_dataset(
     item_raw = _item_rows(schema, log)
     transform = FeatureTransform.fit(schema, users.to_fit(rows_of[TRAIN]), item_raw, log.item_keys)
     with tqdm(total=len(order), desc="encode", unit="row", delay=1.0, disable=not progress) as bar:
-        splits = [_encode(transform, users, log, rows, bar) for rows in rows_of]
-    train = splits[TRAIN]
+        train, valid, test = (_encode(transform, users, log, rows, bar) for rows in rows_of)
     return Dataset(
         schema,
         transform,
         transform.encode_items(item_raw),
         log.item_keys,
         np.bincount(train.item_row[train.labels[:, 0] > 0], minlength=len(log.item_keys)),
-        *splits,
+        train,
+        valid,
+        test,
         seed=seed,
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,
@@ -143,7 +151,7 @@ def build_dataset(
 
 
 class _UserFeatures:
-    """Raw user features of any impressions: columns of the impressions, of the users, or derived histories."""
+    """Raw user features of any impressions: columns of the impressions or of the users, derived histories."""
 
     def __init__(self, schema: Schema, log: Log) -> None:
         self.log = log

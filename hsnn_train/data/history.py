@@ -42,7 +42,7 @@ class Histories:
         self.end[order] = before[_start_of(new_moment)]
 
     def rows(self, impressions: np.ndarray, length: int) -> np.ndarray:
-        """Item rows (R, length) int32 of the last ``length`` earlier positives, oldest first, -1 at the end."""
+        """Item rows (R, length) int32 of the last ``length`` earlier positives, oldest first, then -1."""
         end = self.end[impressions]
         begin = np.maximum(self.begin[impressions], end - length)
         place = begin[:, None] + np.arange(length)  # (R, length)

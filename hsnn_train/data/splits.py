@@ -28,8 +28,8 @@ LONGEST_DAYS = 36_525  # a log of more than a century has its unit wrong
 
 @dataclass(frozen=True)
 class Split:
-    """A way to divide; ``unit`` is that of the time column, ``task`` whose positives are left out (default: the
-    first)."""
+    """A way to divide; ``unit`` is that of the time column, ``task`` the one whose positives are left out
+    (default: the first)."""
 
     by: str = "time"
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -58,14 +58,14 @@ class Split:
             parts = values["fractions"]
             if not _are_fractions(parts):
                 raise SchemaError(
-                    f"split.fractions: got {parts!r}, expected three numbers >= 0 for train (> 0), valid and test "
-                    f"that sum to 1"
+                    f"split.fractions: got {parts!r}, expected three numbers >= 0 for train (> 0), valid and "
+                    "test that sum to 1"
                 )
             values["fractions"] = tuple(float(part) for part in parts)
         return cls(**values)
 
     def assign(self, log: Log) -> np.ndarray:
-        """TRAIN, VALID or TEST of every impression, (S,) int8. Raises DataError when nothing is left to train."""
+        """TRAIN, VALID or TEST of every impression, (S,) int8. Raises DataError when train is empty."""
         parts: np.ndarray = _WAYS[self.by](self, log)
         if not (parts == TRAIN).any():
             counts = ", ".join(f"{name} {int((parts == n).sum())}" for n, name in enumerate(NAMES))
@@ -115,8 +115,8 @@ def _by_last_days(split: Split, log: Log) -> np.ndarray:
     span = (end - int(log.time.min())) / day
     if span > LONGEST_DAYS:
         raise DataError(
-            f"split by last_days: the log spans {span:.0f} days with unit {split.unit!r}; set split.unit to the unit "
-            f"of column {log.tables.schema.time_key!r} ({', '.join(PER_DAY)})"
+            f"split by last_days: the log spans {span:.0f} days with unit {split.unit!r}; set split.unit to "
+            f"the unit of column {log.tables.schema.time_key!r} ({', '.join(PER_DAY)})"
         )
     parts = np.zeros(len(log.time), np.int8)
     parts += log.time >= end - (split.valid_days + split.test_days) * day
@@ -125,8 +125,9 @@ def _by_last_days(split: Split, log: Log) -> np.ndarray:
 
 
 def _leave_one_out(split: Split, log: Log) -> np.ndarray:
-    """A user's last positive opens test, the one before it opens valid: what follows each belongs to the same
-    part, so that no part holds anything earlier than the part before. Users of fewer than three positives train.
+    """A user's last positive opens test, the one before it opens valid: what follows each belongs to the
+    same part, so that no part holds anything earlier than the part before. Users of fewer than three
+    positives train.
     """
     names = [task.name for task in log.tables.schema.tasks]
     if split.task is not None and split.task not in names:

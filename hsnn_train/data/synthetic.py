@@ -1,15 +1,16 @@
 """A simulated ads world with a known truth: who clicks and buys what, with which probability.
 
-Creator groups hold creators, who run campaigns of ads. Each lies near its parent in a latent space of topics, so
-both the given hierarchy and a learnt one can be right. A logging policy that knows a little shows the ads; clicks
-follow a nonlinear probability, conversions another one, only after a click. All of it is a function of the seed,
-and none of it says anything about a real system: the tables carry a mark, and figures made from them are labelled.
+Creator groups hold creators, who run campaigns of ads. Each lies near its parent in a latent space of topics,
+so both the given hierarchy and a learnt one can be right. A logging policy that knows a little shows the ads;
+clicks follow a nonlinear probability, conversions another one, only after a click. All of it is a function of
+the seed, and none of it says anything about a real system: the tables carry a mark, and figures made from
+them are labelled.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class WorldConfig:
     ads: int = 8_000
     impressions: int = 300_000
     days: int = 14
-    click_rate: float = 0.08
+    click_rate: float = 0.1
     conversion_rate: float = 0.15
     choices: int = 12
     seed: int = 7
@@ -134,7 +135,8 @@ class World:
 
 
 class Simulation(NamedTuple):
-    """The world, its tables, and the true P(click) and P(conversion | click) of every impression, in row order."""
+    """The world, its tables, and per impression the true ``click``, P(click), and ``conversion``,
+    P(conversion | click), both (S,) float64 in row order."""
 
     world: World
     impressions: pa.Table
@@ -174,12 +176,12 @@ def simulate(config: WorldConfig) -> Simulation:
             "conversion": converted.astype(np.int8),
         }
     )
-    tables = (_marked(t) for t in (impressions, _user_table(world, rng), _ad_table(world, rng)))
-    return Simulation(world, *tables, click, conversion)
+    users, ads = _user_table(world, rng), _ad_table(world, rng)
+    return Simulation(world, _marked(impressions), _marked(users), _marked(ads), click, conversion)
 
 
 def write_synthetic(out: Path, config: WorldConfig) -> dict[str, Path]:
-    """Write a simulation as impressions, users and items .parquet under ``out``; returns their paths by table."""
+    """Write a simulation as impressions, users and items .parquet under ``out``; the paths by table."""
     simulation = simulate(config)
     out.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -270,7 +272,7 @@ def _with_rates(world: World, config: WorldConfig, logits: tuple[np.ndarray, np.
     click, conversion = logits
     first = _intercept(click, np.ones(len(click)), config.click_rate)
     second = _intercept(conversion, _sigmoid(click + first), config.conversion_rate)
-    return World(**{**world.__dict__, "intercepts": (first, second)})
+    return replace(world, intercepts=(first, second))
 
 
 def _intercept(logits: np.ndarray, weights: np.ndarray, rate: float) -> float:

@@ -63,9 +63,10 @@ class LogTables:
 class Log:
     """Checked numbers of the tables: S impressions, V items.
 
-    user_key (S,) int64; user_row (S,) int64 row of the users table, -1 when it is not there; item_row (S,) int32;
-    labels (S, T) float32; time (S,) int64, the row number without a time key; group (S,) int64, within which
-    histories are kept; item_keys (V,) int64 in table order. ``tables`` holds just these impressions.
+    user_key (S,) int64; user_row (S,) int32 row of the users table, -1 when the user is not there; item_row
+    (S,) int32; labels (S, T) float32; time (S,) int64, the row number without a time key; group (S,) int64,
+    within which histories are kept; item_keys (V,) int64 in table order. ``tables`` holds just these
+    impressions.
     """
 
     tables: LogTables
@@ -170,16 +171,8 @@ def check_tables(tables: LogTables) -> Log:
     if tables.history_by is not None:
         by = column(impressions, tables.history_by, where, "data.history_by")
         group = keys_of(by, tables.history_by, where)
-    return Log(
-        tables,
-        user_key,
-        _user_rows(tables, user_key),
-        item_row,
-        np.stack(labels, axis=1),
-        time,
-        group,
-        item_keys,
-    )
+    user_row = _user_rows(tables, user_key)
+    return Log(tables, user_key, user_row, item_row, np.stack(labels, axis=1), time, group, item_keys)
 
 
 def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -208,8 +201,8 @@ def _check_key_type(tables: LogTables, values: pa.Array, key: str, where: str) -
     for feature in tables.schema.features:
         if feature.encoding == "item" and (feature.type == "string") != is_text(values.type):
             raise DataError(
-                f"{where}: column {key!r}: got {values.type}, but the schema's feature {feature.name} has item keys "
-                f"of type {feature.type}; set its type, or convert the column"
+                f"{where}: column {key!r}: got {values.type}, but the schema's feature {feature.name} has "
+                f"item keys of type {feature.type}; set its type, or convert the column"
             )
 
 
@@ -234,8 +227,8 @@ def _unknown_items(tables: LogTables, item_row: np.ndarray) -> tuple[LogTables, 
     if tables.unknown_items == "refuse":
         raise DataError(
             f"{tables.where('impressions')}: {count} of {len(unknown)} rows have an item that "
-            f"{tables.where('items')} lacks, the first in row {first}: {shown!r}; add the items, or drop the rows "
-            f"with data.unknown_items: drop"
+            f"{tables.where('items')} lacks, the first in row {first}: {shown!r}; add the items, or drop the "
+            f"rows with data.unknown_items: drop"
         )
     if count == len(unknown):
         raise DataError(
