@@ -1,0 +1,20 @@
+# The command line client: `hsnn query` against a Triton elsewhere. No torch, no Triton.
+#   docker build -f docker/client.Dockerfile -t hsnn-client .
+FROM python:3.11-slim
+
+RUN pip install --no-cache-dir numpy==1.26.4 pyyaml==6.0.3 "tritonclient[grpc]==2.73.0" \
+ && groupadd --gid 1000 hsnn \
+ && useradd --uid 1000 --gid 1000 --create-home hsnn
+
+WORKDIR /opt/hsnn
+COPY pyproject.toml ./
+COPY hsnn_core/ hsnn_core/
+COPY clients/ clients/
+COPY hsnn_cli/ hsnn_cli/
+RUN pip install --no-cache-dir --no-deps .
+
+ENV PYTHONUNBUFFERED=1
+USER 1000:1000
+WORKDIR /home/hsnn
+ENTRYPOINT ["hsnn"]
+CMD ["query", "--help"]

@@ -1,0 +1,229 @@
+"""The serving image's entrypoint: with a stand-in for tritonserver, and with the real one of the wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from docker_checks import ROOT, Dockerfile
+
+from hsnn_core.errors import ServerError
+from hsnn_server.binaries import environment, find_wheel, lay_out
+from hsnn_server.processes import free_ports, remove_regions, wait_until
+from hsnn_server.triton import RESTRICTED
+
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+KEY = "0123456789abcdef"
+# Records its arguments, and ends with 7 when it is told to stop.
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$(dirname "$0")/arguments.tmp"
+mv "$(dirname "$0")/arguments.tmp" "$(dirname "$0")/arguments"
+trap 'exit 7' TERM
+{then}
+"""
+FOREVER = "while :; do sleep 0.02; done"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a key, a repository of two models and room for a tritonserver."""
+    (tmp_path / "key").write_text(KEY + "\n")
+    (tmp_path / "bin").mkdir()
+    for model in ("hsnn_retrieve", "hsnn_user_tower"):
+        (tmp_path / "models" / model).mkdir(parents=True)
+        (tmp_path / "models" / model / "config.pbtxt").touch()
+    return tmp_path
+
+
+def start(place: Path, *options: str, then: str | None = FOREVER) -> subprocess.Popen[str]:
+    """The entrypoint over ``place``, with a stand-in that does ``then`` unless that is None."""
+    if then is not None:
+        script = place / "bin" / "tritonserver"
+        script.write_text(STAND_IN.format(then=then))
+        script.chmod(0o755)
+    command = [str(ENTRYPOINT), f"--repository={place / 'models'}", f"--key-file={place / 'key'}", *options]
+    return subprocess.Popen(
+        command,
+        env={"PATH": f"{place / 'bin'}:{os.environ['PATH']}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def arguments(place: Path) -> list[str]:
+    """What the stand-in was started with."""
+    recorded = place / "bin" / "arguments"
+    assert wait_until(recorded.exists, 5.0)
+    return recorded.read_text().splitlines()
+
+
+def refused(place: Path, *options: str) -> str:
+    with start(place, *options, then="exit 0") as process:
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert not (place / "bin" / "arguments").exists()
+    return said
+
+
+def test_the_script_parses_and_is_executable_in_git() -> None:
+    subprocess.run(["bash", "-n", str(ENTRYPOINT)], check=True)
+    staged = ["git", "ls-files", "--stage", "docker/entrypoint.sh"]
+    listed = subprocess.run(staged, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.startswith("100755 ")
+
+
+def test_models_control_and_restrictions_are_explicit(place: Path) -> None:
+    with start(place, "--", "--log-verbose=1", then="exit 0") as process:
+        process.communicate(timeout=10)
+    given = arguments(place)
+    assert process.returncode == 0
+    assert [a for a in given if a.startswith("--load-model")] == [
+        "--load-model=hsnn_retrieve",
+        "--load-model=hsnn_user_tower",
+    ]
+    assert {
+        f"--model-repository={place / 'models'}",
+        "--model-control-mode=explicit",
+        "--disable-auto-complete-config",
+        "--strict-readiness=false",
+        f"--grpc-restricted-protocol={RESTRICTED}:admin-key={KEY}",
+        f"--http-restricted-api={RESTRICTED}:admin-key={KEY}",
+    } <= set(given)
+    assert given[-1] == "--log-verbose=1"
+
+
+def test_the_server_gets_the_signal_only_after_the_drain(place: Path) -> None:
+    with start(place, "--drain-seconds=1") as process:
+        arguments(place)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # impatience changes nothing
+        _, said = process.communicate(timeout=10)
+    assert time.monotonic() - began >= 1.0
+    assert process.returncode == 7
+    assert "stopping in 1 s" in said
+
+
+def test_a_server_that_ends_by_itself_ends_the_container_with_its_status(place: Path) -> None:
+    with start(place, then="exit 3") as process:
+        process.communicate(timeout=10)
+    assert process.returncode == 3
+
+
+def test_a_missing_or_weak_key_is_refused(place: Path) -> None:
+    (place / "key").write_text("short")
+    assert re.search(r"key: expected an admin key of at least 16 letters.*openssl rand", refused(place))
+    (place / "key").write_text("long enough, but not one word")
+    assert "expected an admin key" in refused(place)
+    (place / "key").unlink()
+    assert "key: no such file, or not readable by user" in refused(place)
+
+
+def test_an_empty_repository_and_wrong_options_are_refused(place: Path) -> None:
+    (place / "models" / "hsnn_retrieve" / "config.pbtxt").unlink()
+    assert "no hsnn_retrieve there; publish first: hsnn publish" in refused(place)
+    assert "--drain-seconds: got '5s', expected a whole number" in refused(place, "--drain-seconds=5s")
+    assert "--log-verbose=1: unknown option" in refused(place, "--log-verbose=1")
+
+
+CONFIG = """
+name: "hsnn_retrieve" backend: "python" max_batch_size: 1
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+MODEL = """
+class TritonPythonModel:
+    def execute(self, requests):
+        return []
+"""
+
+
+@pytest.mark.triton
+def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Path) -> None:
+    try:
+        wheel = find_wheel()
+    except ServerError as error:
+        pytest.skip(str(error))
+    models = place / "models"
+    (models / "hsnn_user_tower" / "config.pbtxt").unlink()
+    (models / "hsnn_retrieve" / "config.pbtxt").write_text(CONFIG)
+    (models / "hsnn_retrieve" / "1").mkdir()
+    (models / "hsnn_retrieve" / "1" / "model.py").write_text(MODEL)
+    variables = environment(wheel, 1)
+    wrapper = place / "bin" / "tritonserver"
+    wrapper.write_text(
+        f'#!/bin/sh\nexport LD_LIBRARY_PATH="{variables["LD_LIBRARY_PATH"]}" PATH="{variables["PATH"]}"\n'
+        f'exec "{wheel.server}" "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3)))
+    prefix = f"hsnn-docker-{secrets.token_hex(4)}-"
+    process = start(
+        place,
+        "--drain-seconds=0",
+        "--",
+        f"--backend-directory={lay_out(wheel, place / 'backends')}",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-address=127.0.0.1" for name in ports),
+        f"--log-file={place / 'triton.log'}",
+        then=None,
+    )
+    try:
+        check = Dockerfile((ROOT / "docker" / "serve.Dockerfile").read_text()).last("HEALTHCHECK")
+        assert check is not None
+        script = re.search(r'"-c", "(.*)"]', check.text)
+        assert script is not None
+        healthy = script[1].replace(":8000/", f":{ports['http']}/")
+        assert wait_until(lambda: process.poll() is not None or answers(healthy), 30.0), "not healthy in time"
+        assert process.poll() is None, (place / "triton.log").read_text()[-3000:]
+        index = f"http://127.0.0.1:{ports['http']}/v2/repository/index"
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(index, method="POST"))
+        with urllib.request.urlopen(
+            urllib.request.Request(index, method="POST", headers={"admin-key": KEY})
+        ) as answer:
+            assert b"hsnn_retrieve" in answer.read()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+        remove_regions(prefix)
+
+
+def answers(health_check: str) -> bool:
+    """Whether the image's own health check passes."""
+    try:
+        exec(health_check, {})
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.triton
+def test_every_flag_is_one_of_the_real_tritonserver(place: Path) -> None:
+    try:
+        wheel = find_wheel()
+    except ServerError as error:
+        pytest.skip(str(error))
+    with start(place, then="exit 0") as process:
+        process.communicate(timeout=10)
+    shown = subprocess.run(
+        [str(wheel.server), "--help"], env=environment(wheel, 1), capture_output=True, text=True, check=False
+    )
+    known = set(re.findall(r"^  (--[\w-]+)", shown.stdout + shown.stderr, re.MULTILINE))
+    given = {argument.partition("=")[0] for argument in arguments(place)}
+    assert len(known) > 50
+    assert given <= known
