@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
+from .encode import WireUsers
 from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
 
@@ -46,7 +47,7 @@ class AsyncRetrievalClient:
 
     async def retrieve(
         self,
-        users: Sequence[Mapping[str, Any]],
+        users: Sequence[Mapping[str, Any]] | WireUsers,
         k: int | None = None,
         widths: Sequence[int] | None = None,
         timeout: float | None = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,14 @@ from hsnn_core.schema import Schema, encode_row_values
 DTYPES = {"FP32": np.float32, "INT64": np.int64}
 
 
+@dataclass(frozen=True)
+class WireUsers:
+    """B users whose features are wire tensors already, by name: dense (B, dim) float32, ids (B, length) int64
+    raw keys, the end padded with KEY_MISSING. For callers that hash or gather features upstream."""
+
+    tensors: Mapping[str, np.ndarray]
+
+
 class UserEncoder:
     """Encodes B users into one array per user feature: dense (B, dim) float32, ids (B, length) int64."""
 
@@ -25,12 +34,14 @@ class UserEncoder:
         self._features = {feature.name: feature for feature in schema.features_of("user")}
         self._wire = schema.user_wire()
 
-    def encode(self, users: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def encode(self, users: Sequence[Mapping[str, Any]] | WireUsers) -> dict[str, np.ndarray]:
         """A feature that is left out (or None) is sent as missing: its default, or no ids.
 
         RequestError: not a non-empty list of dicts. FeatureError: unknown feature, wrong type, NaN; the
         message names the user's place in the list, the feature, what came and what is expected.
         """
+        if isinstance(users, WireUsers):
+            return self._checked(users.tensors)
         if isinstance(users, Mapping) or not isinstance(users, Sequence) or isinstance(users, str):
             raise RequestError(
                 f"users: got {type(users).__name__}, expected a list of dicts, one per user; "
@@ -50,6 +61,20 @@ class UserEncoder:
                     raise FeatureError(f"user {row}: {error}") from None
             tensors[tensor.name] = values
         return tensors
+
+    def _checked(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wanted = {tensor.name: tensor for tensor in self._wire}
+        if set(tensors) != set(wanted):
+            raise RequestError(f"users: got the wire tensors {sorted(tensors)}, expected {sorted(wanted)}")
+        counts = {len(values) for values in tensors.values()}
+        for name, tensor in wanted.items():
+            got, dtype = tensors[name], np.dtype(DTYPES[tensor.datatype])
+            if got.shape[1:] != tensor.shape or got.dtype != dtype or len(counts) != 1 or not len(got):
+                raise RequestError(
+                    f"users: wire tensor {name} is {got.dtype} {got.shape}, expected {dtype} "
+                    f"(users, {', '.join(map(str, tensor.shape))}) with as many users as the others"
+                )
+        return dict(tensors)
 
     def _check_names(self, row: int, user: Mapping[str, Any]) -> None:
         if not isinstance(user, Mapping):

@@ -12,10 +12,11 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
+from .encode import WireUsers
 from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
 
-__all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings"]
+__all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "WireUsers"]
 
 
 class RetrievalClient:
@@ -49,7 +50,7 @@ class RetrievalClient:
 
     def retrieve(
         self,
-        users: Sequence[Mapping[str, Any]],
+        users: Sequence[Mapping[str, Any]] | WireUsers,
         k: int | None = None,
         widths: Sequence[int] | None = None,
         timeout: float | None = None,

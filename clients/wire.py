@@ -12,7 +12,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from hsnn_core.errors import RequestError, ServerError
 from hsnn_core.schema import Schema, check_same
 
-from .encode import DTYPES, UserEncoder
+from .encode import DTYPES, UserEncoder, WireUsers
 
 MODEL = "hsnn_retrieve"
 OUTPUTS = ("item_ids", "probabilities", "rank_score", "valid")
@@ -93,16 +93,17 @@ class Codec:
 
     def request(
         self,
-        users: Sequence[Mapping[str, Any]],
+        users: Sequence[Mapping[str, Any]] | WireUsers,
         k: int | None,
         widths: Sequence[int] | None,
         timings: bool,
     ) -> dict[str, Any]:
         """The arguments of tritonclient's ``infer``, but for the times."""
         tensors = self._encoder.encode(users)
-        if len(users) > self.model.max_users:
+        count = len(next(iter(tensors.values())))
+        if count > self.model.max_users:
             raise RequestError(
-                f"users: got {len(users)}, expected at most {self.model.max_users} in one request; "
+                f"users: got {count}, expected at most {self.model.max_users} in one request; "
                 "split the list"
             )
         inputs = []

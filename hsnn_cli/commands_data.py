@@ -29,6 +29,14 @@ def add_commands(commands: Any) -> None:
     check.set_defaults(run_command=run_check)
 
 
+def run_synthetic(options: argparse.Namespace) -> None:
+    """hsnn data synthetic."""
+    from hsnn_train.data.synthetic import WorldConfig, write_synthetic
+
+    for path in write_synthetic(options.out, WorldConfig(seed=options.seed)).values():
+        print(f"simulated: {path}")
+
+
 def run_check(options: argparse.Namespace) -> None:
     """hsnn data check."""
     from hsnn_train.data.dataset import load_dataset

@@ -104,7 +104,7 @@ def run_demo(options: argparse.Namespace) -> None:
     print("A simulated ads world: users, ads, impressions, clicks and conversions are all made up.\n")
     _, repository, _ = publish_run(recipe, work, "bls")
     dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
-    requests, encoded = dataset.requests("test", 100, recipe.train.seed)
+    requests, encoded = dataset.requests("test", 100)
     state = work / "server.json"
     server = TritonServer.start_detached(repository, state, log_file=work / "triton.log")
     keep = False
@@ -122,7 +122,7 @@ def run_demo(options: argparse.Namespace) -> None:
         middle = np.median(stages, axis=0) / 1000
         print()
         print(table(["stage", "milliseconds, median"], [[n, float(m)] for n, m in zip(names, middle)],
-                    f"Where the time of {len(requests)} requests went, seen by the server"))  # fmt: skip
+                    f"Where the time of {len(stages)} requests went, seen by the server"))  # fmt: skip
         print(f"seen by the client: {np.median(served.seconds) * 1000:.2f} ms")
         print(
             f"recall of the layer-wise search against exhaustive scoring, top 100: "

@@ -115,8 +115,8 @@ class BatchMaker:
                 dense, ids = self.i2if.probe(query, positions)
                 cross_dense[layer], cross_ids[layer] = torch.from_numpy(dense), torch.from_numpy(ids)
         return Batch(
-            user_dense=_tensor(users.dense),
-            user_ids=_tensor(users.ids),
+            user_dense=as_tensor(users.dense),
+            user_ids=as_tensor(users.ids),
             items=self._node_batch(distinct, of),
             nodes=tuple(nodes),
             paths=torch.from_numpy(state.paths[distinct].astype(np.int64)),
@@ -128,15 +128,15 @@ class BatchMaker:
 
     def _node_batch(self, rows: np.ndarray, of: np.ndarray) -> NodeBatch:
         return NodeBatch(
-            _tensor(self.items.dense[rows]),
-            _tensor(self.items.ids[rows]),
+            as_tensor(self.items.dense[rows]),
+            as_tensor(self.items.ids[rows]),
             torch.from_numpy(np.ascontiguousarray(of, dtype=np.int64)),
         )
 
 
-def _tensor(values: np.ndarray) -> Tensor | None:
-    """A tensor of a packed feature array; None when it has no columns."""
-    return torch.from_numpy(np.ascontiguousarray(values)) if values.shape[1] else None
+def as_tensor(values: np.ndarray) -> Tensor | None:
+    """A tensor of a packed feature array; None when it has no columns. Memory-mapped views are copied."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"])) if values.shape[1] else None
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from hsnn_core.features import Encoded
 from hsnn_core.index import HierarchicalIndex, assign_paths, centroid_distances
 from hsnn_core.schema import Schema
 
-from .batches import IndexState
+from .batches import IndexState, as_tensor
 from .hsnn import HSNN
 
 KMEANS_SAMPLE = 100_000
@@ -30,8 +30,8 @@ def index_vectors(model: HSNN, items: Encoded, batch: int = 8192) -> np.ndarray:
     for start in range(0, len(items.ids), batch):
         dense, ids = items.dense[start : start + batch], items.ids[start : start + batch]
         v = tower.item_tower(
-            torch.from_numpy(dense) if dense.shape[1] else None,
-            torch.from_numpy(ids) if ids.shape[1] else None,
+            as_tensor(dense),
+            as_tensor(ids),
         )
         out.append(model.index_vector(v).numpy())
     model.train(was_training)

@@ -10,7 +10,8 @@ from .hsnn import HSNN
 
 
 def _tensor(inputs: dict[str, np.ndarray], name: str) -> Tensor | None:
-    return torch.from_numpy(np.ascontiguousarray(inputs[name])) if name in inputs else None
+    """An input as a tensor; views of memory-mapped files are copied, since torch has no read-only tensors."""
+    return torch.from_numpy(np.require(inputs[name], requirements=["C", "W"])) if name in inputs else None
 
 
 class TorchRunner:
@@ -33,10 +34,12 @@ class TorchRunner:
 
     @torch.inference_mode()
     def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        user, item = _tensor(inputs, "user"), _tensor(inputs, "item")
+        assert user is not None and item is not None
         monn, logits = self.model.score(
             layer,
-            torch.from_numpy(np.ascontiguousarray(inputs["user"])),
-            torch.from_numpy(np.ascontiguousarray(inputs["item"])),
+            user,
+            item,
             _tensor(inputs, "cross_dense"),
             _tensor(inputs, "cross_ids"),
             _tensor(inputs, "previous"),

@@ -13,6 +13,11 @@ from hsnn_core.schema import Layout
 from .presets import TowerConfig
 
 
+def _key(name: str) -> str:
+    """A ModuleDict key: a feature may be called `type` or `values`, which a module cannot."""
+    return f"f_{name}"
+
+
 class EmbeddingTables(nn.Module):
     """One table per id space, shared by every feature of that space in the MoNN: the items of a user's history
     and the item's own id meet in one table.
@@ -26,7 +31,7 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         self.width = width
         self.tables = nn.ModuleDict(
-            {space: nn.Embedding(size, width, padding_idx=0) for space, size in cardinality.items()}
+            {_key(space): nn.Embedding(size, width, padding_idx=0) for space, size in cardinality.items()}
         )
         for table in self.tables.values():
             assert isinstance(table, nn.Embedding)
@@ -36,7 +41,7 @@ class EmbeddingTables(nn.Module):
 
     def forward(self, space: str, ids: Tensor) -> Tensor:
         """ids int32 (..., L) -> (..., L, e); padding rows are zero."""
-        out: Tensor = self.tables[space](ids)
+        out: Tensor = self.tables[_key(space)](ids)
         return out
 
 
@@ -81,7 +86,7 @@ class FieldEmbedder(nn.Module):
         self.dense = nn.ModuleList(nn.Linear(s.stop - s.start, width) for s in layout.dense_slots)
         self.pools = nn.ModuleDict(
             {
-                s.feature.name: SequencePool(s.stop - s.start, width)
+                _key(s.feature.name): SequencePool(s.stop - s.start, width)
                 for s in layout.slots
                 if s.feature.kind == "sequence"
             }
@@ -100,7 +105,7 @@ class FieldEmbedder(nn.Module):
                 own = ids[:, slot.start : slot.stop]
                 values = tables(slot.feature.space, own)  # (R, L, e)
                 if slot.feature.kind == "sequence":
-                    fields.extend(self.pools[slot.feature.name](values, (own != 0).to(values.dtype)))
+                    fields.extend(self.pools[_key(slot.feature.name)](values, (own != 0).to(values.dtype)))
                 elif slot.stop - slot.start == 1:
                     fields.append(values.squeeze(1))
                 else:

@@ -78,7 +78,7 @@ def adapt(schema: Schema, section: Mapping[str, Any], base_dir: Path) -> LogTabl
 
 
 def synthetic(
-    users: int = 20_000, ads: int = 8_000, impressions: int = 300_000, days: int = 14, seed: int = 7
+    users: int = 12_000, ads: int = 6_000, impressions: int = 300_000, days: int = 14, seed: int = 7
 ) -> Raw:
     """A simulated ads world (`synthetic.simulate`)."""
     simulation = simulate(WorldConfig(users=users, ads=ads, impressions=impressions, days=days, seed=seed))

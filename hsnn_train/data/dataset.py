@@ -13,7 +13,7 @@ and either may add
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
 
     items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task.
-    notes: what a person should know about the data; simulated: whether figures must be labelled so.
+    raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request would
+    carry them. notes: what a person should know about the data; simulated: whether figures must be labelled so.
     """
 
     schema: Schema
@@ -67,6 +68,7 @@ class Dataset:
     train: Examples
     valid: Examples
     test: Examples
+    raw_users: Callable[[str, np.ndarray], dict[str, np.ndarray]]
     seed: int = 1
     notes: tuple[str, ...] = ()
     simulated: bool = False
@@ -80,16 +82,28 @@ class Dataset:
         """
         examples: Examples = getattr(self, split)
         hit = examples.labels[:, 0] > 0
-        users = np.unique(examples.user_key[hit])
-        if max_requests is not None and len(users) > max_requests:
-            chosen = np.random.default_rng([self.seed, 3]).choice(len(users), max_requests, replace=False)
-            users = users[np.sort(chosen)]
-        everyone, first = np.unique(examples.user_key, return_index=True)
-        rows = first[np.searchsorted(everyone, users)]
+        rows = self._request_rows(split, max_requests)
+        users = examples.user_key[rows]
         wanted = hit & np.isin(examples.user_key, users)
         pairs = np.unique(np.stack([examples.user_key[wanted], examples.item_row[wanted]], axis=1), axis=0)
         items = np.split(pairs[:, 1].astype(np.int32), np.searchsorted(pairs[:, 0], users)[1:])
         return Encoded(examples.users.dense[rows], examples.users.ids[rows]), items if len(users) else []
+
+    def requests(self, split: str, max_requests: int) -> tuple[dict[str, np.ndarray], Encoded]:
+        """The users of `relevant`, as wire tensors (R, ...) for a client and encoded (R rows)."""
+        rows = self._request_rows(split, max_requests)
+        users = getattr(self, split).users
+        return self.raw_users(split, rows), Encoded(users.dense[rows], users.ids[rows])
+
+    def _request_rows(self, split: str, max_requests: int | None) -> np.ndarray:
+        examples: Examples = getattr(self, split)
+        users = np.unique(examples.user_key[examples.labels[:, 0] > 0])
+        if max_requests is not None and len(users) > max_requests:
+            chosen = np.random.default_rng([self.seed, 3]).choice(len(users), max_requests, replace=False)
+            users = users[np.sort(chosen)]
+        everyone, first = np.unique(examples.user_key, return_index=True)
+        rows: np.ndarray = first[np.searchsorted(everyone, users)]
+        return rows
 
 
 def load_dataset(
@@ -144,6 +158,7 @@ def build_dataset(
         train,
         valid,
         test,
+        lambda split, rows: users.raw(rows_of[NAMES.index(split)][rows]),
         seed=seed,
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,

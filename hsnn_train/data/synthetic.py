@@ -39,8 +39,8 @@ class WorldConfig:
     choices: ads that the logging policy picks one of for an impression.
     """
 
-    users: int = 20_000
-    ads: int = 8_000
+    users: int = 12_000
+    ads: int = 6_000
     impressions: int = 300_000
     days: int = 14
     click_rate: float = 0.1
@@ -180,24 +180,22 @@ def simulate(config: WorldConfig) -> Simulation:
     return Simulation(world, _marked(impressions), _marked(users), _marked(ads), click, conversion)
 
 
-def write_synthetic(out: Path, config: WorldConfig) -> dict[str, Path]:
-    """Write a simulation as impressions, users and items .parquet under ``out``; the paths by table."""
+def write_tables(config: WorldConfig, out: Path) -> list[Path]:
+    """Write a simulation as impressions, users and items .parquet under ``out``; returns their paths."""
     simulation = simulate(config)
     out.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, table in (
-        ("impressions", simulation.impressions),
-        ("users", simulation.users),
-        ("items", simulation.ads),
-    ):
-        paths[name] = out / f"{name}.parquet"
-        aside = out / f"{name}.parquet.tmp"
-        with open(aside, "wb") as file:
-            pyarrow.parquet.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, paths[name])
-    return paths
+    tables = {"impressions": simulation.impressions, "users": simulation.users, "items": simulation.ads}
+    return [_write(table, out / f"{name}.parquet") for name, table in tables.items()]
+
+
+def _write(table: pa.Table, path: Path) -> Path:
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        pyarrow.parquet.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path
 
 
 def _make_world(config: WorldConfig, rng: np.random.Generator) -> World:
