@@ -1,0 +1,141 @@
+"""The shipped recipes on the real data, where it lies beside the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from hsnn_core.errors import DataError
+from hsnn_core.schema import Schema
+from hsnn_train.data.adapters import adapt, globo, ml_100k
+from hsnn_train.data.dataset import Dataset, load_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ["ml-100k", "beauty", "toys", "globo", "completejourney", "gowalla"]
+
+
+def recipe_of(name: str) -> tuple[Schema, dict[str, Any], dict[str, Any]]:
+    raw = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    return Schema.from_dict(raw["schema"]), raw["data"], raw["split"]
+
+
+def load(name: str) -> Dataset:
+    schema, data, split = recipe_of(name)
+    if not (ROOT / data["path"]).is_dir():
+        pytest.skip(f"{name}: its data is not at {data['path']}")
+    if name == "globo":
+        data["options"]["last_days"] = 3
+    return load_dataset(schema, data, split, ROOT, seed=1, progress=False)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data(name: str) -> None:
+    data = load(name)
+    assert len(data.train)
+    assert len(data.test)
+    assert not data.simulated
+    users, wanted = data.relevant("test", 50)
+    assert len(users) == len(wanted) == 50
+    assert all(len(rows) for rows in wanted)
+    # a history exists in most requests, and never an id outside the item space
+    history = next(s for s in data.schema.layout("user").slots if s.feature.name == "history")
+    ids = data.test.users.ids[:, history.start : history.stop]
+    assert (ids[:, 0] > 1).mean() > 0.5
+    assert ids.max() < data.transform.cardinality("item")
+    # most feature values of the test split were learnt: encodings and types in the recipe are right
+    for slot in data.schema.layout("user").slots:
+        values = data.test.users.ids[:, slot.start : slot.stop]
+        assert (values == 1).mean() < 0.1, slot.feature.name
+    for slot in data.schema.layout("item").slots:
+        values = data.items.ids[:, slot.start : slot.stop]
+        assert (values > 1).any(), slot.feature.name
+        assert (values == 1).mean() < 0.05, slot.feature.name
+
+
+def test_published_counts() -> None:
+    assert [len(part) for part in (load("beauty").train, load("beauty").test)] == [
+        198_502 - 2 * 22_363,
+        22_363,
+    ]
+    gowalla = load("gowalla")
+    assert (len(gowalla.train), len(gowalla.test), len(gowalla.item_keys)) == (810_128, 217_242, 40_981)
+    movies = load("ml-100k")
+    assert sum(len(part) for part in (movies.train, movies.valid, movies.test)) == 100_000
+    rates = (movies.train.labels.sum(0) + movies.valid.labels.sum(0) + movies.test.labels.sum(0)) / 100_000
+    np.testing.assert_allclose(rates, [0.55375, 0.21201], atol=1e-5)
+
+
+def test_ml_100k_by_hand(tmp_path: Path) -> None:
+    columns = {"user_id": [1, 1], "item_id": [7, 8], "rating": [4, 5], "timestamp": [3, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "ratings.parquet")
+    pq.write_table(pa.table({"user_id": [1], "zip_code": ["85711"]}), tmp_path / "users.parquet")
+    movies = pa.table({"item_id": [7, 8], "release_year": ["1995", "unkonwn"]})
+    pq.write_table(movies, tmp_path / "items.parquet")
+    raw = ml_100k(tmp_path)
+    assert raw.impressions.column("click").to_pylist() == [1, 1]
+    assert raw.impressions.column("conversion").to_pylist() == [0, 1]
+    assert raw.users is not None
+    assert raw.users.column("zip_area").to_pylist() == ["8"]
+    assert raw.items.column("year").to_pylist() == [1995.0, None]
+
+
+def test_globo_by_hand(tmp_path: Path) -> None:
+    hour = 3_600_000
+    monday = 1_506_902_400_000  # 2017-10-02T00:00Z
+    time = [monday, monday + 23 * hour, monday + 25 * hour, monday + 26 * hour, monday + 99 * hour]
+    columns = {
+        "user_id": [1, 1, 2, 2, 2],
+        "session_id": [1, 1, 2, 2, 2],
+        "session_start": [monday, monday, monday + 26 * hour, monday + 26 * hour, monday],
+        "click_article_id": [5, 6, 5, 7, 8],
+        "click_timestamp": time,
+        **{
+            f"click_{name}": [1] * 5
+            for name in ("environment", "deviceGroup", "os", "country", "region", "referrer_type")
+        },
+    }
+    pq.write_table(pa.table(columns), tmp_path / "clicks.parquet")
+    whole, last = globo(tmp_path), globo(tmp_path, last_days=1)
+    assert whole.impressions.column("hour").to_pylist() == [0, 23, 1, 2]
+    assert whole.impressions.column("weekday").to_pylist() == [0, 0, 1, 1]
+    assert whole.items.column("article_id").to_pylist() == [5, 6, 7]
+    np.testing.assert_allclose(whole.items.column("first_seen").to_numpy(), [0, 23 / 24, 26 / 24], rtol=1e-6)
+    assert last.impressions.column("article_id").to_pylist() == [6, 5, 7]
+    assert last.items.column("first_seen").to_pylist()[0] == 0.0  # known from before the kept days
+    assert whole.notes == ("1 of 5 clicks are outside the chosen days",)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"adapter": "movies"},
+            "data.adapter: got 'movies', expected one of synthetic, ml-100k, s3rec, globo, completejourney, "
+            "gowalla",
+        ),
+        ({"adapter": "globo"}, "data.path: missing; expected the folder of globo's tables"),
+        ({"adapter": "globo", "file": 1}, "data.file: unknown key, expected one of adapter, path, options,"),
+        ({"adapter": "globo", "path": "nowhere"}, "data.path: no such folder: "),
+        (
+            {"adapter": "globo", "options": {"days": 3}},
+            "data.options.days: unknown option of globo, expected one of last_days",
+        ),
+        (
+            {"adapter": "globo", "options": {"last_days": "3"}},
+            "data.options.last_days: got '3', expected int, e.g. 0",
+        ),
+        ({"adapter": "s3rec", "options": {"x": 3}}, "data.options.x: unknown option of s3rec, expected none"),
+        ({"adapter": "s3rec", "path": "."}, "data.path: "),
+    ],
+)  # fmt: skip
+def test_bad_data_sections(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    schema, _, _ = recipe_of("globo")
+    with pytest.raises(DataError) as error:
+        adapt(schema, section, tmp_path)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,56 @@
+"""No history knows its own moment or anything later."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsnn_train.data.history import Histories
+
+EVENTS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 9), st.booleans()), min_size=1, max_size=30
+)
+
+
+def slow_rows(events: list[tuple[int, int, int, bool]], length: int) -> list[list[int]]:
+    """The definition, event by event."""
+    rows = []
+    for user, time, _, _ in events:
+        earlier = [
+            (t, place, item)
+            for place, (u, t, item, hit) in enumerate(events)
+            if u == user and t < time and hit
+        ]
+        items = [item for _, _, item in sorted(earlier)][-length:]
+        rows.append(items + [-1] * (length - len(items)))
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(events=EVENTS, length=st.integers(1, 5))
+def test_histories_are_the_strictly_earlier_positives(
+    events: list[tuple[int, int, int, bool]], length: int
+) -> None:
+    user, time, item, hit = (np.array(values) for values in zip(*events))
+    found = Histories(user, time, item.astype(np.int32), hit).rows(np.arange(len(events)), length)
+    assert found.tolist() == slow_rows(events, length)
+
+
+@settings(max_examples=100, deadline=None)
+@given(events=EVENTS, moment=st.integers(0, 6))
+def test_what_comes_later_changes_nothing(events: list[tuple[int, int, int, bool]], moment: int) -> None:
+    changed = [
+        (u, t, item if t < moment else 9 - item, hit if t < moment else not hit) for u, t, item, hit in events
+    ]
+    rows = []
+    for log in (events, changed):
+        user, time, item, hit = (np.array(values) for values in zip(*log))
+        found = Histories(user, time, item.astype(np.int32), hit).rows(np.arange(len(log)), 4)
+        rows.append(found[time <= moment])
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+def test_without_any_positive_all_histories_are_empty() -> None:
+    histories = Histories(np.zeros(2), np.arange(2), np.zeros(2, np.int32), np.zeros(2, bool))
+    assert histories.rows(np.arange(2), 3).tolist() == [[-1, -1, -1], [-1, -1, -1]]
