@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -59,13 +59,13 @@ def _export(graph: ServingGraph) -> onnx.ModelProto:
     sizes than these."""
     signature = graph.signature
     inputs = example_inputs(signature, batch=2, candidates=3, rng=np.random.default_rng(0))
-    buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        file = Path(folder) / "graph.onnx"
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph,
             tuple(torch.from_numpy(inputs[spec.name]) for spec in signature.inputs),
-            buffer,
+            str(file),
             dynamo=False,
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
@@ -75,7 +75,7 @@ def _export(graph: ServingGraph) -> onnx.ModelProto:
             },
             opset_version=OPSET,
         )
-    model = onnx.load_from_string(buffer.getvalue())
+        model = onnx.load(file)
     _declare_outputs(model, graph.run(inputs), signature)
     return model
 

@@ -70,6 +70,18 @@ class ParityReport:
             "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in (header, *cells)
         )
 
+    def summary(self) -> str:
+        """One line per gate."""
+        lines = []
+        for gate in dict.fromkeys(row.gate for row in self.rows):
+            rows = [row for row in self.rows if row.gate == gate]
+            worst = max(rows, key=lambda row: row.worst)
+            lines.append(
+                f"{gate}: {len(rows)} comparisons, {sum(not row.passed for row in rows)} failed, "
+                f"largest difference {worst.difference:.1e} ({worst.worst:.1%} of the tolerance)"
+            )
+        return "\n".join(lines)
+
     def require(self) -> None:
         """PublishError naming every failed comparison, its difference and the tolerance."""
         failed = [row for row in self.rows if not row.passed]

@@ -82,15 +82,19 @@ def standin_source(layers: int = 3, seed: int = 0) -> Source:
     }
     transform = FeatureTransform.fit(SCHEMA, users, items, item_ids)
     model = StandIn(layers, user=(3, 5), item=(1, 3), cross=(6, 3), cardinality=ITEMS + 2, seed=seed)
-    sizes = (4, 3, 2)[: layers - 1]
+    encoded = transform.encode_items(items)
+    with torch.inference_mode():
+        vectors = model.item_tower(torch.from_numpy(encoded.dense), torch.from_numpy(encoded.ids))[-1].numpy()
+    # Codewords near items of the corpus, so that it spreads over the nodes.
+    codebooks = [vectors[:6], vectors[6:9] - vectors[9:12], vectors[12:14] - vectors[14:16]][: layers - 1]
     return Source(
         schema=SCHEMA,
         transform=transform,
         model=model,
         runner=StandInRunner(model),
-        items=transform.encode_items(items),
+        items=encoded,
         item_ids=item_ids,
-        codebooks=[rng.normal(size=(size, 6)).astype(np.float32) * 0.3 for size in sizes],
+        codebooks=codebooks,
         codeword_projection=[
             (rng.normal(size=(6, width)).astype(np.float32), np.zeros(width, np.float32))
             for width in model.item_widths[: layers - 1]
