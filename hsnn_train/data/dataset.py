@@ -56,8 +56,9 @@ class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
 
     items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task.
-    raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request would
-    carry them. notes: what a person should know about the data; simulated: whether figures must be labelled so.
+    raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
+    would carry them. notes: what a person should know about the data; simulated: whether figures must be
+    labelled so.
     """
 
     schema: Schema

@@ -34,7 +34,7 @@ def schema(**changes: Any) -> Schema:
 
 
 def impressions(**changes: Any) -> pa.Table:
-    """Six impressions; user 1 clicks 10, 20 and 30, user 2 clicks 10. Columns are replaced or, None, removed."""
+    """Six impressions; user 1 clicks 10, 20 and 30, user 2 clicks 10. A column that is None is removed."""
     columns: dict[str, Any] = {
         "user_id": [1, 2, 1, 1, 2, 1],
         "item_id": [10, 10, 20, 30, 20, 30],

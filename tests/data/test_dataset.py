@@ -105,6 +105,16 @@ def test_relevant_is_one_item_per_user_when_one_is_left_out() -> None:
     assert [rows.tolist() for rows in data.relevant("valid")[1]] == [[2]]
 
 
+def test_requests_on_the_wire_encode_to_the_users_of_relevant() -> None:
+    data = build({"by": "leave_one_out"})
+    raw, users = data.requests("test", 10)
+    assert raw["history"].tolist() == [[10, 20]]
+    sent = data.transform.encode_users(raw)
+    for expected in (users, data.relevant("test", 10)[0]):
+        np.testing.assert_array_equal(sent.ids, expected.ids)
+        np.testing.assert_array_equal(sent.dense, expected.dense)
+
+
 def test_relevant_is_cut_to_the_same_choice_every_time() -> None:
     count = 50
     table = sample.impressions(

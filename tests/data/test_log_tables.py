@@ -129,8 +129,8 @@ def test_string_keys_of_users_and_items() -> None:
         ),
         (
             {"items": sample.items(item_id=["30", "10", "20"])},
-            "items: column 'item_id': got string, but the schema's feature history has item keys of type int; "
-            "set its type, or convert the column",
+            "items: column 'item_id': got string, but the schema's feature history has item keys of type "
+            "int; set its type, or convert the column",
         ),
         (
             {"users": sample.users(user_id=["2", "1"])},
