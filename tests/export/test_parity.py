@@ -155,7 +155,7 @@ def test_ties_broken_differently_pass_and_real_differences_do_not(
     rounding.require()
     compared = next(row for row in rounding.rows if row.subject == "rank scores")
     assert compared.inputs != "32 users"  # some users' beams did break ties differently
-    different = search_gate(source, exported, coarse, Shifted(coarse, layer, 5.0))
+    different = search_gate(source, exported, source.runner, Shifted(source.runner, layer, 5.0))
     assert not different.passed
     assert f"layer {layer} nodes" in {row.subject for row in different.rows if not row.passed}
     with pytest.raises(PublishError, match=rf"search: layer {layer} nodes on 32 users: .*by one search only"):
