@@ -180,12 +180,12 @@ def simulate(config: WorldConfig) -> Simulation:
     return Simulation(world, _marked(impressions), _marked(users), _marked(ads), click, conversion)
 
 
-def write_tables(config: WorldConfig, out: Path) -> list[Path]:
-    """Write a simulation as impressions, users and items .parquet under ``out``; returns their paths."""
+def write_synthetic(out: Path, config: WorldConfig) -> dict[str, Path]:
+    """Write a simulation as impressions, users and items .parquet under ``out``; the paths by table."""
     simulation = simulate(config)
     out.mkdir(parents=True, exist_ok=True)
     tables = {"impressions": simulation.impressions, "users": simulation.users, "items": simulation.ads}
-    return [_write(table, out / f"{name}.parquet") for name, table in tables.items()]
+    return {name: _write(table, out / f"{name}.parquet") for name, table in tables.items()}
 
 
 def _write(table: pa.Table, path: Path) -> Path:

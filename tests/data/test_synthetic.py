@@ -13,7 +13,7 @@ from hsnn_core.errors import DataError
 from hsnn_core.schema import Schema
 from hsnn_train.data.adapters import synthetic
 from hsnn_train.data.dataset import load_dataset
-from hsnn_train.data.synthetic import FIRST_AD, FIRST_USER, Simulation, WorldConfig, simulate, write_tables
+from hsnn_train.data.synthetic import FIRST_AD, FIRST_USER, Simulation, WorldConfig, simulate, write_synthetic
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "synthetic.yaml"
 SMALL = WorldConfig(users=500, ads=400, impressions=20_000)
@@ -80,9 +80,9 @@ def test_the_hierarchy_is_a_tree_and_siblings_are_alike(world: Simulation) -> No
 
 
 def test_written_tables_are_loaded_as_simulated(tmp_path: Path, world: Simulation) -> None:
-    paths = write_tables(SMALL, tmp_path / "ads")
-    assert [path.name for path in paths] == ["impressions.parquet", "users.parquet", "items.parquet"]
-    assert pq.read_table(paths[0]).equals(world.impressions)
+    paths = write_synthetic(tmp_path / "ads", SMALL)
+    assert [path.name for path in paths.values()] == ["impressions.parquet", "users.parquet", "items.parquet"]
+    assert pq.read_table(paths["impressions"]).equals(world.impressions)
     assert not list(tmp_path.rglob("*.tmp"))
     recipe = yaml.safe_load(RECIPE.read_text())
     schema = Schema.from_dict(recipe["schema"])
