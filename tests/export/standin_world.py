@@ -100,7 +100,7 @@ def standin_source(layers: int = 3, seed: int = 0) -> Source:
             for width in model.item_widths[: layers - 1]
         ],
         paths=None,
-        widths=(2, 4, 4)[: layers - 1],
+        widths=(2, 2, 2)[: layers - 1],
         k=10,
         max_k=50,
     )

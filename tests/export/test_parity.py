@@ -143,7 +143,7 @@ def search_gate(source: Source, exported: Exported, reference: Runner, other: Ru
         LayerScorer(bundle.index, bundle.i2if, bundle.embeddings, runner) for runner in (reference, other)
     ]
     rank = np.array([1.0, 0.5], np.float32)
-    return ParityReport(tuple(search_rows(bundle.index, *scorers, users, source.widths, 10, rank)))
+    return ParityReport(tuple(search_rows(bundle.index, *scorers, users, source.widths, 3, rank)))
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
