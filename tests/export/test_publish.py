@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from kill import DIED, run_and_die
+from standin_world import standin_source
+
+from export import publish as publishing
+from export.export_run import export_source
+from export.exported import Exported
+from export.pbtxt import ServingOptions
+from export.publish import current_options, publish
+from export.repository import locked, recover, snapshots, versions
+from export.rollout import promote, rollback
+from export.vendor import verify_code
+from hsnn_core.bundle import Bundle
+from hsnn_core.errors import FormatError, PublishError
+
+MODELS = [
+    "hsnn_item_tower",
+    "hsnn_retrieve",
+    "hsnn_scorer_l1",
+    "hsnn_scorer_l2",
+    "hsnn_scorer_l3",
+    "hsnn_user_tower",
+]
+
+FLAT = ["hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
+
+
+def tree(repository: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(repository)): path.read_bytes()
+        for path in sorted(repository.rglob("*"))
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_first_snapshot(exported: Exported, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    assert publish(exported.path.parent, repository) == 1
+    assert names(repository) == [".publish.lock", *MODELS]
+    for model in MODELS:
+        assert names(repository / model) == ["1", "config.pbtxt"]
+    assert names(repository / "hsnn_scorer_l2" / "1") == ["model.onnx"]
+    version = repository / "hsnn_retrieve" / "1"
+    assert {"model.py", "hsnn_core", "manifest.json", "index.hsnn", "smoke.npz", "code.json"} <= set(
+        names(version)
+    )
+    verify_code(version)
+    assert Bundle.open(version).manifest["models"]["scorers"] == MODELS[2:5]
+    assert [snapshot.complete for snapshot in snapshots(repository)] == [True]
+
+
+def test_versions_follow_each_other_and_are_never_changed(exported: Exported, tmp_path: Path) -> None:
+    publish(exported.path, tmp_path)
+    before = tree(tmp_path)
+    assert publish(exported.path, tmp_path) == 2
+    assert publish(exported.path, tmp_path, version=10) == 10
+    assert publish(exported.path, tmp_path) == 11
+    assert versions(tmp_path) == [1, 2, 10, 11]
+    after = tree(tmp_path)
+    assert {name: after[name] for name in before} == before
+    with pytest.raises(PublishError, match="version 11 is not free, expected at least 12"):
+        publish(exported.path, tmp_path, version=11)
+
+
+def test_vendored_code_has_no_tests_or_caches_and_edits_are_noticed(
+    exported: Exported, tmp_path: Path
+) -> None:
+    publish(exported.path, tmp_path)
+    version = tmp_path / "hsnn_retrieve" / "1"
+    recorded = json.loads((version / "code.json").read_text())
+    assert {"model.py", "hsnn_core/search.py", "hsnn_core/__init__.py"} <= set(recorded)
+    assert not [name for name in recorded if "test" in name or "__pycache__" in name]
+    (version / "hsnn_core" / "search.py").write_text("# edited\n")
+    with pytest.raises(
+        FormatError, match=r"search\.py: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}; publish again"
+    ):
+        verify_code(version)
+
+
+def test_options_stay_until_others_are_given(exported: Exported, tmp_path: Path) -> None:
+    assert current_options(tmp_path) == ServingOptions()
+    options = ServingOptions(mode="in_process", workers=3, keep=2)
+    publish(exported.path, tmp_path, options=options)
+    publish(exported.path, tmp_path)
+    assert current_options(tmp_path) == options
+    config = tmp_path / "hsnn_user_tower" / "config.pbtxt"
+    written = config.stat().st_mtime_ns
+    publish(exported.path, tmp_path, options=dataclasses.replace(options, workers=5))
+    assert current_options(tmp_path).workers == 5
+    assert config.stat().st_mtime_ns == written  # unchanged, so Triton reloads nothing for it
+
+
+def test_another_shape_needs_a_new_repository(exported: Exported, tmp_path: Path) -> None:
+    flat = export_source(standin_source(layers=1), tmp_path / "flat", progress=False)
+    repository = tmp_path / "repository"
+    publish(exported.path, repository)
+    before = tree(repository)
+    with pytest.raises(
+        PublishError, match=r"model hsnn_user_tower: output user_l2: FP32 \[24\] would become absent"
+    ):
+        publish(flat.path, repository)
+    assert tree(repository) == before
+    assert publish(flat.path, tmp_path / "generation2") == 1
+
+
+def test_a_changed_bundle_is_not_published(tmp_path: Path) -> None:
+    exported = export_source(standin_source(layers=1), tmp_path / "export", progress=False)
+    index = exported.bundle / "index.hsnn"
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(FormatError, match=r"index\.hsnn: .*sha256"):
+        publish(exported.path, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_in_process_needs_onnx_files(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = dataclasses.replace(exported, engine=publishing.open_export(exported.path).engine)
+    plans = dataclasses.replace(plans, engine=dataclasses.replace(plans.engine, name="tensorrt-rtx"))
+    monkeypatch.setattr(publishing, "open_export", lambda path: plans)
+    with pytest.raises(PublishError, match=r"mode in_process runs ONNX files .* engine is tensorrt-rtx"):
+        publish(exported.path, tmp_path, options=ServingOptions(mode="in_process"))
+
+
+def test_no_space_publishes_nothing(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(exported.path, tmp_path)
+    before = tree(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "vendor", full)
+    with pytest.raises(PublishError, match="No space left on device; version 2 was not published"):
+        publish(exported.path, tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_one_publisher_at_a_time(exported: Exported, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(PublishError, match="another publish or rollback is at work there"):
+        publish(exported.path, tmp_path)
+    assert publish(exported.path, tmp_path) == 1
+
+
+def test_foreign_models_are_left_alone(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "other" / "1").mkdir(parents=True)
+    (tmp_path / "other" / "config.pbtxt").write_text("name: 'other'")
+    publish(exported.path, tmp_path)
+    recover(tmp_path)
+    assert names(tmp_path / "other") == ["1", "config.pbtxt"]
+
+
+class FakeServer:
+    """Records loads; serves the newest complete version that lies in the repository when loaded."""
+
+    def __init__(self, repository: Path, fails: str = "", unready: str = "") -> None:
+        self.repository, self.fails, self.unready = repository, fails, unready
+        self.loads: list[str] = []
+
+    def load(self, model: str) -> None:
+        self.loads.append(model)
+        if model == self.fails:
+            raise RuntimeError("out of memory")
+
+    def ready(self, model: str, version: int | None = None) -> bool:
+        return model != self.unready and (self.repository / model / str(version)).is_dir()
+
+
+ORDER = [
+    "hsnn_user_tower",
+    "hsnn_item_tower",
+    "hsnn_scorer_l1",
+    "hsnn_scorer_l2",
+    "hsnn_scorer_l3",
+    "hsnn_retrieve",
+]
+
+
+def test_promoting_loads_the_orchestrator_last(exported: Exported, tmp_path: Path) -> None:
+    publish(exported.path, tmp_path)
+    publish(exported.path, tmp_path)
+    server = FakeServer(tmp_path)
+    assert promote(tmp_path, server) == 2
+    assert server.loads == ORDER
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ({"fails": "hsnn_scorer_l2"}, "snapshot 1: the server did not load hsnn_scorer_l2: out of memory"),
+        ({"unready": "hsnn_scorer_l2"}, "hsnn_scorer_l2: version 1 is not ready"),
+    ],
+)
+def test_a_failed_load_stops_the_promotion(
+    server: dict, message: str, exported: Exported, tmp_path: Path
+) -> None:
+    publish(exported.path, tmp_path)
+    fake = FakeServer(tmp_path, **server)
+    with pytest.raises(PublishError, match=message):
+        promote(tmp_path, fake)
+    assert fake.loads == ORDER[:4]
+    with pytest.raises(PublishError, match="no complete snapshot there; publish one first"):
+        promote(tmp_path / "nothing", fake)
+
+
+def test_rolling_back_goes_the_other_way_and_keeps_the_files(exported: Exported, tmp_path: Path) -> None:
+    for _ in range(2):
+        publish(exported.path, tmp_path)
+    server = FakeServer(tmp_path)
+    assert rollback(tmp_path, server) == 1
+    assert server.loads == ORDER[::-1]
+    assert versions(tmp_path) == [1]
+    for model in MODELS:
+        assert names(tmp_path / model / ".retired") == ["2"]
+    with pytest.raises(PublishError, match=r"complete snapshots \[1\], expected at least two"):
+        rollback(tmp_path, server)
+    assert publish(exported.path, tmp_path) == 3  # 2 is not used again
+    assert rollback(tmp_path) == 1
+
+
+def test_a_rollback_that_the_server_refuses_is_undone(exported: Exported, tmp_path: Path) -> None:
+    for _ in range(2):
+        publish(exported.path, tmp_path)
+    with pytest.raises(PublishError, match="did not load hsnn_retrieve: out of memory; snapshot 2 stays"):
+        rollback(tmp_path, FakeServer(tmp_path, fails="hsnn_retrieve"))
+    assert versions(tmp_path) == [1, 2]
+    with pytest.raises(PublishError, match="snapshot 1 serves, hsnn_scorer_l1 needs to be loaded again"):
+        rollback(tmp_path, FakeServer(tmp_path, fails="hsnn_scorer_l1"))
+    assert versions(tmp_path) == [1]
+    assert publish(exported.path, tmp_path) == 3
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """An export of few files, to be published many times."""
+    return export_source(standin_source(layers=1), tmp_path_factory.mktemp("flat") / "export", progress=False)
+
+
+def published(exported: Exported, snapshots: int, folder: Path) -> Path:
+    for _ in range(snapshots):
+        publish(exported.path, folder)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def killed(step: int, task: str, exported: Exported, repository: Path) -> bool:
+    """Run a task in a process that dies right after its change number `step` to the disk; whether it got
+    there."""
+    process = multiprocessing.get_context("fork").Process(
+        target=run_and_die, args=(step, task, exported.path, repository)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, DIED)
+    return process.exitcode == DIED
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_publish_killed_at_any_step_leaves_what_was_served(
+    earlier: int, flat: Exported, tmp_path: Path
+) -> None:
+    template = published(flat, earlier, tmp_path / "template")
+    before = tree(template)
+    outcomes = []
+    for step in itertools.count():
+        repository = tmp_path / str(step)
+        shutil.copytree(template, repository, copy_function=os.link)
+        if not killed(step, "publish", flat, repository):
+            break
+        served = versions(repository)
+        outcomes.append(len(served))
+        after = tree(repository)
+        assert {name: after.get(name) for name in before} == before
+        # The next publish clears up, takes a number of its own and is whole.
+        number = publish(flat.path, repository)
+        assert number > max([0, *served])
+        assert versions(repository) == [*served, number]
+        kept = sorted(map(str, [*served, number]))
+        for model in FLAT:
+            assert names(repository / model) == [*kept, "config.pbtxt"]
+        for version in versions(repository):
+            Bundle.open(repository / "hsnn_retrieve" / str(version))
+    # Nothing new up to the commit, everything from there.
+    assert len(outcomes) > 60
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {earlier, earlier + 1}
+
+
+def test_a_rollback_killed_at_any_step_serves_one_of_the_two(flat: Exported, tmp_path: Path) -> None:
+    template = published(flat, 2, tmp_path / "template")
+    outcomes = []
+    for step in itertools.count():
+        repository = tmp_path / str(step)
+        shutil.copytree(template, repository, copy_function=os.link)
+        if not killed(step, "rollback", flat, repository):
+            break
+        served = versions(repository)
+        outcomes.append(served)
+        assert publish(flat.path, repository) == 3
+        assert versions(repository) == [*served, 3]
+    assert [1, 2] in outcomes
+    assert all(served in ([1], [1, 2]) for served in outcomes)
+    assert outcomes[-1] == [1]
