@@ -106,7 +106,8 @@ class ServingGraph(nn.Module):
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run in torch on named arrays; the reference of the parity gates."""
         tensors = [
-            torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.signature.inputs
+            torch.from_numpy(np.require(inputs[spec.name], requirements=["C", "W"]))
+            for spec in self.signature.inputs
         ]
         with torch.inference_mode():
             outputs = self(*tensors)

@@ -77,8 +77,8 @@ def run_export(options: argparse.Namespace) -> None:
     """hsnn export."""
     from export.export_run import export_run
 
-    report = export_run(options.run, options.engine, targets=options.targets)
-    print(report.table())
+    exported = export_run(options.run, options.engine, targets=options.targets)
+    print(exported.report.table())
     print(f"exported: {options.run / 'export'}")
 
 

@@ -52,7 +52,7 @@ def publish_run(recipe: Recipe, work: Path, mode: str, log: Any = print) -> tupl
     metrics = train_and_evaluate(recipe, run)
     assert metrics is not None
     log()
-    log(export_run(run).table())
+    log(export_run(run).report.table())
     options = ServingOptions(mode="in_process" if mode == "in_process" else "bls")
     version = publish(run, repository, options=options)
     log(f"published: version {version} in {repository}")

@@ -272,17 +272,23 @@ class HSNN(nn.Module):
         ]
 
     def interaction_pull(self, interactions: list[Tensor | None]) -> Tensor:
-        """Auxiliary MSE that pulls each index layer's interaction embedding to the item level's (§3.2.3); the
+        """Auxiliary MSE that pulls each index layer's interaction embedding to the item level's (§3.2.3). Both
+        are layer-normalised first, which bounds the loss: the towers' outputs have no scale of their own. The
         target carries no gradient. Zero when a layer has no interaction tower."""
         target = interactions[-1]
         total = torch.zeros(())
         if target is None:
             return total
-        goal = target.detach().mean(-2)
+        goal = _normalised(target.detach())
         for crossing, align in zip(interactions[:-1], self.interaction_align):
             if crossing is not None:
-                total = total + F.mse_loss(align(crossing).mean(-2), goal)
+                total = total + F.mse_loss(_normalised(align(crossing)), goal)
         return total
+
+
+def _normalised(embeddings: Tensor) -> Tensor:
+    """(..., nx, d) -> mean over nx, layer-normalised (..., d)."""
+    return F.layer_norm(embeddings.mean(-2), (embeddings.shape[-1],))
 
 
 def cross_layout(schema: Schema) -> CrossLayout:

@@ -92,8 +92,12 @@ class LearnToIndex(nn.Module):
 
     def reconstruction_loss(self, out: LTIOutput, v: Tensor) -> Tensor:
         """Eq. 7 with q = the sum over all N-1 index layers; mean over items and over the d components (a sum
-        over d would outweigh every other loss and alone can collapse the codebooks)."""
-        return (out.quantised[-1] - v).square().mean()
+        over d would outweigh every other loss and alone can collapse the codebooks).
+
+        v is the target and gets no gradient from being one: while alpha is small, q is near the codebooks'
+        mean for every item, and pulling v there collapses the index (docs/log.md has the figures).
+        """
+        return (out.quantised[-1] - v.detach()).square().mean()
 
     def balance_loss(self, out: LTIOutput) -> Tensor:
         """FLOPs regulariser (§3.2.4): sum_k (mean_j a_jk)^2 over the pooled batches, times K_l so that a uniform
