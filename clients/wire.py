@@ -103,8 +103,7 @@ class Codec:
         count = len(next(iter(tensors.values())))
         if count > self.model.max_users:
             raise RequestError(
-                f"users: got {count}, expected at most {self.model.max_users} in one request; "
-                "split the list"
+                f"users: got {count}, expected at most {self.model.max_users} in one request; split the list"
             )
         inputs = []
         for name, values in tensors.items():

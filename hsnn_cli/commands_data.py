@@ -39,20 +39,25 @@ def run_synthetic(options: argparse.Namespace) -> None:
 
 def run_check(options: argparse.Namespace) -> None:
     """hsnn data check."""
-    from hsnn_train.data.dataset import load_dataset
     from hsnn_train.recipe import load_recipe
+
+    from .commands_training import load_data
 
     recipe = load_recipe(options.recipe)
     began = time.monotonic()
-    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    dataset = load_data(recipe)
     rows = []
     for name in ("train", "valid", "test"):
         examples = getattr(dataset, name)
         rates = examples.labels.mean(0) if len(examples.labels) else [None] * len(recipe.schema.tasks)
         rows.append([name, len(examples.item_row), *(None if r is None else float(r) for r in rates)])
     header = ["split", "impressions", *(f"{task.name} rate" for task in recipe.schema.tasks)]
-    print(table(header, rows, f"{recipe.name}: {len(dataset.item_keys):,} items, schema {recipe.schema.hash}"))
+    print(
+        table(header, rows, f"{recipe.name}: {len(dataset.item_keys):,} items, schema {recipe.schema.hash}")
+    )
     layouts = [(owner, recipe.schema.layout(owner)) for owner in ("user", "item")]
     print()
-    print(table(["owner", "dense width", "id slots"], [[o, la.dense_width, la.ids_width] for o, la in layouts]))
+    print(
+        table(["owner", "dense width", "id slots"], [[o, la.dense_width, la.ids_width] for o, la in layouts])
+    )
     print(f"\nloaded in {time.monotonic() - began:.1f} s")

@@ -24,9 +24,11 @@ def add_commands(commands: Any) -> None:
         "tensorrt package\n  hsnn export runs/ads --engine tensorrt-rtx --target SM80 --target SM89   without a GPU",
     )  # fmt: skip
     export.add_argument("run", type=Path, help="run directory")
-    export.add_argument("--engine", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
+    export.add_argument(
+        "--engine", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt"
+    )
     export.add_argument("--target", action="append", default=[], metavar="SM", dest="targets",
-                        help="compute capability to build for ahead of time; TensorRT only; may be repeated")  # fmt: skip
+                        help="compute capability to build for, TensorRT only; may be repeated")  # fmt: skip
     export.set_defaults(run_command=run_export)
 
     publish = commands.add_parser(
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
     publish.add_argument("run", type=Path, help="run directory")
     publish.add_argument("--repository", type=Path, required=True, help="model repository; made when missing")
     publish.add_argument("--mode", choices=("bls", "in_process"), default=None,
-                         help="how the orchestrator calls its networks (default: the repository's, else bls)")  # fmt: skip
+                         help="how networks are called (default: the repository's, else bls)")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -49,11 +51,15 @@ def add_commands(commands: Any) -> None:
         "For GPUs and production serve the same repository with an NGC Triton; see README.",
     )  # fmt: skip
     serve.add_argument("--repository", type=Path, help="model repository")
-    serve.add_argument("--stop", type=Path, metavar="STATE", help="stop the server that hsnn demo --keep left running")
+    serve.add_argument(
+        "--stop", type=Path, metavar="STATE", help="stop the server that hsnn demo --keep left running"
+    )
     serve.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: 8001)")
     serve.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: 8000)")
     serve.add_argument("--metrics-port", type=int, default=8002, help="0 picks a free one (default: 8002)")
-    serve.add_argument("--log", type=Path, default=None, help="server log file (default: gone with the server)")
+    serve.add_argument(
+        "--log", type=Path, default=None, help="server log file (default: gone with the server)"
+    )
     serve.set_defaults(run_command=run_serve)
 
     query = commands.add_parser(
@@ -63,11 +69,17 @@ def add_commands(commands: Any) -> None:
         "  hsnn query --url 127.0.0.1:8001 --user @user.json --k 20 --widths 16,128\n"
         "  hsnn query --schema                          which features a user has",
     )  # fmt: skip
-    query.add_argument("--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC (default: %(default)s)")
-    query.add_argument("--user", default="{}", help="features as JSON, or @FILE; missing ones take their defaults")
+    query.add_argument(
+        "--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC (default: %(default)s)"
+    )
+    query.add_argument(
+        "--user", default="{}", help="features as JSON, or @FILE; missing ones take their defaults"
+    )
     query.add_argument("--k", type=int, default=10, help="items to return (default: %(default)s)")
     query.add_argument("--widths", default=None, help="nodes kept after each layer but the last, like 16,128")
-    query.add_argument("--timeout", type=float, default=5.0, help="deadline in seconds (default: %(default)s)")
+    query.add_argument(
+        "--timeout", type=float, default=5.0, help="deadline in seconds (default: %(default)s)"
+    )
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
     query.add_argument("--schema", action="store_true", help="print the served schema and stop")
     query.set_defaults(run_command=run_query)
@@ -155,7 +167,9 @@ def run_query(options: argparse.Namespace) -> None:
         )
     hits = results[0]
     if options.json:
-        print(json.dumps([{"item_id": h.item_id, "scores": h.scores, "rank_score": h.rank_score} for h in hits]))
+        print(
+            json.dumps([{"item_id": h.item_id, "scores": h.scores, "rank_score": h.rank_score} for h in hits])
+        )
         return
     tasks = list(hits[0].scores) if hits else []
     rows = [[i, h.item_id, *(h.scores[t] for t in tasks), h.rank_score] for i, h in enumerate(hits, start=1)]
@@ -163,4 +177,6 @@ def run_query(options: argparse.Namespace) -> None:
     if results.timings is not None:
         t = results.timings
         layers = "  ".join(f"layer {i}: {us / 1000:.2f}" for i, us in enumerate(t.layers, start=1))
-        print(f"milliseconds in the server: user tower: {t.user_tower / 1000:.2f}  {layers}  total: {t.total / 1000:.2f}")
+        print(
+            f"milliseconds in the server: user tower: {t.user_tower / 1000:.2f}  {layers}  total: {t.total / 1000:.2f}"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from hsnn_core.errors import SchemaError
 from .tables import table
 
 if TYPE_CHECKING:
+    from hsnn_train.data.dataset import Dataset
     from hsnn_train.recipe import Recipe
 
 EPILOG = argparse.RawDescriptionHelpFormatter
@@ -86,26 +86,40 @@ def run_train(options: argparse.Namespace) -> None:
     else:
         recipe = with_overrides(load_recipe(options.recipe), options.overrides)
         run = options.run or Path("runs") / recipe.name
-    train_and_evaluate(recipe, run, resume=options.resume is not None, evaluate=not options.no_evaluate)
+    train_and_evaluate(
+        recipe, load_data(recipe), run, resume=options.resume is not None, evaluate=not options.no_evaluate
+    )
+
+
+def load_data(recipe: Recipe) -> Dataset:
+    """The recipe's data set; says on the way what a person should know about it."""
+    from hsnn_train.data.dataset import load_dataset
+
+    dataset = load_dataset(recipe.schema, recipe.data, recipe.split, recipe.base, recipe.train.seed)
+    if dataset.simulated:
+        print("data: SIMULATED; no figure made from it says anything about a real system")
+    for note in dataset.notes:
+        print(f"data: {note}")
+    return dataset
 
 
 def train_and_evaluate(
-    recipe: Recipe, run: Path, resume: bool = False, evaluate: bool = True
-) -> dict[str, Any] | None:
-    """Load, train, calibrate, evaluate and plot; returns the metrics that were written to metrics.json."""
+    recipe: Recipe, dataset: Dataset, run: Path, resume: bool = False, evaluate: bool = True
+) -> dict[str, Any]:
+    """Train, calibrate, evaluate and plot; returns the metrics that were written to metrics.json, or nothing
+    but an empty dict without ``evaluate``."""
     from hsnn_train import evaluate as ev
     from hsnn_train.checkpoint import write_json
-    from hsnn_train.data.dataset import load_dataset
     from hsnn_train.plots import node_occupancy, training_curves
     from hsnn_train.trainer import Trainer, make_batches
 
     began = time.monotonic()
-    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
-    loaded = time.monotonic()
     trainer = Trainer(recipe, dataset, run, resume=resume)
     model = trainer.train()
     if len(dataset.valid.item_row):
-        values = ev.pointwise(model, make_batches(dataset, recipe), dataset.valid, trainer.state, recipe.train.seed)
+        values = ev.pointwise(
+            model, make_batches(dataset, recipe), dataset.valid, trainer.state, recipe.train.seed
+        )
         ev.calibrate(model, values)
         trainer.save()
     trained = time.monotonic()
@@ -114,9 +128,9 @@ def train_and_evaluate(
     for plot in plots:
         print(f"plot: {plot}")
     if not evaluate:
-        return None
+        return {}
     report = ev.evaluate(model, dataset, recipe, trainer.state)
-    report["seconds"] = {"load": loaded - began, "train": trained - loaded, "evaluate": time.monotonic() - trained}
+    report["seconds"] = {"train": trained - began, "evaluate": time.monotonic() - trained}
     write_json(run / "metrics.json", report)
     print(describe(report))
     print(f"metrics: {run / 'metrics.json'}")
@@ -127,12 +141,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """hsnn evaluate."""
     from hsnn_train import evaluate as ev
     from hsnn_train.checkpoint import load_run, write_json
-    from hsnn_train.data.dataset import load_dataset
 
     run = load_run(options.run)
-    recipe = run.recipe
-    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
-    report = ev.evaluate(run.model, dataset, recipe, run.index, options.split)
+    report = ev.evaluate(run.model, load_data(run.recipe), run.recipe, run.index, options.split)
     write_json(options.run / "metrics.json", report)
     print(describe(report))
     print(f"metrics: {options.run / 'metrics.json'}")
@@ -186,13 +197,13 @@ def run_info(options: argparse.Namespace) -> None:
     elif (path / "checkpoint.pt").exists():
         print(describe_run(path))
     elif (path / "hsnn_retrieve").is_dir():
-        from export.publish import versions
+        from export.repository import versions
 
         found = versions(path)
         print(f"repository {path}: versions {', '.join(map(str, found)) or 'none'}")
     else:
         recipe = load_recipe(options.what)
-        print(yaml.safe_dump(replace(recipe).to_dict(), sort_keys=False).rstrip())
+        print(yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip())
 
 
 def describe_presets() -> str:

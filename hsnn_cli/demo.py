@@ -19,8 +19,12 @@ def add_commands(commands: Any) -> None:
         "publish it, serve it with the real Triton on free loopback ports, and query it.",
         epilog="examples:\n  hsnn demo\n  hsnn demo --keep            leave the server running",
     )  # fmt: skip
-    demo.add_argument("--keep", action="store_true", help="leave the server running and print how to query it")
-    demo.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)")
+    demo.add_argument(
+        "--keep", action="store_true", help="leave the server running and print how to query it"
+    )
+    demo.add_argument(
+        "--work", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)"
+    )
     demo.set_defaults(run_command=run_demo)
 
     pipeline = commands.add_parser(
@@ -32,7 +36,9 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     pipeline.add_argument("recipe", help="a shipped recipe's name or a YAML file")
     pipeline.add_argument("--work", type=Path, help="folder to work in (default: runs/<recipe>)")
-    pipeline.add_argument("--users", type=int, default=200, help="held-out users to query (default: %(default)s)")
+    pipeline.add_argument(
+        "--users", type=int, default=200, help="held-out users to query (default: %(default)s)"
+    )
     pipeline.add_argument("--mode", choices=("bls", "in_process"), default="bls")
     pipeline.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                           help="change one value of the recipe; may be repeated")  # fmt: skip
@@ -70,9 +76,9 @@ def summary(report: dict[str, Any]) -> str:
         if r["layer"] == last
     ]
     rows += [
-        [f"recall@{n}, search (exhaustive)", f"{got['search'][f'recall@{n}']:.4f} ({got['exhaustive'][f'recall@{n}']:.4f})"]
-        for n in (10, 100)
-        if f"recall@{n}" in got["search"]
+        [f"{name}, search (exhaustive)", f"{got['search'][name]:.4f} ({got['exhaustive'][name]:.4f})"]
+        for name in ("recall@10", "recall@100")
+        if name in got["search"]
     ]  # fmt: skip
     rows += [
         [f"search recall@100, {100 * got['scored_share']:.1f}% of the items scored",
@@ -93,17 +99,17 @@ def run_demo(options: argparse.Namespace) -> None:
     from clients.retrieval import RetrievalClient
     from export.rollout import promote
     from hsnn_server.triton import TritonServer
-    from hsnn_train.data.dataset import load_dataset
     from hsnn_train.plots import latency_per_layer
     from hsnn_train.recipe import load_recipe
 
+    from .commands_training import load_data
     from .pipeline import ask, check_against_offline, publish_run, stage_matrix
 
     recipe = load_recipe("synthetic")
     work: Path = options.work
     print("A simulated ads world: users, ads, impressions, clicks and conversions are all made up.\n")
-    _, repository, _ = publish_run(recipe, work, "bls")
-    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    dataset = load_data(recipe)
+    _, repository, _ = publish_run(recipe, dataset, work, "bls")
     requests, encoded = dataset.requests("test", 100)
     state = work / "server.json"
     server = TritonServer.start_detached(repository, state, log_file=work / "triton.log")
@@ -133,7 +139,9 @@ def run_demo(options: argparse.Namespace) -> None:
         print(f"plots: {', '.join(str(p) for p in sorted(plot.parent.glob('*.png')))}")
         keep = options.keep
         if keep:
-            print(f"\nthe server goes on (process {server.pid}). Ask it:\n  hsnn query --url {url} --user '{{}}'")
+            print(
+                f"\nthe server goes on (process {server.pid}). Ask it:\n  hsnn query --url {url} --user '{{}}'"
+            )
             print(f"stop it:\n  hsnn serve --stop {state}")
     finally:
         if not keep:

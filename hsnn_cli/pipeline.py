@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -26,13 +27,14 @@ from hsnn_core.features import Encoded
 from hsnn_core.search import SearchResult, search
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import load_run, write_json
-from hsnn_train.data.dataset import Dataset, load_dataset
+from hsnn_train.data.dataset import Dataset
 from hsnn_train.plots import latency_per_layer
 from hsnn_train.recipe import Recipe
 from hsnn_train.runner import TorchRunner
 
-from .commands_training import train_and_evaluate
+from .commands_training import load_data, train_and_evaluate
 
+Mode = Literal["bls", "in_process"]
 SCORE_TOLERANCE = 1e-4
 
 
@@ -46,16 +48,15 @@ class Served:
     seconds: np.ndarray
 
 
-def publish_run(recipe: Recipe, work: Path, mode: str, log: Any = print) -> tuple[dict[str, Any], Path, int]:
+def publish_run(recipe: Recipe, dataset: Dataset, work: Path, mode: Mode) -> tuple[dict[str, Any], Path, int]:
     """Train, evaluate, export and publish; returns the metrics, the repository and the version."""
     run, repository = work / "run", work / "repository"
-    metrics = train_and_evaluate(recipe, run)
-    assert metrics is not None
-    log()
-    log(export_run(run).report.table())
-    options = ServingOptions(mode="in_process" if mode == "in_process" else "bls")
-    version = publish(run, repository, options=options)
-    log(f"published: version {version} in {repository}")
+    metrics = train_and_evaluate(recipe, dataset, run)
+    real, _ = dataset.requests("test", 64)
+    exported = export_run(run, users=real)
+    print(f"\nexported: {exported.path}\n{exported.report.summary()}")
+    version = publish(run, repository, options=ServingOptions(mode=mode))
+    print(f"published: version {version} in {repository}")
     return metrics, repository, version
 
 
@@ -103,7 +104,9 @@ def compare(served: Served, offline: SearchResult, tasks: Sequence[str]) -> dict
     }
 
 
-def check_against_offline(run_dir: Path, dataset: Dataset, users: Encoded, served: Served, k: int) -> dict[str, Any]:
+def check_against_offline(
+    run_dir: Path, dataset: Dataset, users: Encoded, served: Served, k: int
+) -> dict[str, Any]:
     """What was served beside the offline search of the *torch* model on the published index, and full-width
     search beside exhaustive scoring (must be equal to the bit)."""
     run = load_run(run_dir)
@@ -144,12 +147,12 @@ def _row(users: Encoded, i: int) -> Encoded:
 
 
 def run_pipeline(
-    recipe: Recipe, work: Path, users: int = 200, k: int = 100, mode: str = "bls"
+    recipe: Recipe, work: Path, users: int = 200, k: int = 100, mode: Mode = "bls"
 ) -> dict[str, Any]:
     """Everything, and a report of it (also written to work/report.json)."""
     began = time.monotonic()
-    metrics, repository, version = publish_run(recipe, work, mode)
-    dataset = load_dataset(recipe.schema, dict(recipe.data), dict(recipe.split), recipe.base, recipe.train.seed)
+    dataset = load_data(recipe)
+    metrics, repository, version = publish_run(recipe, dataset, work, mode)
     requests, encoded = dataset.requests("test", users)
     k = min(k, len(dataset.item_keys))
     with TritonServer(repository, log_file=work / "triton.log") as server:
@@ -161,6 +164,8 @@ def run_pipeline(
     plot = latency_per_layer(names, stages, work / "run" / "plots" / "latency.png")
     report = {
         "recipe": recipe.name,
+        "simulated": dataset.simulated,
+        "notes": list(dataset.notes),
         "machine": f"{platform.machine()}, {_cores()} cores, CPU",
         "date": time.strftime("%Y-%m-%d"),
         "seed": recipe.train.seed,
@@ -191,6 +196,4 @@ def stage_matrix(served: Served) -> np.ndarray:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))

@@ -60,7 +60,9 @@ def pointwise(
     logits, labels = [], []
     parts = range(0, len(rows), EVAL_BATCH)
     for number, start in enumerate(tqdm(parts, desc="evaluate", disable=not progress)):
-        batch = batches.make(examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number))
+        batch = batches.make(
+            examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
+        )
         out = model(batch, alpha)
         chosen = batch.labelled.bool()
         logits.append(np.stack([layer[chosen].numpy() for layer in out.logits]))
@@ -119,7 +121,12 @@ def corpus_of(model: HSNN, dataset: Dataset, state: IndexState) -> Corpus:
 
 
 def retrieval(
-    model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, split: str = "test", progress: bool = False
+    model: HSNN,
+    dataset: Dataset,
+    recipe: Recipe,
+    state: IndexState,
+    split: str = "test",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Recall@K and NDCG@10 of the layer-wise search over the whole corpus at the recipe's widths, the exhaustive
     twin's beside it, search recall, and per layer the share of true items whose ancestor the beam kept."""
@@ -185,7 +192,12 @@ def health_report(model: HSNN, dataset: Dataset, state: IndexState, alpha: float
 
 
 def evaluate(
-    model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, split: str = "test", progress: bool = True
+    model: HSNN,
+    dataset: Dataset,
+    recipe: Recipe,
+    state: IndexState,
+    split: str = "test",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Everything the evaluation reports, as plain JSON values."""
     t = recipe.train

@@ -74,14 +74,18 @@ def reference_schema(user: int, item: int, interactions: int) -> Schema:
     """A schema with Table 5's feature counts: ids of one value each, and interactions between them."""
     sparse = {"kind": "sparse", "hash": 8}
     users = {f"u{i}": dict(sparse) for i in range(user)}
-    items = {f"i{i}": {**sparse, "same_as": f"u{i}"} if i < interactions else dict(sparse) for i in range(item)}
+    items = {
+        f"i{i}": {**sparse, "same_as": f"u{i}"} if i < interactions else dict(sparse) for i in range(item)
+    }
     return Schema.from_dict(
         {
             "name": "reference",
             "keys": {"user": "user_id", "item": "item_id"},
             "tasks": [{"name": "click"}, {"name": "conversion"}],
             "features": {"user": users, "item": items},
-            "interactions": {f"x{i}": {"user": f"u{i}", "item": f"i{i}", "matches": 1} for i in range(interactions)},
+            "interactions": {
+                f"x{i}": {"user": f"u{i}", "item": f"i{i}", "matches": 1} for i in range(interactions)
+            },
         }
     )
 
@@ -99,7 +103,9 @@ class PresetRow:
 def preset_table() -> list[PresetRow]:
     """The five Table 5 presets on Table 5's feature counts; the ratio is of a single inference, which is what
     the paper's FLOPs column measures ("the amount of computations needed for a single inference")."""
-    counted = {name: count(PRESETS[name](), reference_schema(*PAPER_FEATURES[name])) for name in PAPER_FEATURES}
+    counted = {
+        name: count(PRESETS[name](), reference_schema(*PAPER_FEATURES[name])) for name in PAPER_FEATURES
+    }
     unit = counted["small"].single_inference
     return [
         PresetRow(name, flops, flops.single_inference / unit, PAPER_FLOPS_RATIO[name])

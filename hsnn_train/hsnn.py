@@ -122,7 +122,9 @@ class HSNN(nn.Module):
             MoNN(config, user, item, cardinality, self.cross, self.tasks, node=number < self.layers)
             for number, config in enumerate(layers, start=1)
         )
-        self.ensemble = nn.ModuleList(LayerEnsemble(number, self.tasks) for number in range(1, self.layers + 1))
+        self.ensemble = nn.ModuleList(
+            LayerEnsemble(number, self.tasks) for number in range(1, self.layers + 1)
+        )
         last = self.layer(self.layers)
         self.index_width = last.item_width
         self.lti: LearnToIndex | None = None

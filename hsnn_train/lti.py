@@ -154,7 +154,9 @@ class LearnToIndex(nn.Module):
             if len(dead):
                 # draw from crowded codewords first: splitting those is what balances the index
                 weight = used[mapping].to(torch.float64)
-                pick = torch.multinomial(weight, len(dead), replacement=len(v) < len(dead), generator=generator)
+                pick = torch.multinomial(
+                    weight, len(dead), replacement=len(v) < len(dead), generator=generator
+                )
                 codebook[dead] = residual[pick]
                 mapping = nearest(residual, codebook)
             reset.append(dead)

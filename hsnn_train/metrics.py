@@ -55,11 +55,15 @@ def ndcg_at(retrieved: np.ndarray, valid: np.ndarray, relevant: Sequence[np.ndar
         if not len(wanted):
             continue
         hits = np.isin(row[: min(k, n)], wanted)
-        scores.append(float((gains[: len(hits)] * hits).sum() / gains[: min(k, len(np.unique(wanted)))].sum()))
+        scores.append(
+            float((gains[: len(hits)] * hits).sum() / gains[: min(k, len(np.unique(wanted)))].sum())
+        )
     return float(np.mean(scores)) if scores else float("nan")
 
 
-def search_recall(found: np.ndarray, found_valid: np.ndarray, exact: np.ndarray, exact_valid: np.ndarray) -> float:
+def search_recall(
+    found: np.ndarray, found_valid: np.ndarray, exact: np.ndarray, exact_valid: np.ndarray
+) -> float:
     """Share of the exhaustive top-K that the layer-wise search returned, averaged over requests."""
     shares = [
         len(np.intersect1d(f[:fn], e[:en])) / en

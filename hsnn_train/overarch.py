@@ -160,9 +160,7 @@ class EnsembleLayer(nn.Module):
                     AttentionModule(user_tokens, pair_tokens, width, k, config.heads, config.feed_forward)
                 )
             else:
-                raise ValueError(
-                    f"OverArch module: got {name!r}, expected one of fm, cross, mlp, attention"
-                )
+                raise ValueError(f"OverArch module: got {name!r}, expected one of fm, cross, mlp, attention")
         self.parallel = nn.ModuleList(made)
         self.project = nn.Linear(len(made) * width, width)
         self.shortcut = nn.Linear(pair_tokens, k, bias=False)

@@ -35,9 +35,14 @@ def node_occupancy(state: IndexState, path: Path) -> Path:
     for layer in range(1, state.paths.shape[1] + 1):
         counts = np.sort(np.unique(state.paths[:, :layer], axis=0, return_counts=True)[1])[::-1]
         axis.plot(
-            np.linspace(0, 100, len(counts)), counts, label=f"layer {layer}: {len(counts)} nodes", linewidth=1.5
+            np.linspace(0, 100, len(counts)),
+            counts,
+            label=f"layer {layer}: {len(counts)} nodes",
+            linewidth=1.5,
         )
-    axis.set(xlabel="nodes, fullest first (%)", ylabel="items in the node", title="Node occupancy", yscale="log")
+    axis.set(
+        xlabel="nodes, fullest first (%)", ylabel="items in the node", title="Node occupancy", yscale="log"
+    )
     axis.grid(alpha=0.3)
     if state.paths.shape[1]:
         axis.legend(fontsize=8)
@@ -52,7 +57,10 @@ def latency_per_layer(stages: Sequence[str], microseconds: np.ndarray, path: Pat
     errors = np.abs(spread - middle)
     axis.barh(list(stages), middle, xerr=errors, color="#4472a8", capsize=3)
     axis.invert_yaxis()
-    axis.set(xlabel="milliseconds per request (median; 10th to 90th percentile)", title="Where a request's time goes")
+    axis.set(
+        xlabel="milliseconds per request (median; 10th to 90th percentile)",
+        title="Where a request's time goes",
+    )
     axis.grid(alpha=0.3, axis="x")
     return _save(figure, path)
 

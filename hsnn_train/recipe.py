@@ -1,11 +1,11 @@
 """A recipe: one YAML file that says what to train on what, and how to search.
 
-    schema: {...}        features, interactions, tasks (hsnn_core.schema)
-    data: {...}          tables or a data adapter (hsnn_train.data)
-    split: {...}         how impressions are divided
-    model: {layers: [cpu_large, cpu_medium, cpu_small], codebooks: [32, 16]}
-    train: {epochs: 2, batch_size: 512}
-    search: {widths: [8, 64], k: 100}
+schema: {...}        features, interactions, tasks (hsnn_core.schema)
+data: {...}          tables or a data adapter (hsnn_train.data)
+split: {...}         how impressions are divided
+model: {layers: [cpu_large, cpu_medium, cpu_small], codebooks: [32, 16]}
+train: {epochs: 2, batch_size: 512}
+search: {widths: [8, 64], k: 100}
 """
 
 from __future__ import annotations

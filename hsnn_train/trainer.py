@@ -146,7 +146,9 @@ class Trainer:
         seen, started = 0, time.monotonic()
         with bar, _interrupt_flag() as interrupted:
             while self.step < self.steps:
-                if self.step and (self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0):
+                if self.step and (
+                    self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0
+                ):
                     self._refresh(final=False)
                 parts, pairs = self._one_step()
                 seen += pairs
@@ -188,7 +190,7 @@ class Trainer:
         out = self.model(batch, self.alpha())
         parts = self._loss(batch, out)
         self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()  # type: ignore[no-untyped-call]
+        parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
         return {k: v.detach() for k, v in parts.items()}, batch.labels.shape[0] * batch.labels.shape[1]
@@ -264,7 +266,6 @@ class Trainer:
 
 
 def _json_line(row: dict[str, Any]) -> str:
-
 
     return json.dumps(row) + "\n"
 

@@ -8,8 +8,9 @@ from threading import local
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from hsnn_core.errors import ServerError
 from request_decoding import Deadline
+
+from hsnn_core.errors import ServerError
 
 SCORER_OUTPUTS = ("monn", "logits")
 

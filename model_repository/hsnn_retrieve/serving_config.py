@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from hsnn_core.errors import HsnnError, ServerError
 from request_decoding import Ask, parse_widths
+
+from hsnn_core.errors import HsnnError, ServerError
 
 MODES = ("bls", "in_process")
 

@@ -66,7 +66,13 @@ def recipe(**sections: dict):
         "schema": SCHEMA,
         "data": {},
         "model": {"layers": ["small", "small", "two_tower_xs"], "codebooks": [6, 3], "pool": 3},
-        "train": {"max_steps": 24, "batch_size": 64, "refresh_steps": 5, "checkpoint_steps": 1000, "lr": 0.01},
+        "train": {
+            "max_steps": 24,
+            "batch_size": 64,
+            "refresh_steps": 5,
+            "checkpoint_steps": 1000,
+            "lr": 0.01,
+        },
         "search": {"widths": [4, 8], "k": 10, "max_k": 50, "requests": 40},
     }
     for name, values in sections.items():

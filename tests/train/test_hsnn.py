@@ -90,7 +90,9 @@ def test_training_forward_with_hard_codes_equals_serving_scores(world, dataset):
     positions = position_of_row[candidates]
     previous = np.zeros((2, 4, 0), np.float32)
     for layer in (1, 2, 3):
-        monn, logits = scorer.score(opened, layer, corpus.index.ancestors(layer)[positions].astype(np.int64), previous)
+        monn, logits = scorer.score(
+            opened, layer, corpus.index.ancestors(layer)[positions].astype(np.int64), previous
+        )
         np.testing.assert_allclose(monn, trained.monn[layer - 1].numpy(), atol=2e-5)
         np.testing.assert_allclose(logits, trained.logits[layer - 1].numpy(), atol=2e-5)
         previous = np.concatenate([previous, monn], axis=-1)
@@ -117,7 +119,8 @@ def test_upper_layers_see_the_representative_not_the_item(world, dataset):
 @pytest.mark.parametrize("layers", [["small"], ["two_tower_xs"], ["small", "two_tower_xs"], ["small"] * 4])
 def test_any_depth_runs(dataset, make_recipe, layers):
     recipe = make_recipe(
-        model={"layers": layers, "codebooks": [4] * (len(layers) - 1)}, search={"widths": [3] * (len(layers) - 1)}
+        model={"layers": layers, "codebooks": [4] * (len(layers) - 1)},
+        search={"widths": [3] * (len(layers) - 1)},
     )
     model = make_model(recipe, dataset.transform)
     state, index = refresh(model, dataset.items, dataset.item_keys)

@@ -24,8 +24,12 @@ def test_supervised_loss_is_eq_1_over_labelled_pairs():
     weights = torch.tensor([1.0, 2.0])
     one = ce(0.8, 1) + 2 * ce(0.3, 0)
     two = ce(0.5, 1) + 2 * ce(0.9, 1)
-    assert supervised(logits, labels, torch.ones(1, 2), weights).item() == pytest.approx((one + two) / 2, rel=1e-5)
-    assert supervised(logits, labels, torch.tensor([[1.0, 0.0]]), weights).item() == pytest.approx(one, rel=1e-5)
+    assert supervised(logits, labels, torch.ones(1, 2), weights).item() == pytest.approx(
+        (one + two) / 2, rel=1e-5
+    )
+    assert supervised(logits, labels, torch.tensor([[1.0, 0.0]]), weights).item() == pytest.approx(
+        one, rel=1e-5
+    )
     assert supervised(logits, labels, torch.zeros(1, 2), weights).item() == 0.0
 
 

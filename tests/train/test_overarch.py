@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from hsnn_train.overarch import (
-    AttentionModule, CrossModule, DHENOverArch, DotOverArch, EnsembleLayer, FMModule, SplitLinear,
+    AttentionModule,
+    CrossModule,
+    DHENOverArch,
+    DotOverArch,
+    EnsembleLayer,
+    FMModule,
+    SplitLinear,
 )  # fmt: skip
 from hsnn_train.presets import OverArchConfig
 

@@ -65,7 +65,9 @@ def test_it_learns_and_calibration_meets_the_validation_mean(dataset, make_recip
     batches = make_batches(dataset, recipe)
     values = pointwise(model, batches, dataset.valid, trainer.state, 1)
     calibrate(model, values)
-    after = pointwise_report(pointwise(model, batches, dataset.valid, trainer.state, 1), np.array([0.3, 0.1]), "ab")
+    after = pointwise_report(
+        pointwise(model, batches, dataset.valid, trainer.state, 1), np.array([0.3, 0.1]), "ab"
+    )
     assert all(abs(row["calibration"] - 1) < 1e-3 for row in after)
     report = evaluate(model, dataset, recipe, trainer.state, progress=False)
     clicks = [row["ne"] for row in report["pointwise"] if row["task"] == "click"]
