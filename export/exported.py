@@ -46,7 +46,7 @@ class Exported:
     path: Path
     engine: Engine
     graphs: tuple[ExportedGraph, ...]
-    parity: ParityReport
+    report: ParityReport
 
     @property
     def bundle(self) -> Path:
@@ -60,7 +60,7 @@ class Exported:
             "format_version": FORMAT_VERSION,
             "engine": self.engine.name,
             "graphs": [asdict(graph) for graph in self.graphs],
-            "parity": [asdict(row) for row in self.parity.rows],
+            "parity": [asdict(row) for row in self.report.rows],
         }
         write_bytes(self.path / EXPORT_FILE, (json.dumps(value, indent=1) + "\n").encode())
 

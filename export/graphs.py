@@ -178,6 +178,25 @@ class ScorerGraph(ServingGraph):
         )
 
 
+class AnchoredGraph(ServingGraph):
+    """A graph whose `unused` inputs are tied to its last output with weight 0.
+
+    A model may ignore an input that its schema has (a two-tower takes no interaction features), but the
+    search sends it, and engines drop what no node reads."""
+
+    def __init__(self, graph: ServingGraph, unused: tuple[str, ...]) -> None:
+        super().__init__(graph.model, graph.signature)
+        self.graph = graph
+        self.unused = unused
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *outputs, last = self.graph(*tensors)
+        given = self.named(tensors)
+        for name in self.unused:
+            last = last + 0.0 * given[name].to(last.dtype).sum(-1, keepdim=True)
+        return (*outputs, last)
+
+
 def serving_graphs(model: ServingModel) -> list[ServingGraph]:
     """Every graph of a model, in the order in which they are published: towers, then scorers 1..N."""
     scorers = [ScorerGraph(model, layer) for layer in range(1, model.layers + 1)]

@@ -1,10 +1,18 @@
-"""Death by file operation: a process that ends, without any cleaning up, right after the n-th change to
-the disk."""
+"""Death by file operation: processes that end, without any cleaning up, right after their n-th change to the
+disk.
+
+Run as a program (`kill.py TASK SOURCE TEMPLATE OUT`), small enough to be forked often: OUT/<n> is a copy
+of the repository TEMPLATE after a process doing TASK on it died at change n; the last one is that of a
+process that lived.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +42,7 @@ def run_and_die(step: int, task: str, source: Path, repository: Path) -> None:
 
         return wrapper
 
+    os.fsync = lambda descriptor: None  # the kernel lives on; only the order of changes matters here
     for name in CHANGES:
         setattr(os, name, counted(getattr(os, name)))
     # A file that was just created and is still empty.
@@ -43,3 +52,23 @@ def run_and_die(step: int, task: str, source: Path, repository: Path) -> None:
     else:
         rollback(repository)
     os._exit(0)
+
+
+def main(task: str, source: Path, template: Path, out: Path) -> None:
+    for step in itertools.count():
+        shutil.copytree(template, out / str(step), copy_function=os.link)
+        child = os.fork()
+        if child == 0:
+            try:
+                run_and_die(step, task, source, out / str(step))
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return
+        if code != DIED:
+            sys.exit(f"step {step}: the process ended with {code}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -22,14 +22,14 @@ from hsnn_core.search import search
 
 
 def test_an_export_passes_every_gate_and_keeps_its_report(exported: Exported) -> None:
-    rows = exported.parity.rows
-    assert exported.parity.passed
+    rows = exported.report.rows
+    assert exported.report.passed
     assert {row.gate for row in rows} == {"onnx = torch", "search", "manifest"}
     outputs = {row.subject for row in rows if row.gate == "onnx = torch" and row.inputs == "real"}
     assert {"user_tower.user_l3", "item_tower.index", "scorer_l1.logits", "scorer_l3.monn"} <= outputs
     assert open_export(exported.path) == exported == open_export(exported.path.parent)
-    assert "scorer_l2.logits" in exported.parity.table()
-    assert "onnx = torch: 39 comparisons" in exported.parity.summary()
+    assert "scorer_l2.logits" in exported.report.table()
+    assert "onnx = torch: 39 comparisons" in exported.report.summary()
 
 
 def test_the_smoke_request_is_answered_as_recorded(exported: Exported) -> None:

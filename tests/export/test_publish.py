@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import multiprocessing
 import os
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from kill import DIED, run_and_die
 from standin_world import standin_source
 
 from export import publish as publishing
@@ -32,6 +30,7 @@ MODELS = [
     "hsnn_user_tower",
 ]
 
+ROOT = Path(__file__).parents[2]
 FLAT = ["hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
 
 
@@ -251,37 +250,34 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export_source(standin_source(layers=1), tmp_path_factory.mktemp("flat") / "export", progress=False)
 
 
-def published(exported: Exported, snapshots: int, folder: Path) -> Path:
+def killed_at_every_step(
+    task: str, exported: Exported, snapshots: int, folder: Path
+) -> tuple[Path, list[Path]]:
+    """A repository of some snapshots, and its copies after a process died at each of its changes to the
+    disk."""
+    template, out = folder / "template", folder / "out"
+    template.mkdir()
     for _ in range(snapshots):
-        publish(exported.path, folder)
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def killed(step: int, task: str, exported: Exported, repository: Path) -> bool:
-    """Run a task in a process that dies right after its change number `step` to the disk; whether it got
-    there."""
-    process = multiprocessing.get_context("fork").Process(
-        target=run_and_die, args=(step, task, exported.path, repository)
+        publish(exported.path, template)
+    subprocess.run(
+        [sys.executable, Path(__file__).parent / "kill.py", task, exported.path, template, out],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    process.start()
-    process.join(60)
-    assert process.exitcode in (0, DIED)
-    return process.exitcode == DIED
+    copies = [out / str(step) for step in range(len(list(out.iterdir())))]
+    return template, copies[:-1]
 
 
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_a_publish_killed_at_any_step_leaves_what_was_served(
-    earlier: int, flat: Exported, tmp_path: Path
+    earlier: int, flat: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template = published(flat, earlier, tmp_path / "template")
+    template, repositories = killed_at_every_step("publish", flat, earlier, tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     before = tree(template)
     outcomes = []
-    for step in itertools.count():
-        repository = tmp_path / str(step)
-        shutil.copytree(template, repository, copy_function=os.link)
-        if not killed(step, "publish", flat, repository):
-            break
+    for repository in repositories:
         served = versions(repository)
         outcomes.append(len(served))
         after = tree(repository)
@@ -302,17 +298,12 @@ def test_a_publish_killed_at_any_step_leaves_what_was_served(
 
 
 def test_a_rollback_killed_at_any_step_serves_one_of_the_two(flat: Exported, tmp_path: Path) -> None:
-    template = published(flat, 2, tmp_path / "template")
+    _, repositories = killed_at_every_step("rollback", flat, 2, tmp_path)
     outcomes = []
-    for step in itertools.count():
-        repository = tmp_path / str(step)
-        shutil.copytree(template, repository, copy_function=os.link)
-        if not killed(step, "rollback", flat, repository):
-            break
-        served = versions(repository)
-        outcomes.append(served)
+    for repository in repositories:
+        outcomes.append(versions(repository))
         assert publish(flat.path, repository) == 3
-        assert versions(repository) == [*served, 3]
-    assert [1, 2] in outcomes
-    assert all(served in ([1], [1, 2]) for served in outcomes)
+        assert versions(repository) == [*outcomes[-1], 3]
+    assert outcomes[0] == [1, 2]
     assert outcomes[-1] == [1]
+    assert all(served in ([1], [1, 2]) for served in outcomes)

@@ -33,14 +33,14 @@ def tensorrt_rtx() -> None:
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("tensorrt_rtx")
 class TestBuild:
-    @pytest.mark.parametrize("targets", [("SM80",), ("SM89",), ("SM80", "SM89")], ids="+".join)
+    @pytest.mark.parametrize("target", ["SM80", "SM89"])
     def test_every_serving_graph_builds_without_a_gpu(
-        self, targets: tuple[str, ...], graphs: dict[Path, Signature], tmp_path: Path
+        self, target: str, graphs: dict[Path, Signature], tmp_path: Path
     ) -> None:
         engine = engine_named("tensorrt-rtx")
         for path, signature in graphs.items():
             plan = tmp_path / engine.file_for(signature.stem)
-            engine.build(path, plan, signature, BUCKETS if signature.has_candidates else (), targets)
+            engine.build(path, plan, signature, BUCKETS if signature.has_candidates else (), (target,))
             assert plan.stat().st_size > 10_000
         assert len(list(tmp_path.iterdir())) == len(graphs)
 

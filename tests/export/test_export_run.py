@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from standin_world import SCHEMA, standin_source
+
+from export.export_run import export_run, sample_users
+from export.exported import open_export
+from export.publish import publish, versions
+from hsnn_core.errors import FormatError
+from hsnn_train.checkpoint import make_model, save_checkpoint, save_inputs
+from hsnn_train.recipe import Recipe, recipe_from_dict
+from hsnn_train.refresh import refresh
+
+
+def untrained_run(path: Path, model: dict) -> Recipe:
+    """A run directory as training leaves it, with the weights of the first step."""
+    source = standin_source()
+    widths = [2] * (len(model["layers"]) - 1)
+    recipe = recipe_from_dict(
+        {
+            "schema": SCHEMA.to_dict(),
+            "data": {"impressions": "none.csv"},
+            "model": model,
+            "search": {"widths": widths, "k": 5, "max_k": 40},
+        },
+        "untrained",
+        path,
+    )
+    save_inputs(path, recipe, source.transform, source.items, source.item_ids)
+    torch.manual_seed(1)
+    network = make_model(recipe, source.transform)
+    state, _ = refresh(network, source.items, source.item_ids)
+    save_checkpoint(
+        path / "checkpoint.pt",
+        {
+            "schema_hash": SCHEMA.hash,
+            "step": 0,
+            "model": network.state_dict(),
+            "optimizer": {},
+            "paths": torch.from_numpy(state.paths),
+            "representative": torch.from_numpy(state.representative),
+            "history": [],
+        },
+    )
+    return recipe
+
+
+JOINT = {"layers": ["cpu_large", "cpu_medium", "cpu_small"], "index": "joint", "codebooks": [6, 3]}
+HIERARCHY = {
+    "layers": ["cpu_medium", "cpu_small"],
+    "index": "hierarchy",
+    "columns": ["item"],
+    "codebooks": [],
+}
+FLAT = {"layers": ["cpu_small"], "codebooks": []}
+# Takes no interaction features, though its schema has them.
+TWO_TOWER = {"layers": ["two_tower_xs"], "codebooks": []}
+
+
+@pytest.mark.parametrize(
+    "model", [JOINT, HIERARCHY, FLAT, TWO_TOWER], ids=["joint", "hierarchy", "flat", "two tower"]
+)
+def test_a_run_is_exported_and_published(model: dict, tmp_path: Path) -> None:
+    recipe = untrained_run(tmp_path / "run", model)
+    users = sample_users(SCHEMA, standin_source().transform, 20, seed=3)
+    exported = export_run(tmp_path / "run", users=users, progress=False)
+    assert exported.report.passed
+    bundle = exported.verify()
+    assert bundle.index.layers == len(model["layers"])
+    assert (bundle.manifest["k"], bundle.manifest["max_k"]) == (5, 40)
+    assert bundle.manifest["widths"] == list(recipe.search.widths)
+    np.testing.assert_array_equal(bundle.smoke().users["history"], users["history"][:4])
+    assert publish(tmp_path / "run", tmp_path / "repository") == 1
+    assert versions(tmp_path / "repository") == [1]
+
+
+@pytest.mark.tensorrt
+def test_every_graph_of_a_three_layer_hsnn_builds_for_both_targets(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    untrained_run(tmp_path, JOINT)
+    exported = export_run(tmp_path, "tensorrt-rtx", targets=("SM80", "SM89"), progress=False)
+    assert [graph.file for graph in open_export(tmp_path).graphs] == [graph.file for graph in exported.graphs]
+    assert all((exported.path / graph.file).suffix == ".plan" for graph in exported.graphs)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"no recipe\.yaml there; expected a folder that hsnn train wrote"):
+        export_run(tmp_path)
