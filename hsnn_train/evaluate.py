@@ -153,9 +153,41 @@ def retrieval(
             "ndcg@10": ndcg_at(ids, valid, wanted, 10)
         }
     report["search_recall"] = {f"@{n}": _search_recall_at(found, exact, n) for n in ks}
+    report["per_layer"] = [
+        {
+            "layer": layer,
+            "true_item_kept": kept_share(corpus, layer, found, wanted),
+            "exhaustive_top_kept": {
+                f"@{n}": kept_share(corpus, layer, found, _tops(exact, n)) for n in ks if n in (10, 100)
+            },
+        }
+        for layer in range(1, model.layers)
+    ]
     report["scored_share"] = _scored_share(found, corpus)
     report["seconds_per_request"] = seconds / max(1, len(wanted))
     return report
+
+
+def kept_share(
+    corpus: Corpus, layer: int, found: Sequence[SearchResult], items: Sequence[np.ndarray]
+) -> float:
+    """Recall of the beam above the items: the share of ``items`` (external ids, per request) whose ancestor at
+    ``layer`` is among the nodes the search kept there, averaged over requests that have any."""
+    order = np.argsort(corpus.index.item_ids)
+    ancestors = corpus.index.ancestors(layer)
+    kept = [nodes for result in found for nodes in result.layers[layer - 1].nodes]
+    shares = []
+    for nodes, wanted in zip(kept, items):
+        if len(wanted):
+            position = order[np.searchsorted(corpus.index.item_ids, wanted, sorter=order)]
+            shares.append(float(np.isin(ancestors[position], nodes).mean()))
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def _tops(results: Sequence[SearchResult], k: int) -> list[np.ndarray]:
+    """Per request its first k item ids."""
+    ids, valid = _stack(results)
+    return [row[: min(k, count)] for row, count in zip(ids, valid)]
 
 
 def _stack(results: Sequence[SearchResult]) -> tuple[np.ndarray, np.ndarray]:

@@ -131,7 +131,7 @@ def test_any_depth_runs(dataset, make_recipe, layers):
 
 
 def test_a_schema_without_interactions_works(make_recipe):
-    from conftest import SCHEMA, tables
+    from tiny_world import SCHEMA, tables
 
     from hsnn_core.schema import Schema
     from hsnn_train.data.dataset import build_dataset

@@ -86,6 +86,19 @@ def test_recall_at_full_width_is_the_exhaustive_recall(dataset, make_recipe, tmp
     assert got["search"] == got["exhaustive"]
     assert set(got["search_recall"].values()) == {1.0}
     assert got["scored_share"] == 1.0
+    assert [row["true_item_kept"] for row in got["per_layer"]] == [1.0, 1.0]
+
+
+def test_the_beams_recall_of_true_items_falls_with_its_width(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(), dataset, tmp_path / "run", progress=False)
+    model = trainer.train()
+    kept = []
+    for width in (1, 3, 6):
+        recipe = make_recipe(search={"widths": [width, 999]})
+        got = evaluate(model, dataset, recipe, trainer.state, progress=False)["retrieval"]["per_layer"]
+        assert got[0]["true_item_kept"] == got[1]["true_item_kept"]  # all children of what layer 1 kept
+        kept.append(got[0]["true_item_kept"])
+    assert 0 < kept[0] < kept[1] < kept[2] == 1.0
 
 
 @pytest.mark.parametrize(
