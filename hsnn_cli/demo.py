@@ -40,6 +40,7 @@ def add_commands(commands: Any) -> None:
         "--users", type=int, default=200, help="held-out users to query (default: %(default)s)"
     )
     pipeline.add_argument("--mode", choices=("bls", "in_process"), default="bls")
+    pipeline.add_argument("--results", type=Path, help="folder to put <recipe>.json and <recipe>.md into")
     pipeline.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                           help="change one value of the recipe; may be repeated")  # fmt: skip
     pipeline.set_defaults(run_command=run_pipeline_command)
@@ -58,6 +59,18 @@ def run_pipeline_command(options: argparse.Namespace) -> None:
     print()
     print(summary(report))
     print(f"report: {work / 'report.json'}")
+    if options.results is not None:
+        from hsnn_train.checkpoint import write_aside, write_json
+
+        options.results.mkdir(parents=True, exist_ok=True)
+        write_json(options.results / f"{recipe.name}.json", report)
+        command = " ".join(
+            ["hsnn pipeline", options.recipe, f"--mode {options.mode} --users {options.users}"]
+            + [f"--set {change}" for change in options.overrides]
+        )
+        page = options.results / f"{recipe.name}.md"
+        write_aside(page, f"# {recipe.name}\n\n`{command}`\n\n```\n{summary(report)}\n```\n".encode())
+        print(f"results: {page}")
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -83,13 +96,17 @@ def summary(report: dict[str, Any]) -> str:
     rows += [
         [f"search recall@100, {100 * got['scored_share']:.1f}% of the items scored",
          f"{got['search_recall'].get('@100', float('nan')):.4f}"],
-        ["served, p50 / p99 at the client", f"{served['p50_ms_client']:.2f} / {served['p99_ms_client']:.2f} ms"],
+        ["served, p50 / p99 at the client, top " + str(served["k"]), f"{served['p50_ms_client']:.2f} / {served['p99_ms_client']:.2f} ms"],
         ["served = offline search, users", f"{offline['users'] - offline['mismatched']} of {offline['users']}, "
          f"largest score difference {offline['largest_score_difference']:.1e}"],
         ["full-width search = exhaustive", offline["full_width_equals_exhaustive"]],
     ]  # fmt: skip
-    return table(["figure", "value"], rows, f"{report['recipe']}: {report['machine']}, {report['date']}, mode "
-                 f"{report['mode']}")  # fmt: skip
+    made = "SIMULATED data, " if report["simulated"] else ""
+    title = (
+        f"{report['recipe']}: {made}{report['machine']}, {report['date']}, commit {report['commit']}, "
+        f"seed {report['seed']}, mode {report['mode']}"
+    )
+    return table(["figure", "value"], rows, title)
 
 
 def run_demo(options: argparse.Namespace) -> None:

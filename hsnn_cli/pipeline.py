@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,6 +168,7 @@ def run_pipeline(
         "simulated": dataset.simulated,
         "notes": list(dataset.notes),
         "machine": f"{platform.machine()}, {_cores()} cores, CPU",
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "seed": recipe.train.seed,
         "mode": mode,
@@ -193,6 +195,23 @@ def stage_matrix(served: Served) -> np.ndarray:
         assert result.timings is not None
         rows.append([result.timings.user_tower, *result.timings.layers, result.timings.total])
     return np.array(rows, np.float64)
+
+
+def _commit() -> str:
+    """Short hash of the project's checkout, with a mark when files differ from it; "none" outside one."""
+    here = Path(__file__).parent
+    asked = [
+        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "status", "--porcelain", "--untracked-files=no"],
+    ]
+    try:
+        head, changed = (
+            subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+            for command in asked
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return head + ("+" if changed else "")
 
 
 def _cores() -> int:
