@@ -96,7 +96,8 @@ def summary(report: dict[str, Any]) -> str:
     rows += [
         [f"search recall@100, {100 * got['scored_share']:.1f}% of the items scored",
          f"{got['search_recall'].get('@100', float('nan')):.4f}"],
-        ["served, p50 / p99 at the client, top " + str(served["k"]), f"{served['p50_ms_client']:.2f} / {served['p99_ms_client']:.2f} ms"],
+        [f"served, p50 / p99 at the client, top {served['k']}",
+         f"{served['p50_ms_client']:.2f} / {served['p99_ms_client']:.2f} ms"],
         ["served = offline search, users", f"{offline['users'] - offline['mismatched']} of {offline['users']}, "
          f"largest score difference {offline['largest_score_difference']:.1e}"],
         ["full-width search = exhaustive", offline["full_width_equals_exhaustive"]],
