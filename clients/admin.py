@@ -1,15 +1,16 @@
-"""Model control of a running Triton: load, unload, what is there. Needs the server's admin key."""
+"""Model control of a running Triton: load, unload, what is there, is it sound. Needs the server's admin key."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
+import numpy as np
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from hsnn_core.errors import ServerError
 
@@ -85,6 +86,20 @@ class RepositoryAdmin:
         """Whether ``model`` (its newest version, or the given one) answers requests; needs no key."""
         wanted = "" if version is None else str(version)
         return bool(self._call(f"ask for {model}", self._grpc.is_model_ready, model, wanted))
+
+    def infer(
+        self, model: str, version: int, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
+    ) -> list[np.ndarray]:
+        """One call of one version of ``model``, as a check before it gets traffic: named tensors (B, ...) in,
+        the named outputs in their order. Needs no key."""
+        tensors = []
+        for name, values in inputs.items():
+            tensors.append(InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype)))
+            tensors[-1].set_data_from_numpy(np.ascontiguousarray(values))
+        asked = [InferRequestedOutput(name) for name in outputs]
+        what = f"run {model} version {version}"
+        result = self._call(what, self._grpc.infer, model, tensors, str(version), asked)
+        return [result.as_numpy(name) for name in outputs]
 
     def close(self) -> None:
         self._grpc.close()

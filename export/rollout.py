@@ -11,11 +11,14 @@ from typing import Protocol
 
 from export.pbtxt import ORCHESTRATOR
 from export.repository import locked, move_version, snapshot_models, versions
+from export.smoke import Networks, replay
 from hsnn_core.errors import PublishError
 
+_KEPT = "the server goes on serving the snapshot before. Publish a corrected one, or roll this one back"
 
-class Admin(Protocol):
-    """Model control of a running server."""
+
+class Admin(Networks, Protocol):
+    """Model control of a running server, and its networks."""
 
     def load(self, model: str) -> None:
         """Load or reload a model; returns when it is ready, raises with the server's message."""
@@ -29,21 +32,34 @@ class Admin(Protocol):
 def promote(repository: str | Path, admin: Admin) -> int:
     """Make a server serve the newest complete snapshot; return its version.
 
-    Towers, then scorers, then the orchestrator: its load is the commit. When one load fails the server
-    goes on serving the snapshot before, and PublishError names the model."""
+    Towers, then scorers, which the server warms up; then the smoke request is replayed on them; then the
+    orchestrator: its load is the commit. Whatever fails before, the server goes on serving the snapshot
+    before, and PublishError names the model or how the answer differs."""
     repository = Path(repository)
     version = _newest(repository)
-    for model in snapshot_models(repository, version):
-        try:
-            admin.load(model)
-            if not admin.ready(model, version):
-                raise PublishError(f"version {version} is not ready; does the server serve {repository}?")
-        except Exception as error:
-            raise PublishError(
-                f"snapshot {version}: the server did not load {model}: {error}; it goes on serving the "
-                "snapshot before. Publish a corrected one, or roll this one back"
-            ) from error
+    *networks, orchestrator = snapshot_models(repository, version)
+    for model in networks:
+        _load(repository, version, model, admin)
+    try:
+        replay(repository / orchestrator / str(version), version, admin)
+    except Exception as error:
+        raise PublishError(
+            f"snapshot {version}: its networks do not answer the smoke request as at its export: {error}; "
+            f"{_KEPT}"
+        ) from error
+    _load(repository, version, orchestrator, admin)
     return version
+
+
+def _load(repository: Path, version: int, model: str, admin: Admin) -> None:
+    try:
+        admin.load(model)
+        if not admin.ready(model, version):
+            raise PublishError(f"version {version} is not ready; does the server serve {repository}?")
+    except Exception as error:
+        raise PublishError(
+            f"snapshot {version}: the server did not load {model}: {error}; {_KEPT}"
+        ) from error
 
 
 def rollback(repository: str | Path, admin: Admin | None = None) -> int:

@@ -140,7 +140,7 @@ def run_demo(options: argparse.Namespace) -> None:
             print(f"\nTriton serves version {served.results[0].version} at {url}; the top 10 of three users:")
             for user in range(3):
                 print_hits(user, served.results[user])
-        offline = check_against_offline(work / "run", dataset, encoded, served, 100)
+        offline = check_against_offline(work / "run", encoded, served, 100)
         stages = stage_matrix(served)
         names = ["user tower", *(f"layer {i}" for i in range(1, stages.shape[1] - 1)), "whole request"]
         middle = np.median(stages, axis=0) / 1000

@@ -105,9 +105,7 @@ def compare(served: Served, offline: SearchResult, tasks: Sequence[str]) -> dict
     }
 
 
-def check_against_offline(
-    run_dir: Path, dataset: Dataset, users: Encoded, served: Served, k: int
-) -> dict[str, Any]:
+def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int) -> dict[str, Any]:
     """What was served beside the offline search of the *torch* model on the published index, and full-width
     search beside exhaustive scoring (must be equal to the bit)."""
     run = load_run(run_dir)
@@ -181,7 +179,7 @@ def run_pipeline(
             "p99_ms_client": float(np.percentile(served.seconds, 99) * 1000),
             "p50_ms_stages": dict(zip(names, (np.median(stages, axis=0) / 1000).round(3).tolist())),
         },
-        "offline": check_against_offline(work / "run", dataset, encoded, served, k),
+        "offline": check_against_offline(work / "run", encoded, served, k),
         "plots": [str(plot)],
     }
     write_json(work / "report.json", report)

@@ -63,9 +63,8 @@ class StandInRunner:
         return monn.numpy(), logits.numpy()
 
 
-def standin_source(layers: int = 3, seed: int = 0) -> Source:
-    """A StandIn of N layers over 60 items, deterministic by seed."""
-    rng = np.random.default_rng(seed)
+def raw_world(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Item ids (60,), and raw tensors of 20 users and of the items, by feature of SCHEMA."""
     item_ids = np.arange(100, 100 + ITEMS, dtype=np.int64)
     categories = rng.integers(0, 1000, (ITEMS, 2))
     categories[::3, 1] = KEY_MISSING
@@ -80,6 +79,13 @@ def standin_source(layers: int = 3, seed: int = 0) -> Source:
         "history": rng.choice(item_ids, (20, 4)),
         "country": rng.integers(0, 5, (20, 1)),
     }
+    return item_ids, users, items
+
+
+def standin_source(layers: int = 3, seed: int = 0) -> Source:
+    """A StandIn of N layers over 60 items, deterministic by seed."""
+    rng = np.random.default_rng(seed)
+    item_ids, users, items = raw_world(rng)
     transform = FeatureTransform.fit(SCHEMA, users, items, item_ids)
     model = StandIn(layers, user=(3, 5), item=(1, 3), cross=(6, 3), cardinality=ITEMS + 2, seed=seed)
     encoded = transform.encode_items(items)

@@ -4,61 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from standin_world import SCHEMA, standin_source
+from untrained import FLAT, HIERARCHY, JOINT, TWO_TOWER, untrained_run
 
 from export.export_run import export_run, sample_users
 from export.exported import open_export
 from export.publish import publish, versions
 from hsnn_core.errors import FormatError
-from hsnn_train.checkpoint import make_model, save_checkpoint, save_inputs
-from hsnn_train.recipe import Recipe, recipe_from_dict
-from hsnn_train.refresh import refresh
-
-
-def untrained_run(path: Path, model: dict) -> Recipe:
-    """A run directory as training leaves it, with the weights of the first step."""
-    source = standin_source()
-    widths = [2] * (len(model["layers"]) - 1)
-    recipe = recipe_from_dict(
-        {
-            "schema": SCHEMA.to_dict(),
-            "data": {"impressions": "none.csv"},
-            "model": model,
-            "search": {"widths": widths, "k": 5, "max_k": 40},
-        },
-        "untrained",
-        path,
-    )
-    save_inputs(path, recipe, source.transform, source.items, source.item_ids)
-    torch.manual_seed(1)
-    network = make_model(recipe, source.transform)
-    state, _ = refresh(network, source.items, source.item_ids)
-    save_checkpoint(
-        path / "checkpoint.pt",
-        {
-            "schema_hash": SCHEMA.hash,
-            "step": 0,
-            "model": network.state_dict(),
-            "optimizer": {},
-            "paths": torch.from_numpy(state.paths),
-            "representative": torch.from_numpy(state.representative),
-            "history": [],
-        },
-    )
-    return recipe
-
-
-JOINT = {"layers": ["cpu_large", "cpu_medium", "cpu_small"], "index": "joint", "codebooks": [6, 3]}
-HIERARCHY = {
-    "layers": ["cpu_medium", "cpu_small"],
-    "index": "hierarchy",
-    "columns": ["item"],
-    "codebooks": [],
-}
-FLAT = {"layers": ["cpu_small"], "codebooks": []}
-# Takes no interaction features, though its schema has them.
-TWO_TOWER = {"layers": ["two_tower_xs"], "codebooks": []}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 from standin_world import standin_source
 
@@ -165,11 +167,13 @@ def test_foreign_models_are_left_alone(exported: Exported, tmp_path: Path) -> No
 
 
 class FakeServer:
-    """Records loads; serves the newest complete version that lies in the repository when loaded."""
+    """Records loads; serves the newest complete version that lies in the repository when loaded, and runs
+    its ONNX files. ``shift``: what every network adds to what it should answer."""
 
-    def __init__(self, repository: Path, fails: str = "", unready: str = "") -> None:
-        self.repository, self.fails, self.unready = repository, fails, unready
+    def __init__(self, repository: Path, fails: str = "", unready: str = "", shift: float = 0.0) -> None:
+        self.repository, self.fails, self.unready, self.shift = repository, fails, unready, shift
         self.loads: list[str] = []
+        self.ran: list[str] = []
 
     def load(self, model: str) -> None:
         self.loads.append(model)
@@ -178,6 +182,11 @@ class FakeServer:
 
     def ready(self, model: str, version: int | None = None) -> bool:
         return model != self.unready and (self.repository / model / str(version)).is_dir()
+
+    def infer(self, model: str, version: int, inputs: dict, outputs: list) -> list:
+        self.ran.append(model)
+        session = onnxruntime.InferenceSession(self.repository / model / str(version) / "model.onnx")
+        return [value + self.shift for value in session.run(outputs, dict(inputs))]
 
 
 ORDER = [
@@ -196,6 +205,20 @@ def test_promoting_loads_the_orchestrator_last(exported: Exported, tmp_path: Pat
     server = FakeServer(tmp_path)
     assert promote(tmp_path, server) == 2
     assert server.loads == ORDER
+    assert server.ran == ["hsnn_user_tower", *ORDER[2:5]]
+
+
+def test_networks_that_answer_otherwise_than_at_export_do_not_go_live(
+    exported: Exported, tmp_path: Path
+) -> None:
+    publish(exported.path, tmp_path)
+    for shift, text in ((0.05, "probabilities differ by up to"), (np.nan, "scores that are not finite")):
+        server = FakeServer(tmp_path, shift=shift)
+        with pytest.raises(PublishError, match="snapshot 1: its networks do not answer the smoke") as refusal:
+            promote(tmp_path, server)
+        assert text in str(refusal.value)
+        assert "goes on serving the snapshot before" in str(refusal.value)
+        assert server.loads == ORDER[:-1]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_served_equals_the_offline_search_of_the_torch_model(shop, server, datas
     wire, users = dataset.requests("test", 60)
     with RetrievalClient(server.urls.grpc, timeout=20) as client:
         served = ask(client, wire, k=20)
-    report = check_against_offline(shop / "run", dataset, users, served, 20)
+    report = check_against_offline(shop / "run", users, served, 20)
     assert report["mismatched"] == 0
     assert report["largest_score_difference"] < 1e-4
     assert report["same_ids_in_order"] >= 58
@@ -110,7 +110,7 @@ def test_in_process_mode_serves_the_same(shop, tmp_path, dataset):
         with RetrievalClient(running.urls.grpc, timeout=20) as client:
             assert client.connect().mode == "in_process"
             served = ask(client, wire, k=20)
-    assert check_against_offline(shop / "run", dataset, users, served, 20)["mismatched"] == 0
+    assert check_against_offline(shop / "run", users, served, 20)["mismatched"] == 0
 
 
 def test_pipeline_reports_what_it_measured(shop, tmp_path):
