@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import yaml
 
 from hsnn_core.arrayfile import open_arrays, write_arrays
-from hsnn_core.errors import FormatError, SchemaMismatch
+from hsnn_core.errors import DataError, FormatError, SchemaMismatch
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.schema import Schema
 
@@ -25,29 +27,46 @@ from .recipe import Recipe, recipe_from_dict
 CHECKPOINT_FORMAT = 1
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part: aside, fsync, rename."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in place of ``path``: aside, fsync, rename, so that a reader sees the old or the new
+    content, never a part. Whatever fails leaves the old content and nothing aside."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as f:
+    try:
+        with aside.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """A file of these bytes; see `written_aside`."""
+    with written_aside(path) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same plain value with None for every float that JSON cannot say (NaN, infinite)."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written aside and renamed."""
-    write_aside(path, (json.dumps(value, indent=1) + "\n").encode())
+    """A JSON file; see `written_aside` and `without_nan`."""
+    write_aside(path, (json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """A torch file, written aside, fsynced and renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as f:
+    """A torch file; see `written_aside`."""
+    with written_aside(path) as f:
         torch.save({"format": CHECKPOINT_FORMAT, **state}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
 
 
 def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
@@ -74,8 +93,11 @@ def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
 def save_inputs(
     run: Path, recipe: Recipe, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
 ) -> None:
-    """Everything of a run that is known before the first step: recipe, schema, transform and the corpus."""
+    """Everything of a run that is known before the first step: recipe, schema, transform and the corpus. What an
+    earlier run left in the folder goes first, so that no checkpoint ever stands beside another run's recipe."""
     run.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "history.jsonl", "metrics.json", "metrics-valid.json"):
+        (run / name).unlink(missing_ok=True)
     write_aside(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     write_aside(run / "schema.json", recipe.schema.to_json().encode())
     write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
@@ -85,6 +107,33 @@ def save_inputs(
         {"dense": items.dense, "ids": items.ids, "item_ids": item_keys},
         {"schema": recipe.schema.hash},
     )
+
+
+def check_inputs(
+    run: Path, schema: Schema, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
+) -> None:
+    """Refuse a data set that is encoded otherwise than the one the run was trained on: the same id would mean
+    another thing to its embeddings. Raises SchemaMismatch or DataError that names the first difference."""
+    own = load_recipe_of_run(run).schema
+    if own.hash != schema.hash:
+        raise SchemaMismatch(f"run {run}: trained on schema {own.hash}, asked for schema {schema.hash}")
+    now = {
+        **transform.to_arrays(),
+        "items' dense": items.dense,
+        "items' ids": items.ids,
+        "item keys": item_keys,
+    }
+    corpus = open_arrays(run / "corpus.hsnn", "corpus").arrays
+    saved = {
+        **open_arrays(run / "transform.hsnn", "transform").arrays,
+        "items' dense": corpus["dense"], "items' ids": corpus["ids"], "item keys": corpus["item_ids"],
+    }  # fmt: skip
+    for name in sorted(now):
+        if not np.array_equal(now[name], saved[name]):
+            raise DataError(
+                f"run {run}: the tables have changed since it was trained ({name} differs), so its ids mean "
+                "other things now; bring back those tables, or train again"
+            )
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SearchConfig:
     """widths: nodes kept after each layer above the items (the beam); k: items returned by default; max_k: the
-    most a request may ask for; buckets: candidate counts that scorers are padded to, one list per layer, or
-    empty for powers of two; requests: evaluation requests for recall."""
+    most a request may ask for; requests: evaluation requests for recall."""
 
     widths: tuple[int, ...] = (8, 64)
     k: int = 100

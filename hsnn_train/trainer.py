@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,23 +21,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hsnn_core.errors import HsnnError
+from hsnn_core.errors import DataError, HsnnError
 from hsnn_core.i2if import I2IF
 from hsnn_train.data.dataset import Dataset
 
 from . import losses
 from .batches import BatchMaker, IndexState, epoch_order, step_rng
-from .checkpoint import load_checkpoint, load_run, make_model, save_checkpoint, save_inputs, write_aside
+from .checkpoint import (
+    check_inputs,
+    load_checkpoint,
+    make_model,
+    save_checkpoint,
+    save_inputs,
+    without_nan,
+    write_aside,
+)
 from .hsnn import HSNN, Batch, HSNNOutput
 from .lti import alpha_at, index_health, warmup_at
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, reset_optimizer_rows, residual_kmeans
+from .teacher import Teacher
 
 LOG_EVERY = 20
 
 
 class Interrupted(HsnnError):
     """Training was stopped by Ctrl-C; the checkpoint is kept."""
+
+
+class Diverged(HsnnError):
+    """The loss is no longer a number; the last checkpoint is from before."""
+
+
+class NotSaved(HsnnError):
+    """The checkpoint could not be written; the one before is kept."""
 
 
 def rows_i2if(dataset: Dataset) -> I2IF | None:
@@ -85,11 +102,13 @@ class Trainer:
         self.steps = t.max_steps or t.epochs * self.steps_per_epoch
         self.init_step = int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
-        self.teacher: HSNN | None = load_run(t.teacher).model if t.teacher else None
+        self.teacher = Teacher(Path(t.teacher), dataset, self.batches, t) if t.teacher else None
         self.step = 0
+        self.finished = False  # the last step is done and the index is final
         self._order_of, self._order = -1, np.empty(0, np.int64)
         self.history: list[dict[str, Any]] = []
         self.state: IndexState
+        self._check_labels()
         if resume:
             self._restore()
         else:
@@ -107,69 +126,117 @@ class Trainer:
             return {0, self.steps // 2}
         return {0, *(round(self.steps * (i + 1) / (t.em_rounds + 1)) for i in range(t.em_rounds))}
 
+    def _check_labels(self) -> None:
+        """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
+        always = self.dataset.train.labels.min(axis=0) > 0
+        if always.any() and not self.recipe.train.negatives:
+            names = ", ".join(t.name for t, yes in zip(self.recipe.schema.tasks, always) if yes)
+            raise DataError(
+                f"every training label of task {names} is 1, so there is nothing to tell apart; "
+                "draw negatives: set train.negatives (8, say)"
+            )
+
     # Checkpoints.
 
     def save(self) -> None:
-        """Write the checkpoint and the history, atomically."""
-        save_checkpoint(
-            self.run / "checkpoint.pt",
-            {
-                "schema_hash": self.recipe.schema.hash,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "paths": torch.from_numpy(self.state.paths),
-                "representative": torch.from_numpy(self.state.representative),
-                "history": self.history,
-            },
-        )
-        lines = "".join(_json_line(row) for row in self.history)
-        write_aside(self.run / "history.jsonl", lines.encode())
+        """Write the checkpoint and the history, each atomically. Raises NotSaved when the disk refuses."""
+        state = {
+            "schema_hash": self.recipe.schema.hash,
+            "step": self.step,
+            "finished": self.finished,
+            "examples": len(self.dataset.train),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "paths": torch.from_numpy(self.state.paths),
+            "representative": torch.from_numpy(self.state.representative),
+            "history": self.history,
+        }
+        lines = "".join(json.dumps(without_nan(row)) + "\n" for row in self.history)
+        path = self.run / "checkpoint.pt"
+        try:
+            save_checkpoint(path, state)
+            write_aside(self.run / "history.jsonl", lines.encode())
+        except OSError as error:
+            before = "the one before is kept" if path.exists() else "there is none before it"
+            raise NotSaved(
+                f"the checkpoint of step {self.step} could not be written to {self.run} ({error.strerror}); "
+                f"{before}; make room, then go on with: {self._go_on}"
+            ) from error
+
+    @property
+    def _go_on(self) -> str:
+        return f"hsnn train --resume {self.run}"
 
     def _restore(self) -> None:
+        dataset = self.dataset
+        check_inputs(self.run, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
         saved = load_checkpoint(self.run / "checkpoint.pt", self.recipe.schema)
+        if saved.get("examples", len(dataset.train)) != len(dataset.train):
+            raise DataError(
+                f"run {self.run}: began with {saved['examples']} training impressions, the tables give "
+                f"{len(dataset.train)} now; bring back those tables, or train again"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
         self.step = int(saved["step"])
+        self.finished = bool(saved.get("finished", False))
         self.history = list(saved["history"])
 
     # The loop.
 
     def train(self) -> HSNN:
-        """Run to the last step. Raises Interrupted after Ctrl-C, with the checkpoint of the last whole step."""
-        if self.step == 0 and not self.history:
-            self._refresh(final=False)
-        self.model.train()
+        """Run to the last step; a finished run is left as it is.
+
+        Raises Interrupted after Ctrl-C, with the checkpoint of the last whole step, Diverged and NotSaved.
+        """
+        if self.finished:
+            return self.model.eval()
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress,
                    mininterval=0.5)  # fmt: skip
-        seen, started = 0, time.monotonic()
-        with bar, _interrupt_flag() as interrupted:
-            while self.step < self.steps:
-                if self.step and (
-                    self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0
-                ):
-                    self._refresh(final=False)
-                parts, pairs = self._one_step()
-                seen += pairs
-                self.step += 1
-                bar.update()
-                if self.step % LOG_EVERY == 0 or self.step == self.steps:
-                    rate = seen / (time.monotonic() - started)
-                    values = {name: round(float(value), 6) for name, value in parts.items()}
-                    self.history.append({"step": self.step, **values})
-                    bar.set_postfix(loss=f"{values['loss']:.4f}", pairs_per_s=f"{rate:,.0f}")
+        with bar:
+            if self.step == 0:
+                self._refresh(bar)
+            with _interrupt_flag() as interrupted:
+                self.model.train()
+                self._loop(bar, interrupted)
+                self._refresh(bar, final=True)
+                self.finished = True
+                self.save()
                 if interrupted():
-                    self.save()
                     raise Interrupted(
-                        f"training stopped at step {self.step} of {self.steps}; the checkpoint is in {self.run}; "
-                        "go on with: hsnn train --resume " + str(self.run)
+                        f"stopped after the last step of {self.steps}, before calibration; the checkpoint is in "
+                        f"{self.run}; go on with: {self._go_on}"
                     )
-                if self.step % self.recipe.train.checkpoint_steps == 0 and self.step < self.steps:
-                    self.save()
-        self._refresh(final=True)
-        self.save()
         return self.model.eval()
+
+    def _loop(self, bar: Any, interrupted: Callable[[], bool]) -> None:
+        """The steps that are left, with refreshes and checkpoints on the way."""
+        seen, started = 0, time.monotonic()
+        while self.step < self.steps:
+            if self.step and (
+                self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0
+            ):
+                self._refresh(bar)
+            parts, pairs = self._one_step()
+            seen += pairs
+            self.step += 1
+            bar.update()
+            if self.step % LOG_EVERY == 0 or self.step == self.steps:
+                rate = seen / (time.monotonic() - started)
+                values = {name: round(float(value), 6) for name, value in parts.items()}
+                self.history.append({"step": self.step, **values})
+                bar.set_postfix(loss=f"{values['loss']:.4f}", pairs_per_s=f"{rate:,.0f}")
+            if self.step == self.steps:
+                return
+            if interrupted():
+                self.save()
+                raise Interrupted(
+                    f"training stopped at step {self.step} of {self.steps}; the checkpoint is in {self.run}; "
+                    f"go on with: {self._go_on}"
+                )
+            if self.step % self.recipe.train.checkpoint_steps == 0:
+                self.save()
 
     def alpha(self) -> float | None:
         """Temperature of this step's soft assignment; None while hard codes are used."""
@@ -187,8 +254,17 @@ class Trainer:
         batch = self.batches.make(self.dataset.train, rows, self.state, step_rng(t.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = t.lr * self._lr_factor()
+        soft = None
+        if self.teacher is not None and t.unlabelled and t.distil:
+            soft = self.teacher.logits(rows, step_rng(t.seed, self.step))  # draws the same candidates
         out = self.model(batch, self.alpha())
-        parts = self._loss(batch, out)
+        parts = self._loss(batch, out, soft)
+        if not torch.isfinite(parts["loss"]):
+            broken = ", ".join(name for name, value in parts.items() if not torch.isfinite(value))
+            raise Diverged(
+                f"training diverged at step {self.step + 1} of {self.steps}: {broken} is not finite; train "
+                f"again with a smaller train.lr (now {t.lr}), and look for extreme values in dense features"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
@@ -203,23 +279,22 @@ class Trainer:
         along = (self.step - warm) / max(1, self.steps - warm)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * along))
 
-    def _loss(self, batch: Batch, out: HSNNOutput) -> dict[str, Tensor]:
-        """L = L_sup + L_unsup (Eq. 3, 4) + the index's losses under their warm-up."""
+    def _loss(self, batch: Batch, out: HSNNOutput, soft: Tensor | None) -> dict[str, Tensor]:
+        """L = L_sup + L_unsup (Eq. 3, 4) + the index's losses under their warm-up: the scalars, by name.
+
+        ``soft`` (B, C, T): the teacher's logits; None: the model's own last layer teaches the layers above it.
+        """
         t = self.recipe.train
         parts = {"supervised": losses.layered(out.logits, batch.labels, batch.labelled, self.task_weights)}
         total = parts["supervised"]
         if t.unlabelled and t.distil:
-            if self.teacher is not None:
-                with torch.no_grad():
-                    soft = self.teacher(batch, None).logits[-1]
-            else:
-                soft = out.logits[-1]
-            free = 1.0 - batch.labelled
-            free[:, : 1 + t.negatives] = 0.0
-            students = out.logits if self.teacher is not None else out.logits[:-1]
+            free = torch.zeros_like(batch.labelled)
+            free[:, 1 + t.negatives :] = 1.0
+            students = out.logits[:-1] if soft is None else out.logits
+            teacher = out.logits[-1] if soft is None else soft
             if students:
                 parts["distil"] = torch.stack(
-                    [losses.distil(logits, soft, free, self.task_weights) for logits in students]
+                    [losses.distil(logits, teacher, free, self.task_weights) for logits in students]
                 ).sum()
                 total = total + t.distil * parts["distil"]
         if self.model.layers > 1:
@@ -240,8 +315,9 @@ class Trainer:
 
     # The index between steps.
 
-    def _refresh(self, final: bool) -> None:
+    def _refresh(self, bar: Any, final: bool = False) -> None:
         """Re-assign the corpus; before that, k-means or the reset of dead codewords where they are due."""
+        bar.set_description("train: index")
         lti, t = self.model.lti, self.recipe.train
         if lti is not None and not final:
             v = index_vectors(self.model, self.dataset.items)
@@ -263,11 +339,7 @@ class Trainer:
                         f"{health.perplexity:.1f} of {size} codewords; raise train.balance or lower train.max_alpha"
                     )
             self.history.append(row)
-
-
-def _json_line(row: dict[str, Any]) -> str:
-
-    return json.dumps(row) + "\n"
+        bar.set_description("train")
 
 
 @contextmanager

@@ -1,17 +1,23 @@
 """The trainer: it learns, it resumes exactly, it is deterministic, it survives Ctrl-C."""
 
+import errno
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from hsnn_core.errors import FormatError, SchemaError, SchemaMismatch
-from hsnn_train.checkpoint import load_checkpoint, load_run
-from hsnn_train.evaluate import calibrate, evaluate, pointwise, pointwise_report
-from hsnn_train.trainer import Interrupted, Trainer, make_batches
+from hsnn_core.errors import DataError, FormatError, SchemaError, SchemaMismatch
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.scorer import LayerScorer
+from hsnn_train.batches import step_rng
+from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint
+from hsnn_train.evaluate import calibrate, corpus_of, evaluate, pointwise, pointwise_report
+from hsnn_train.runner import TorchRunner
+from hsnn_train.trainer import Diverged, Interrupted, NotSaved, Trainer, make_batches
 
 
 def weights(model):
@@ -169,3 +175,161 @@ def test_recipes_name_what_is_wrong(make_recipe):
         make_recipe(model={"index": "magic"})
     with pytest.raises(SchemaError, match=r"search\.widths: got 1 widths, expected 2"):
         make_recipe(search={"widths": [4]})
+
+
+@pytest.mark.parametrize("layers", [["small"], ["small", "small"], ["two_tower_xs"] * 4])
+def test_a_teacher_of_other_depth_scores_with_its_own_index(dataset, make_recipe, tmp_path, layers):
+    """Soft labels are what the teacher's own search would say, whatever the student's index looks like."""
+    depth = len(layers)
+    model = {"layers": layers, "codebooks": [5] * (depth - 1)}
+    recipe = make_recipe(model=model, search={"widths": [3] * (depth - 1)}, train={"max_steps": 6})
+    trained = Trainer(recipe, dataset, tmp_path / "teacher", progress=False)
+    trained.train()
+    t = {"teacher": str(tmp_path / "teacher"), "max_steps": 2, "seed": 5}
+    student = Trainer(make_recipe(train=t), dataset, tmp_path / "student", progress=False)
+    student.train()
+    rows = np.arange(7)
+    soft = student.teacher.logits(rows, step_rng(5, 1))
+    drawn = student.batches.make(dataset.train, rows, student.state, step_rng(5, 1))
+    of_teacher = student.teacher.batches.make(dataset.train, rows, trained.state, step_rng(5, 1))
+    assert torch.equal(drawn.items.ids[drawn.items.of], of_teacher.items.ids[of_teacher.items.of])
+    corpus = corpus_of(trained.model, dataset, trained.state)
+    scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(trained.model))
+    users = type(dataset.train.users)(dataset.train.users.dense[rows], dataset.train.users.ids[rows])
+    every = exhaustive(corpus.index, scorer, users, len(dataset.item_keys), np.ones(2, np.float32))
+    drawn_keys = dataset.item_keys[drawn.items.ids[:, 0].numpy() - 2][drawn.items.of.numpy()]  # (B, C)
+    for user in rows:
+        for candidate, key in enumerate(drawn_keys[user]):
+            place = int(np.flatnonzero(every.item_ids[user] == key)[0])
+            expected = torch.from_numpy(every.probabilities[user, place])
+            assert torch.allclose(torch.sigmoid(soft[user, candidate]), expected, atol=1e-5)
+
+
+def test_a_teacher_of_other_data_is_refused(dataset, make_recipe, tmp_path):
+    Trainer(make_recipe(train={"max_steps": 1}), dataset, tmp_path / "teacher", progress=False).train()
+    recipe = make_recipe(train={"teacher": str(tmp_path / "teacher")})
+    other = replace(dataset, item_keys=dataset.item_keys[::-1].copy())
+    with pytest.raises(DataError, match=r"tables have changed since it was trained \(item keys differs\)"):
+        Trainer(recipe, other, tmp_path / "student", progress=False)
+    foreign = make_recipe(schema={"tasks": [{"name": "click"}]}).schema
+    with pytest.raises(SchemaMismatch, match=f"asked for schema {foreign.hash}"):
+        Trainer(recipe, replace(dataset, schema=foreign), tmp_path / "student", progress=False)
+
+
+def test_resuming_a_finished_run_changes_nothing(dataset, make_recipe, tmp_path):
+    first = Trainer(make_recipe(), dataset, tmp_path / "run", progress=False)
+    first.train()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    again = Trainer(make_recipe(), dataset, tmp_path / "run", resume=True, progress=False)
+    again.train()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert same(weights(first.model), weights(again.model))
+    assert again.history == first.history
+
+
+def test_resuming_on_other_tables_is_refused(dataset, make_recipe, tmp_path):
+    Trainer(make_recipe(train={"max_steps": 2}), dataset, tmp_path / "run", progress=False).train()
+    items = type(dataset.items)(dataset.items.dense + 1, dataset.items.ids)
+    with pytest.raises(
+        DataError, match=r"items' dense differs\), so its ids mean other things now; bring back"
+    ):
+        Trainer(make_recipe(), replace(dataset, items=items), tmp_path / "run", resume=True, progress=False)
+    train = replace(dataset.train, item_row=dataset.train.item_row[:-1])
+    with pytest.raises(DataError, match="began with 1200 training impressions, the tables give 1199 now"):
+        Trainer(make_recipe(), replace(dataset, train=train), tmp_path / "run", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("when", ["last step", "final refresh"])
+def test_ctrl_c_at_the_very_end_keeps_a_finished_checkpoint(dataset, make_recipe, tmp_path, when):
+    whole = Trainer(make_recipe(), dataset, tmp_path / "whole", progress=False)
+    whole.train()
+    cut = Trainer(make_recipe(), dataset, tmp_path / "cut", progress=False)
+    name = "_one_step" if when == "last step" else "_refresh"
+    inner = getattr(cut, name)
+
+    def hit(*args, **options):
+        if cut.step == 23 or options.get("final"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(*args, **options)
+
+    setattr(cut, name, hit)
+    with pytest.raises(
+        Interrupted, match=r"after the last step of 24, before calibration; .*hsnn train --resume"
+    ):
+        cut.train()
+    resumed = Trainer(make_recipe(), dataset, tmp_path / "cut", resume=True, progress=False)
+    assert same(weights(whole.model), weights(resumed.train()))
+    assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_checkpoint_before(dataset, make_recipe, tmp_path, monkeypatch, call):
+    run = tmp_path / "run"
+    trainer = Trainer(make_recipe(train={"checkpoint_steps": 5}), dataset, run, progress=False)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    one_step = trainer._one_step
+
+    def fill_after_7():
+        if trainer.step == 7:
+            monkeypatch.setattr(os, call, full)
+        return one_step()
+
+    trainer._one_step = fill_after_7
+    with pytest.raises(NotSaved, match=r"checkpoint of step 10 could not .*No space left on device\); the one "
+                                       r"before is kept; make room, then go on with: hsnn train --resume"):  # fmt: skip
+        trainer.train()
+    monkeypatch.undo()
+    assert not list(run.glob("*.tmp"))
+    resumed = Trainer(make_recipe(), dataset, run, resume=True, progress=False)
+    assert resumed.step == 5
+    whole = Trainer(make_recipe(), dataset, tmp_path / "whole", progress=False)
+    assert same(weights(whole.train()), weights(resumed.train()))
+
+
+def test_a_full_disk_while_writing(tmp_path):
+    """The real thing: a device that is always full."""
+    target = tmp_path / "checkpoint.pt"
+    target.write_bytes(b"old")
+    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(target, {"weights": torch.zeros(100_000)})
+    assert target.read_bytes() == b"old"
+    assert not (tmp_path / "checkpoint.pt.tmp").is_symlink()
+
+
+def test_divergence_is_noticed_at_once(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(), dataset, tmp_path / "run", progress=False)
+    one_step = trainer._one_step
+
+    def poison():
+        if trainer.step == 3:
+            with torch.no_grad():
+                trainer.model.ensemble[2].bias.fill_(float("nan"))
+        return one_step()
+
+    trainer._one_step = poison
+    with pytest.raises(
+        Diverged, match=r"step 4 of 24: supervised, .*loss is not finite; .* smaller train.lr"
+    ):
+        trainer.train()
+
+
+def test_a_new_run_leaves_nothing_of_the_one_before(dataset, make_recipe, tmp_path):
+    run = tmp_path / "run"
+    Trainer(make_recipe(train={"max_steps": 2}), dataset, run, progress=False).train()
+    Trainer(make_recipe(train={"seed": 9}), dataset, run, progress=False)
+    assert not (run / "checkpoint.pt").exists()
+    assert not (run / "history.jsonl").exists()
+
+
+def test_a_log_of_positives_alone_needs_negatives(dataset, make_recipe, tmp_path):
+    labels = dataset.train.labels.copy()
+    labels[:, 0] = 1
+    positives = replace(dataset, train=replace(dataset.train, labels=labels))
+    with pytest.raises(DataError, match=r"label of task click is 1, .* set train.negatives \(8, say\)"):
+        Trainer(make_recipe(), positives, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    Trainer(make_recipe(train={"negatives": 2, "max_steps": 1}), positives, tmp_path / "run", progress=False)

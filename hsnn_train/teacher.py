@@ -1,0 +1,44 @@
+"""Soft labels of a stronger, already trained model for the unlabelled pairs (paper Eq. 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsnn_train.data.dataset import Dataset
+
+from .batches import BatchMaker
+from .checkpoint import check_inputs, load_run
+from .recipe import TrainConfig
+
+
+class Teacher:
+    """A trained run that scores the pairs of a student's batch.
+
+    It may have other layers and presets, and it has an index of its own: pairs are scored with *its* nodes,
+    representatives and codes. Schema and data must be the student's, or the same ids would mean other things.
+    """
+
+    def __init__(self, path: Path, dataset: Dataset, student: BatchMaker, config: TrainConfig) -> None:
+        check_inputs(path, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
+        run = load_run(path)
+        self.model, self.state, self.examples = run.model.eval(), run.index, dataset.train
+        self.batches = BatchMaker(
+            dataset,
+            student.i2if,
+            run.model.layers,
+            config.negatives,
+            config.unlabelled,
+            config.negative_power,
+        )
+
+    @torch.no_grad()
+    def logits(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Item-level logits (B, C, T) of training examples ``rows`` (B,) and the candidates that the student
+        draws with a generator in the same state."""
+        batch = self.batches.make(self.examples, rows, self.state, rng)
+        out: Tensor = self.model(batch, None).logits[-1]
+        return out
