@@ -42,16 +42,22 @@ class IndexState:
 
 
 class CandidateSampler:
-    """Draws items with probability proportional to popularity ** power (every item at least once counted)."""
+    """Draws items with probability proportional to popularity ** power, among those with a training positive.
+
+    An item without one may not even have existed while the log was written; drawing it as a negative would
+    teach that new items are never clicked.
+    """
 
     def __init__(self, counts: np.ndarray, power: float) -> None:
-        weight = np.maximum(counts.astype(np.float64), 1.0) ** power
+        seen = np.flatnonzero(counts)
+        self.rows = (seen if len(seen) else np.arange(len(counts))).astype(np.int32)
+        weight = np.maximum(counts[self.rows].astype(np.float64), 1.0) ** power
         self.cumulative = np.cumsum(weight / weight.sum())
 
     def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         """Item rows int32 of the given shape."""
         found = np.searchsorted(self.cumulative, rng.random(shape), side="right")
-        return np.minimum(found, len(self.cumulative) - 1).astype(np.int32)
+        return self.rows[np.minimum(found, len(self.rows) - 1)]
 
 
 class BatchMaker:
