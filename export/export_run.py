@@ -101,8 +101,8 @@ def export_source(
     chosen = engine_named(engine)
     aside = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         exported = _export(source, aside, chosen, targets, users, progress)
         _replace(aside, directory)
     except OSError as error:
@@ -254,5 +254,10 @@ def _replace(aside: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.rename(directory, old)
-    os.rename(aside, directory)
+    try:
+        os.rename(aside, directory)
+    except OSError:
+        if old.exists():
+            os.rename(old, directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)

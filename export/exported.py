@@ -1,9 +1,8 @@
 """What an export leaves in its directory, and that it is still what was checked.
 
-export/{user_tower,item_tower,scorer_l1..}.onnx   the graphs; beside them .plan files when TensorRT is the
-engine export/bundle/                                    index, transform, schema, smoke request
-(hsnn_core.bundle) export/export.json                                engine, signatures, sha256 of the graphs'
-files, parity report
+    export/{user_tower,item_tower,scorer_l1..}.onnx   the graphs; beside them .plan files for TensorRT
+    export/bundle/                                    index, transform, schema, smoke request (hsnn_core.bundle)
+    export/export.json                                engine, signatures, sha256 of the graphs' files, parity report
 
 export.json is written last: a directory without it is an export that did not pass its gates.
 """
@@ -90,18 +89,19 @@ def open_export(source: Path) -> Exported:
         value = json.loads((path / EXPORT_FILE).read_text())
     except ValueError as error:
         raise FormatError(f"{path / EXPORT_FILE}: not JSON ({error}); export the run again") from error
-    if value.get("format_version") != FORMAT_VERSION:
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
         raise FormatError(
-            f"{path / EXPORT_FILE}: format version {value.get('format_version')!r}, "
-            f"expected {FORMAT_VERSION}; export the run again"
+            f"{path / EXPORT_FILE}: format version {version!r}, expected {FORMAT_VERSION}; export the run again"
         )
-    graphs = tuple(_graph(graph) for graph in value["graphs"])
-    return Exported(
-        path,
-        engine_named(value["engine"]),
-        graphs,
-        ParityReport(tuple(ParityRow(**row) for row in value["parity"])),
-    )
+    try:
+        graphs = tuple(_graph(graph) for graph in value["graphs"])
+        report = ParityReport(tuple(ParityRow(**row) for row in value["parity"]))
+        return Exported(path, engine_named(value["engine"]), graphs, report)
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"{path / EXPORT_FILE}: edited or cut short ({error!r}); export the run again"
+        ) from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -59,7 +59,10 @@ def publish(
     repository = Path(repository)
     exported = open_export(Path(source))
     bundle = exported.verify()
-    repository.mkdir(parents=True, exist_ok=True)
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PublishError(f"{repository}: {error}; expected a folder to publish into") from error
     with locked(repository):
         number = _version(repository, version)
         recover(repository)
@@ -120,6 +123,10 @@ def _configs(exported: Exported, bundle: Bundle, options: ServingOptions) -> lis
             f"{exported.engine.name}; publish with mode bls, or export with the engine onnxruntime"
         )
     manifest = bundle.manifest
+    if options.k is not None and options.k > manifest["max_k"]:
+        raise PublishError(
+            f"option k is {options.k}, expected at most {manifest['max_k']}: the max_k of {exported.path}"
+        )
     configs = [
         pbtxt.network_config(graph.signature, exported.engine, graph.buckets, options)
         for graph in exported.graphs

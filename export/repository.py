@@ -1,8 +1,9 @@
 """A model repository on disk: which snapshots it holds, and what a killed publish left behind.
 
-<repository>/<model>/config.pbtxt <repository>/<model>/<version>/...            served
-<repository>/<model>/.staging-<version>/...   being written, never served
-<repository>/<model>/.retired/<version>/...   rolled back, never served
+    <repository>/<model>/config.pbtxt             shared by all versions
+    <repository>/<model>/<version>/...            served
+    <repository>/<model>/.staging-<version>/...   being written, never served
+    <repository>/<model>/.retired/<version>/...   rolled back, never served
 
 A snapshot is one version number in all models. Its orchestrator version appears last: that rename is the
 commit, so a number that the towers have and the orchestrator has not is what a killed publish left. Triton
@@ -117,7 +118,13 @@ def move_version(repository: Path, model: str, version: int, retire: bool) -> No
 @contextlib.contextmanager
 def locked(repository: Path) -> Iterator[None]:
     """One publisher at a time; a killed one leaves no lock behind. PublishError when another is at work."""
-    with (repository / LOCK_FILE).open("w") as file:
+    try:
+        lock = (repository / LOCK_FILE).open("w")
+    except OSError as error:
+        raise PublishError(
+            f"{repository}: {error.strerror or error}; expected a repository that can be written"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from export.engines import DEFAULT_ENGINE
+from export.vendor import verify_code
 from hsnn_core.bundle import Bundle, Smoke
 from hsnn_core.errors import PublishError
 from hsnn_core.onnx_runner import SCORER_OUTPUTS
@@ -58,10 +59,12 @@ class ServedRunner:
 
 
 def replay(directory: Path, version: int, networks: Networks) -> None:
-    """Ask the served networks of `version` for the smoke request of the orchestrator's version `directory`.
+    """Ask the served networks of `version` for the smoke request of the orchestrator's version `directory`,
+    whose files must be those that were published.
 
-    Raises PublishError saying how the answer differs from the one at export; what the networks or the bundle
-    raise goes through."""
+    Raises PublishError saying how the answer differs from the one at export, FormatError naming a file that
+    changed; what the networks raise goes through."""
+    verify_code(directory)
     bundle = Bundle.open(directory)
     manifest, smoke = bundle.manifest, bundle.smoke()
     rank = np.array([task.rank for task in bundle.schema.tasks], np.float32)

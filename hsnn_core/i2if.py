@@ -203,9 +203,11 @@ class I2IF:
                 row = np.arange(part.stop - first)[:, None] * spec.cardinality
                 asked = row + users.terms[part]
                 wanted = forward[positions[part]]  # (b, C, L)
-                table[asked] = users.counts[part]
-                hits = table[row[:, :, None] + wanted].ravel()
-                table[asked] = 0
+                try:
+                    table[asked] = users.counts[part]
+                    hits = table[row[:, :, None] + wanted].ravel()
+                finally:  # out of memory, say: this thread's next users must not find these ones' terms
+                    table[asked] = 0
                 self._fill(crossings, number, part, hits, wanted.ravel(), positions[part], users.totals[part])
         return crossings
 

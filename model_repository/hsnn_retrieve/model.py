@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE))
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
-from request_decoding import Deadline, decode_ask  # noqa: E402
+from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
 from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
@@ -48,8 +48,9 @@ class TritonPythonModel:
         bundle = Bundle.open(HERE, verify=True)
         if bundle.schema.hash != config.schema_hash:
             raise SchemaMismatch(
-                f"{HERE}: the bundle's schema is {bundle.schema.hash}, config.pbtxt says "
-                f"{config.schema_hash}; a new schema needs a new model repository, publish into an empty one"
+                f"{HERE}: the bundle's schema is {bundle.schema.hash}, config.pbtxt says {config.schema_hash} "
+                f"(first difference: {config.first_difference(bundle.schema)}); a new schema needs a new model "
+                "repository, publish into an empty one"
             )
         layers = bundle.index.layers
         if len(config.default.widths) != layers - 1:
@@ -64,8 +65,9 @@ class TritonPythonModel:
         else:
             self._retriever = Retriever(bundle, _onnx_runner(version, layers))
         self._schema_hash = config.schema_hash
-        self._default = config.default
         self._max_k = int(bundle.manifest["max_k"])
+        # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
+        self._default = Ask(min(config.default.k, self._max_k), config.default.widths)
         self._metrics = ServingMetrics(version, layers)
         self._pool = WorkerPool(config.workers, config.queue)
 

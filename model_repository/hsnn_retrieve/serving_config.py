@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from request_decoding import Ask, parse_widths
 
 from hsnn_core.errors import HsnnError, ServerError
+from hsnn_core.schema import Schema, first_difference
 
 MODES = ("bls", "in_process")
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """``mode``: where the networks run: "bls" (Triton models) or "in_process" (ONNX Runtime in here)."""
+    """``schema``: as JSON, for the clients; ``mode``: where the networks run: "bls" (Triton models) or
+    "in_process" (ONNX Runtime in here)."""
 
+    schema: str
     schema_hash: str
     mode: str
     default: Ask
@@ -39,11 +42,18 @@ class ServingConfig:
         if mode not in MODES:
             raise ServerError(f"config.pbtxt: parameter mode: got {mode!r}, expected one of {list(MODES)}")
         return cls(
+            schema=fact("schema"),
             schema_hash=fact("schema_hash"),
             mode=mode,
             default=Ask(_number("k", fact("k"), 1), _widths(fact("widths"))),
             workers=_number("workers", fact("workers"), 1),
             queue=_number("queue", fact("queue"), 0),
+        )
+
+    def first_difference(self, schema: Schema) -> str:
+        """Where the bundle's schema first differs from the one of config.pbtxt."""
+        return (
+            first_difference(schema, Schema.from_json(self.schema)) or "none but the hash, which was edited"
         )
 
 

@@ -176,6 +176,25 @@ def test_threads_share_one_i2if():
     assert not failures
 
 
+def test_a_probe_that_fails_leaves_nothing_for_the_next_user():
+    _, transform, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
+    users = transform.encode_users({"history": np.array([[10, X, X, X, X], [20, X, X, X, X]])})
+    first, second = (i2if.query(users.ids[row : row + 1]) for row in (0, 1))
+    positions = np.array([[0, 1]])
+    expected = i2if.probe(second, positions)
+
+    class OutOfMemory(np.ndarray):
+        def __getitem__(self, key):
+            raise MemoryError
+
+    table = i2if._scratch.table
+    i2if._scratch.table = table.view(OutOfMemory)
+    with pytest.raises(MemoryError):
+        i2if.probe(first, positions)
+    i2if._scratch.table = table
+    equal(i2if.probe(second, positions), expected)
+
+
 def test_probe_takes_milliseconds():
     """B = 1, C = 2000, L = 4: what one layer of a request may cost. The bound is ten times what is usual."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,26 @@ def test_no_space_keeps_the_earlier_export(
     ):
         export_source(source, tmp_path / "export", progress=False)
     assert open_export(tmp_path / "export") == before
+
+
+def test_a_swap_that_fails_puts_the_earlier_export_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "export"
+    before = export_source(standin_source(layers=1), directory, progress=False)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == ".export.tmp":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PublishError, match="an earlier export is kept"):
+        export_source(standin_source(layers=1, seed=2), directory, progress=False)
+    assert open_export(directory) == before
+    before.verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 class Shifted:

@@ -127,6 +127,23 @@ def test_a_changed_bundle_is_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 9}, "format version 9, expected 1; export the run again"),
+        ({"graphs": [{}]}, "edited or cut short"),
+        ({"parity": [{"gates": 1}]}, "edited or cut short"),
+    ],
+)
+def test_a_damaged_record_of_an_export(
+    change: dict, message: str, exported: Exported, tmp_path: Path
+) -> None:
+    record = json.loads((exported.path / "export.json").read_text()) | change
+    (tmp_path / "export.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match=f"export.json: {message}"):
+        publish(tmp_path, tmp_path / "repository")
+
+
 def test_in_process_needs_onnx_files(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +167,22 @@ def test_no_space_publishes_nothing(
     with pytest.raises(PublishError, match="No space left on device; version 2 was not published"):
         publish(exported.path, tmp_path)
     assert tree(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(PublishError, match="file: .*File exists.*expected a folder to publish into"):
+        publish(exported.path, tmp_path / "file")
+    (tmp_path / "repository" / ".publish.lock").mkdir(parents=True)
+    with pytest.raises(PublishError, match="repository: .*; expected a repository that can be written"):
+        publish(exported.path, tmp_path / "repository")
+
+
+def test_a_default_k_beyond_what_the_snapshot_allows(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match="option k is 51, expected at most 50: the max_k of"):
+        publish(exported.path, tmp_path, options=ServingOptions(k=51))
+    assert versions(tmp_path) == []
+    assert publish(exported.path, tmp_path, options=ServingOptions(k=50)) == 1
 
 
 def test_one_publisher_at_a_time(exported: Exported, tmp_path: Path) -> None:
@@ -219,6 +252,15 @@ def test_networks_that_answer_otherwise_than_at_export_do_not_go_live(
         assert text in str(refusal.value)
         assert "goes on serving the snapshot before" in str(refusal.value)
         assert server.loads == ORDER[:-1]
+
+
+def test_code_that_was_edited_does_not_go_live(exported: Exported, tmp_path: Path) -> None:
+    publish(exported.path, tmp_path)
+    (tmp_path / "hsnn_retrieve" / "1" / "model.py").write_text("# edited")
+    server = FakeServer(tmp_path)
+    with pytest.raises(PublishError, match=r"model\.py: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        promote(tmp_path, server)
+    assert "hsnn_retrieve" not in server.loads
 
 
 @pytest.mark.parametrize(

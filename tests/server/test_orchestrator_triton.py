@@ -334,5 +334,5 @@ def test_a_config_with_another_schema_does_not_load(snapshot: TinySnapshot, serv
     (snapshot.root / name).mkdir()
     (snapshot.root / name / str(VERSION)).symlink_to(snapshot.version_directory)
     write_configs(snapshot.root, snapshot.schema, {name: {"schema_hash": "f" * 16}})
-    with pytest.raises(ServerError, match=f"config.pbtxt says {'f' * 16}; a new schema needs"):
+    with pytest.raises(ServerError, match=f"config.pbtxt says {'f' * 16} .* a new schema needs"):
         server.load(name)

@@ -17,11 +17,13 @@ import fake_pb_utils
 import numpy as np
 import pytest
 from fake_pb_utils import InferenceResponse, Request, Tensor, TritonError
-from tiny_snapshot import ORCHESTRATOR, TinySnapshot, orchestrator_parameters, write_snapshot
+from tiny_snapshot import ORCHESTRATOR, SCHEMA, TinySnapshot, orchestrator_parameters, write_snapshot
 
 from hsnn_core.onnx_runner import OnnxRunner
+from hsnn_core.schema import Schema
 
 VERSION = 3
+OTHER = Schema.from_dict(SCHEMA | {"name": "other"})
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,12 @@ def test_answers_equal_the_offline_search(orchestrator: Orchestrator, mode: str)
     np.testing.assert_array_equal(answer.tensors["probabilities"], expected.probabilities)
     np.testing.assert_array_equal(answer.tensors["rank_score"], expected.rank_score)
     np.testing.assert_array_equal(answer.tensors["valid"], expected.valid[:, None])
+
+
+def test_a_default_k_beyond_this_snapshots_is_its_most(orchestrator: Orchestrator) -> None:
+    """All versions share one config.pbtxt; after a rollback it may be that of a snapshot that allows more."""
+    answer = orchestrator.start(k=5000).ask().sender.wait()
+    assert answer.tensors["item_ids"].shape == (1, 100)
 
 
 def test_bls_calls_pin_the_version_and_pass_on_the_time_left(orchestrator: Orchestrator) -> None:
@@ -301,7 +309,11 @@ def test_metrics(orchestrator: Orchestrator) -> None:
         ({"widths": "4,none"}, "parameter widths: got 'none', expected a whole number >= 1"),
         (
             {"schema_hash": "f" * 16},
-            f"config.pbtxt says {'f' * 16}; a new schema needs a new model repository",
+            f"config.pbtxt says {'f' * 16} (first difference: none but the hash, which was edited); a new schema",
+        ),
+        (
+            {"schema_hash": OTHER.hash, "schema": OTHER.to_json()},
+            f"config.pbtxt says {OTHER.hash} (first difference: name: 'tiny' != 'other'); a new schema needs",
         ),
     ],
 )
