@@ -64,12 +64,17 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
     for text in overrides:
         path, equals, value = text.partition("=")
         keys = path.split(".")
-        if not equals or len(keys) < 2:
-            raise SchemaError(f"--set {text!r}: expected SECTION.KEY=VALUE, for example train.epochs=4")
+        if not equals or not path:
+            raise SchemaError(f"--set {text!r}: expected SECTION.KEY=VALUE, for example train.epochs=4, or SECTION=VALUE")
         section = raw
         for key in keys[:-1]:
-            section = section.setdefault(key, {})
-        section[keys[-1]] = yaml.safe_load(value)
+            section = section.setdefault(key, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise SchemaError(f"--set {text!r}: {'.'.join(keys[:-1])} is a value, not a section")
+        try:
+            section[keys[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SchemaError(f"--set {text!r}: the value is not YAML: {error}") from error
     return recipe_from_dict(raw, recipe.name, recipe.base)
 
 
@@ -81,6 +86,10 @@ def run_train(options: argparse.Namespace) -> None:
     if (options.recipe is None) == (options.resume is None):
         raise SchemaError("hsnn train: give either a recipe or --resume RUN (see hsnn train --help)")
     if options.resume is not None:
+        if options.overrides or options.run:
+            raise SchemaError(
+                "hsnn train --resume: goes on with the run's own recipe; leave out --set and --run"
+            )
         recipe = load_recipe_of_run(options.resume)
         run = options.resume
     else:
@@ -106,56 +115,75 @@ def load_data(recipe: Recipe) -> Dataset:
 def train_and_evaluate(
     recipe: Recipe, dataset: Dataset, run: Path, resume: bool = False, evaluate: bool = True
 ) -> dict[str, Any]:
-    """Train, calibrate, evaluate and plot; returns the metrics that were written to metrics.json, or nothing
-    but an empty dict without ``evaluate``."""
+    """Train, calibrate on valid, evaluate on test and plot; returns the metrics that were written to metrics.json,
+    an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C."""
     from hsnn_train import evaluate as ev
-    from hsnn_train.checkpoint import write_json
     from hsnn_train.plots import node_occupancy, training_curves
-    from hsnn_train.trainer import Trainer, make_batches
+    from hsnn_train.trainer import Interrupted, Trainer, make_batches
 
     began = time.monotonic()
     trainer = Trainer(recipe, dataset, run, resume=resume)
     model = trainer.train()
-    if len(dataset.valid.item_row):
-        values = ev.pointwise(
-            model, make_batches(dataset, recipe), dataset.valid, trainer.state, recipe.train.seed
-        )
-        ev.calibrate(model, values)
-        trainer.save()
-    trained = time.monotonic()
-    plots = [training_curves(trainer.history, run / "plots" / "training.png")]
-    plots.append(node_occupancy(trainer.state, run / "plots" / "occupancy.png"))
-    for plot in plots:
-        print(f"plot: {plot}")
-    if not evaluate:
-        return {}
-    report = ev.evaluate(model, dataset, recipe, trainer.state)
+    try:
+        if len(dataset.valid):
+            batches = make_batches(dataset, recipe)
+            values = ev.pointwise(
+                model, batches, dataset.valid, trainer.state, recipe.train.seed, progress="calibrate"
+            )
+            ev.calibrate(model, values)
+            trainer.save()
+        else:
+            print("not calibrated: the split leaves no impressions for valid")
+        trained = time.monotonic()
+        print(f"plot: {training_curves(trainer.history, run / 'plots' / 'training.png')}")
+        print(f"plot: {node_occupancy(trainer.state, run / 'plots' / 'occupancy.png')}")
+        if not evaluate:
+            return {}
+        if not len(dataset.test):
+            print("not evaluated: the split leaves no impressions for test")
+            return {}
+        report = ev.evaluate(model, dataset, recipe, trainer.state)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after training, before the end of calibration and evaluation; the checkpoint is in {run}; "
+            f"go on with: hsnn train --resume {run}"
+        ) from None
     report["seconds"] = {"train": trained - began, "evaluate": time.monotonic() - trained}
-    write_json(run / "metrics.json", report)
-    print(describe(report))
-    print(f"metrics: {run / 'metrics.json'}")
+    print_and_keep(report, run)
     return report
+
+
+def print_and_keep(report: dict[str, Any], run: Path) -> None:
+    """Show an evaluation and write it into the run: metrics.json for test, metrics-valid.json for valid."""
+    from hsnn_train.checkpoint import write_json
+
+    path = run / ("metrics.json" if report["split"] == "test" else f"metrics-{report['split']}.json")
+    write_json(path, report)
+    print(describe(report))
+    print(f"metrics: {path}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """hsnn evaluate."""
     from hsnn_train import evaluate as ev
-    from hsnn_train.checkpoint import load_run, write_json
+    from hsnn_train.checkpoint import check_inputs, load_run
 
     run = load_run(options.run)
-    report = ev.evaluate(run.model, load_data(run.recipe), run.recipe, run.index, options.split)
-    write_json(options.run / "metrics.json", report)
-    print(describe(report))
-    print(f"metrics: {options.run / 'metrics.json'}")
+    data = load_data(run.recipe)
+    check_inputs(options.run, data.schema, data.transform, data.items, data.item_keys)
+    print_and_keep(ev.evaluate(run.model, data, run.recipe, run.index, options.split), options.run)
 
 
 def describe(report: dict[str, Any]) -> str:
     """The evaluation as tables."""
     out = [
         table(
-            ["layer", "task", "NE", "calibration"],
-            [[r["layer"], r["task"], r["ne"], r["calibration"]] for r in report["pointwise"]],
-            f"Held-out impressions ({report['split']}, ensemble of layers 1..l, hard index)",
+            ["layer", "task", "NE", "NE, soft index", "calibration"],
+            [
+                [r["layer"], r["task"], r["ne"], soft["ne"], r["calibration"]]
+                for r, soft in zip(report["pointwise"], report.get("pointwise_soft", report["pointwise"]))
+            ],
+            f"Held-out impressions ({report['split']}, ensemble of layers 1..l; the hard index is what serves)",
         )
     ]
     if report["index"]:
@@ -171,6 +199,8 @@ def describe(report: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     got = report["retrieval"]
+    if not got["requests"]:
+        return "\n\n".join([*out, "Retrieval: no user has a positive in this split"])
     names = list(got["search"])
     out.append(
         table(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .tables import table
+from .tables import cell, table
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -84,7 +84,7 @@ def summary(report: dict[str, Any]) -> str:
         ["minutes", f"{report['minutes']:.1f}"],
     ]
     rows += [
-        [f"NE, {r['task']} (calibration)", f"{r['ne']:.4f} ({r['calibration']:.3f})" if r["ne"] else "–"]
+        [f"NE, {r['task']} (calibration)", f"{cell(r['ne'])} ({cell(r['calibration'])})"]
         for r in metrics["pointwise"]
         if r["layer"] == last
     ]

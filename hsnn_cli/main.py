@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ step by step on your own logs (a recipe is one YAML file; see README):
   hsnn serve --repository repo                 the real Triton on loopback
   hsnn query --url 127.0.0.1:8001 --user '{"history": [3, 17]}'
 """
+
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+WHAT_TO_DO = "make room, or give another folder, and run the command again"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        print(f"hsnn: {error}; what was complete before is still there: {WHAT_TO_DO}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -23,6 +23,7 @@ from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
 from hsnn_core.bundle import Bundle
+from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.features import Encoded
 from hsnn_core.search import SearchResult, search
@@ -151,6 +152,11 @@ def run_pipeline(
     """Everything, and a report of it (also written to work/report.json)."""
     began = time.monotonic()
     dataset = load_data(recipe)
+    if not dataset.relevant("test", 1)[1]:
+        raise DataError(
+            "no user has a positive of the first task in test, so nothing served could be checked; change split: "
+            "in the recipe, or run hsnn train, export, publish and serve one by one"
+        )
     metrics, repository, version = publish_run(recipe, dataset, work, mode)
     requests, encoded = dataset.requests("test", users)
     k = min(k, len(dataset.item_keys))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.corpus import Corpus, build_corpus
+from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.features import Encoded
 from hsnn_core.scorer import LayerScorer
@@ -20,6 +21,7 @@ from hsnn_core.search import SearchResult, search
 from hsnn_train.data.dataset import Dataset, Examples
 
 from .batches import BatchMaker, IndexState, step_rng
+from .checkpoint import without_nan
 from .hsnn import HSNN
 from .lti import index_health
 from .metrics import calibration, ndcg_at, normalised_entropy, recall_at, search_recall
@@ -49,17 +51,20 @@ def pointwise(
     seed: int,
     alpha: float | None = None,
     limit: int = 200_000,
-    progress: bool = False,
+    progress: str = "",
 ) -> Pointwise:
     """Logits of every layer for held-out impressions (and sampled negatives where training has them), with the
-    hard codes that serving uses, or softly at ``alpha``. At most ``limit`` examples, chosen by seed."""
+    hard codes that serving uses, or softly at ``alpha``. At most ``limit`` examples, chosen by seed.
+    ``progress`` names a progress bar. Raises DataError when there are no examples."""
+    if not len(examples):
+        raise DataError("no impressions to evaluate on: this split is empty; change the recipe's split:")
     model.eval()
     rows = np.arange(len(examples.item_row))
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng([seed, 4]).choice(rows, limit, replace=False))
     logits, labels = [], []
     parts = range(0, len(rows), EVAL_BATCH)
-    for number, start in enumerate(tqdm(parts, desc="evaluate", disable=not progress)):
+    for number, start in enumerate(tqdm(parts, desc=progress, disable=not progress)):
         batch = batches.make(
             examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
         )
@@ -129,7 +134,10 @@ def retrieval(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Recall@K and NDCG@10 of the layer-wise search over the whole corpus at the recipe's widths, the exhaustive
-    twin's beside it, search recall, and per layer the share of true items whose ancestor the beam kept."""
+    twin's beside it, search recall, and per layer the share of true items whose ancestor the beam kept.
+
+    Users are sampled by the recipe's seed. Without a user who has a positive in the split: requests 0, no more.
+    """
     users, wanted_rows = dataset.relevant(split, recipe.search.requests)
     wanted = [dataset.item_keys[rows] for rows in wanted_rows]
     corpus = corpus_of(model, dataset, state)
@@ -137,6 +145,9 @@ def retrieval(
     rank = np.array([task.rank for task in recipe.schema.tasks], np.float32)
     widths = list(recipe.search.widths[: model.layers - 1])
     k = min(recipe.search.max_k, len(dataset.item_keys))
+    report: dict[str, Any] = {"requests": len(wanted), "widths": widths, "corpus": len(dataset.item_keys)}
+    if not wanted:
+        return report
     found, exact = [], []
     seconds = 0.0
     for start in tqdm(range(0, len(wanted), 16), desc="retrieve", disable=not progress):
@@ -144,9 +155,9 @@ def retrieval(
         began = time.perf_counter()
         found.append(search(corpus.index, scorer, part, widths, k, rank))
         seconds += time.perf_counter() - began
-        exact.append(exhaustive(corpus.index, scorer, part, k, rank))
+        # Its traces name every node of every layer per request; nobody reads them, and they would fill memory.
+        exact.append(replace(exhaustive(corpus.index, scorer, part, k, rank), layers=()))
     ks = [n for n in RECALL_AT if n <= k]
-    report: dict[str, Any] = {"requests": len(wanted), "widths": widths, "corpus": len(dataset.item_keys)}
     for name, results in (("search", found), ("exhaustive", exact)):
         ids, valid = _stack(results)
         report[name] = {f"recall@{n}": recall_at(ids, valid, wanted, n) for n in ks} | {
@@ -164,7 +175,7 @@ def retrieval(
         for layer in range(1, model.layers)
     ]
     report["scored_share"] = _scored_share(found, corpus)
-    report["seconds_per_request"] = seconds / max(1, len(wanted))
+    report["seconds_per_request"] = seconds / len(wanted)
     return report
 
 
@@ -231,13 +242,16 @@ def evaluate(
     split: str = "test",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Everything the evaluation reports, as plain JSON values."""
+    """Everything the evaluation reports, as plain JSON values; what is undefined (no positives) is None.
+
+    Raises DataError when the split is empty.
+    """
     t = recipe.train
     batches = make_batches(dataset, recipe)
     tasks = [task.name for task in recipe.schema.tasks]
     examples: Examples = getattr(dataset, split)
     rates = base_rates(dataset, t.negatives)
-    hard = pointwise(model, batches, examples, state, t.seed, progress=progress)
+    hard = pointwise(model, batches, examples, state, t.seed, progress="evaluate" if progress else "")
     report: dict[str, Any] = {
         "split": split,
         "rows": {name: len(getattr(dataset, name).item_row) for name in ("train", "valid", "test")},
@@ -247,7 +261,9 @@ def evaluate(
         "index": health_report(model, dataset, state, t.max_alpha),
     }
     if recipe.model.index == "joint" and model.lti is not None:
-        soft = pointwise(model, batches, examples, state, t.seed, alpha=t.max_alpha)
+        name = "evaluate, soft index" if progress else ""
+        soft = pointwise(model, batches, examples, state, t.seed, alpha=t.max_alpha, progress=name)
         report["pointwise_soft"] = pointwise_report(soft, rates, tasks)
     report["retrieval"] = retrieval(model, dataset, recipe, state, split, progress)
-    return report
+    plain: dict[str, Any] = without_nan(report)
+    return plain

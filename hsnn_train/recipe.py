@@ -10,6 +10,7 @@ search: {widths: [8, 64], k: 100}
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -53,7 +54,8 @@ class TrainConfig:
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
         unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
         negative_power: sampled items follow popularity ** power; 0 is uniform.
-        teacher: run directory of a stronger model for the soft labels; none: this model's own last layer.
+        teacher: run directory of a stronger model for the soft labels, as seen from where the command runs;
+            none: this model's own last layer.
         refresh_steps: steps between two refreshes of hard paths and representatives.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
             index losses begin.
@@ -113,14 +115,15 @@ class Recipe:
     base: Path = Path()
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict that `recipe_from_dict` reads back; ``base`` becomes an absolute path."""
+        """A plain dict that `recipe_from_dict` reads back; ``base`` and the teacher become absolute paths."""
         return {
             "name": self.name,
             "schema": self.schema.to_dict(),
             "data": dict(self.data),
             "split": dict(self.split),
             "model": _plain(asdict(self.model)),
-            "train": _plain(asdict(self.train)),
+            "train": _plain(asdict(self.train))
+            | {"teacher": self.train.teacher and os.path.abspath(self.train.teacher)},
             "search": _plain(asdict(self.search)),
             "base": str(self.base.resolve()),
         }
@@ -170,7 +173,11 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
     for key in ("schema", "data"):
         if key not in raw:
             raise SchemaError(f"{key}: missing section; a recipe needs schema and data")
+    for key in ("data", "split"):
+        if key in raw and not isinstance(raw[key] or {}, Mapping):
+            raise SchemaError(f"{key}: got {raw[key]!r}, expected a mapping")
     model = _section(ModelConfig, raw.get("model"), "model")
+    model.monns()  # names an unknown preset before minutes of loading
     if model.index not in INDEX_METHODS:
         raise SchemaError(f"model.index: got {model.index!r}, expected one of {', '.join(INDEX_METHODS)}")
     search = _section(SearchConfig, raw.get("search"), "search")
@@ -179,28 +186,59 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
             f"search.widths: got {len(search.widths)} widths, expected {len(model.layers) - 1} "
             f"(one per layer above the items)"
         )
+    train = _section(TrainConfig, raw.get("train"), "train")
+    _check_ranges(model, train, search)
     return Recipe(
         name=str(raw.get("name", name)),
         schema=Schema.from_dict(raw["schema"]),
-        data=raw["data"],
+        data=raw["data"] or {},
         split=raw.get("split") or {"by": "time"},
         model=model,
-        train=_section(TrainConfig, raw.get("train"), "train"),
+        train=train,
         search=search,
         base=Path(raw.get("base", base)),
     )
+
+
+def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> None:
+    """SchemaError for numbers that could only fail later, in the middle of a run."""
+    sections = {"model": model, "train": train, "search": search}
+    smallest = {
+        1: ("model.pool", "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
+            "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
+            "search.requests"),
+        0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled"),
+    }  # fmt: skip
+    for least, paths in smallest.items():
+        for path in paths:
+            section, key = path.split(".")
+            value = getattr(sections[section], key)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                    raise SchemaError(f"{path}: got {number!r}, expected a whole number of at least {least}")
+    for key in ("init_at", "warmup", "alpha_until"):
+        share = getattr(train, key)
+        if not 0 <= share <= 1:
+            raise SchemaError(f"train.{key}: got {share!r}, expected a fraction of the steps, 0 to 1")
+    if train.lr <= 0:
+        raise SchemaError(f"train.lr: got {train.lr!r}, expected a number above 0")
+    if search.k > search.max_k:
+        raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """The recipe of that name in `recipes/`, or at that path; its data paths are relative to the file's folder
     (for the shipped recipes: to the project's root)."""
     path = Path(name_or_path)
-    if not path.exists() and path.suffix == "":
+    if not path.is_file() and path.suffix == "":
         path = RECIPES / f"{name_or_path}.yaml"
-    if not path.exists():
+    if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise SchemaError(f"recipe {str(name_or_path)!r}: no such file, and no shipped recipe ({shipped})")
-    raw = yaml.safe_load(path.read_text())
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SchemaError(f"recipe {path}: is not YAML: {error}") from error
     if not isinstance(raw, Mapping):
         raise SchemaError(f"recipe {path}: got {type(raw).__name__}, expected a mapping of sections")
     base = path.resolve().parent

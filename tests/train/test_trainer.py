@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from hsnn_cli.commands_training import describe
 from hsnn_core.errors import DataError, FormatError, SchemaError, SchemaMismatch
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.batches import step_rng
-from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint
+from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint, write_json
 from hsnn_train.evaluate import calibrate, corpus_of, evaluate, pointwise, pointwise_report
+from hsnn_train.recipe import load_recipe, recipe_from_dict
 from hsnn_train.runner import TorchRunner
 from hsnn_train.trainer import Diverged, Interrupted, NotSaved, Trainer, make_batches
 
@@ -162,6 +164,101 @@ def test_damaged_and_foreign_checkpoints_are_refused(dataset, make_recipe, tmp_p
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(FormatError, match="cannot be read"):
         load_checkpoint(path, schema)
+
+
+def emptied(dataset, split, rows=0):
+    """The data set with only the first rows of a split."""
+    part = getattr(dataset, split)
+    users = type(part.users)(part.users.dense[:rows], part.users.ids[:rows])
+    fields = {name: getattr(part, name)[:rows] for name in ("item_row", "labels", "time", "user_key")}
+    return replace(dataset, **{split: type(part)(users=users, **fields)})
+
+
+def test_an_empty_split_is_named(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(train={"max_steps": 1}), dataset, tmp_path / "run", progress=False)
+    model, state = trainer.train(), trainer.state
+    with pytest.raises(
+        DataError, match="no impressions to evaluate on: this split is empty; change .* split:"
+    ):
+        evaluate(model, emptied(dataset, "test"), trainer.recipe, state, progress=False)
+
+
+def test_figures_without_positives_are_null_not_nan(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(train={"max_steps": 1}), dataset, tmp_path / "run", progress=False)
+    model, state = trainer.train(), trainer.state
+    few = emptied(dataset, "test", 4)
+    few.test.labels[:] = 0
+    few.train.labels[:, 1], kept = 0, dataset.train.labels[:, 1].copy()  # and a task without any positive
+    try:
+        report = evaluate(model, few, trainer.recipe, state, progress=False)
+    finally:
+        dataset.train.labels[:, 1] = kept
+    assert report["retrieval"] == {"requests": 0, "widths": [4, 8], "corpus": 120}
+    assert all(row["calibration"] is None for row in report["pointwise"])
+    assert [row["ne"] is None for row in report["pointwise"]] == [False, True] * 3
+    write_json(
+        tmp_path / "metrics.json", {"nan": float("nan"), "list": [float("inf"), 1.5], "report": report}
+    )
+    saved = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert saved == {"nan": None, "list": [None, 1.5], "report": report}
+    assert "no user has a positive in this split" in describe(report)
+
+
+def test_evaluation_keeps_no_trace_of_every_node(dataset, make_recipe, tmp_path, monkeypatch):
+    """Per request and item a node number would be gigabytes over a corpus of 100,000 items."""
+    trainer = Trainer(make_recipe(train={"max_steps": 1}), dataset, tmp_path / "run", progress=False)
+    model = trainer.train()
+    kept = []
+
+    def search_recall_at(found, exact, k):
+        kept.extend(array for result in exact for array in vars(result).values() if hasattr(array, "nbytes"))
+        kept.extend(trace.nodes for result in exact for trace in result.layers)
+        return 1.0
+
+    monkeypatch.setattr("hsnn_train.evaluate._search_recall_at", search_recall_at)
+    evaluate(model, dataset, trainer.recipe, trainer.state, progress=False)
+    assert kept
+    assert max(array.shape[1] for array in kept if array.ndim > 1) <= trainer.recipe.search.max_k
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("train", "batch_size", 0, "train.batch_size: got 0, expected a whole number of at least 1"),
+        ("train", "refresh_steps", 0, "train.refresh_steps: got 0"),
+        ("train", "negatives", -1, "train.negatives: got -1, expected a whole number of at least 0"),
+        ("train", "warmup", 1.5, r"train.warmup: got 1.5, expected a fraction of the steps, 0 to 1"),
+        ("train", "lr", 0, "train.lr: got 0.0, expected a number above 0"),
+        ("model", "codebooks", [6, "3"], "model.codebooks: got '3', expected a whole number"),
+        ("model", "layers", ["smal"] * 3, "model.layers: unknown preset 'smal'; known presets"),
+        ("search", "widths", [4, 0], "search.widths: got 0, expected a whole number of at least 1"),
+        ("search", "k", 51, r"search.k: got 51, more than search.max_k \(50\)"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(make_recipe, section, key, value, message):
+    with pytest.raises(SchemaError, match=message):
+        make_recipe(**{section: {key: value}})
+
+
+def test_files_that_are_no_recipe(tmp_path, monkeypatch):
+    (tmp_path / "bad.yaml").write_text("schema: {a: [}")
+    with pytest.raises(SchemaError, match=r"bad.yaml: is not YAML: "):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "synthetic").mkdir()  # a folder of a shipped recipe's name hides nothing
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("synthetic").name == "synthetic"
+    with pytest.raises(SchemaError, match="no such file, and no shipped recipe"):
+        load_recipe(tmp_path)
+    with pytest.raises(SchemaError, match="data: got 'x', expected a mapping"):
+        recipe_from_dict({"schema": {}, "data": "x"}, "x", tmp_path)
+
+
+def test_a_relative_teacher_is_written_as_an_absolute_path(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert make_recipe(train={"teacher": "runs/big"}).to_dict()["train"]["teacher"] == str(
+        tmp_path / "runs/big"
+    )
+    assert make_recipe().to_dict()["train"]["teacher"] == ""
 
 
 def test_recipes_name_what_is_wrong(make_recipe):
