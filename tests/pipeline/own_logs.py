@@ -1,4 +1,4 @@
-"""Own logs as a person might bring them: three files and a recipe."""
+"""Own logs as a person might bring them: three files, and the recipe that the README shows."""
 
 from pathlib import Path
 
@@ -7,27 +7,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-OWN_LOGS = """\
-schema:
-  name: shop
-  keys: {user: user_id, item: sku, time: time}
-  tasks: [{name: click}, {name: buy}]
-  features:
-    user:
-      age:     {kind: dense}
-      country: {kind: sparse, vocab: 50, type: string}
-      history: {kind: sequence, of: item, length: 10, from: click}
-    item:
-      item:     {kind: sparse, of: item}
-      category: {kind: sparse, vocab: 30, max: 2, type: string}
-      price:    {kind: dense}
-  interactions:
-    taste: {user: history, item: category}
-data: {impressions: impressions.parquet, users: users.csv, items: items.parquet}
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+SHOWN = README.split("```yaml\n")[1].split("```")[0]
+
+# The README's recipe, with sizes and steps for a log of a few thousand rows.
+OWN_LOGS = (
+    SHOWN[: SHOWN.index("model:")]
+    + """\
 model: {layers: [small, small, small], codebooks: [6, 4]}
 train: {epochs: 1, batch_size: 128, refresh_steps: 10, lr: 0.01}
 search: {widths: [4, 12], k: 20, max_k: 100, requests: 60}
 """
+)
 
 
 def write_logs(folder: Path, users: int = 150, items: int = 200, rows: int = 4000) -> Path:
