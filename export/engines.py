@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from export import tensorrt
-from export.files import copy_file, sync_directory
 from export.graphs import Signature
 from export.onnx_files import MAX_BATCH
 from hsnn_core.errors import PublishError
+from hsnn_core.files import copy_file, sync_directory
 
 DEFAULT_ENGINE = "onnxruntime"
 

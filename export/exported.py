@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from export.engines import Engine, engine_named
-from export.files import file_sha256, write_bytes
 from export.graphs import Signature, TensorSpec
 from export.parity import ParityReport, ParityRow
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import FormatError, PublishError
+from hsnn_core.files import file_sha256, write_bytes
 
 EXPORT_FILE = "export.json"
 BUNDLE_DIR = "bundle"

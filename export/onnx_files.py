@@ -11,9 +11,9 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from export.files import write_bytes
 from export.graphs import AnchoredGraph, Datatype, ServingGraph, Signature, TensorSpec, example_inputs
 from hsnn_core.errors import PublishError
+from hsnn_core.files import write_bytes
 
 OPSET = 20  # the newest that torch's tracing exporter writes; ONNX Runtime >= 1.17 and TensorRT >= 10 read it
 MAX_BATCH = 64

@@ -16,12 +16,12 @@ from google.protobuf.message import Message
 
 from export import pbtxt
 from export.exported import Exported, check_sha256, open_export
-from export.files import copy_file, sync_directory, write_bytes
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
 from export.repository import STAGING, locked, next_version, recover, versions
 from export.vendor import vendor, verify_code
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
+from hsnn_core.files import copy_file, sync_directory, write_bytes
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.files import sync_directory
 from export.graphs import MODEL_PREFIX
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR
 from hsnn_core.errors import PublishError
+from hsnn_core.files import sync_directory
 
 STAGING = ".staging-"
 RETIRED = ".retired"

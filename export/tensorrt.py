@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.files import write_bytes
 from export.graphs import Signature
 from hsnn_core.errors import PublishError
+from hsnn_core.files import write_bytes
 
 DEFAULT_TARGETS = ("SM80", "SM89")
 _INSTALL = {"tensorrt_rtx": "pip install tensorrt-rtx", "tensorrt": "pip install 'hsnn-triton[tensorrt]'"}

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 import hsnn_core
-from export.files import copy_file, file_sha256, sync_directory, write_bytes
 from hsnn_core.errors import FormatError, PublishError
+from hsnn_core.files import copy_file, file_sha256, sync_directory, write_bytes
 
 CODE_FILE = "code.json"
 ORCHESTRATOR_SOURCES = Path(__file__).resolve().parents[1] / "model_repository" / "hsnn_retrieve"

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .errors import FormatError
+from .files import sync_directory
 
 MAGIC = b"HSNNARR\0"
 FORMAT_VERSION = 1
@@ -83,7 +84,7 @@ def write_arrays(
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_folder(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise FormatError(
             f"{path}: could not write {_aligned(start) + offset} bytes ({error.strerror or error}); "
@@ -198,11 +199,3 @@ def _digest(payload: memoryview) -> str:
     for start in range(0, len(payload), HASH_CHUNK):
         digest.update(payload[start : start + HASH_CHUNK])
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,6 @@ Files that the manifest does not list (the orchestrator's code lies in the same 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from .arrayfile import open_arrays, write_arrays
 from .corpus import Corpus
 from .errors import FormatError, PublishError, SchemaMismatch
 from .features import FeatureTransform
+from .files import file_sha256, sync_directory, write_bytes
 from .i2if import I2IF
 from .index import HierarchicalIndex
 from .schema import Schema
@@ -163,10 +163,10 @@ def write_bundle(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write(aside / "schema.json", schema.to_json().encode())
+        write_bytes(aside / "schema.json", schema.to_json().encode())
         write_arrays(aside / "transform.hsnn", "transform", transform.to_arrays(), {})
         write_arrays(aside / "index.hsnn", "index", _corpus_arrays(corpus), {})
-        _write(aside / "smoke.npz", _smoke_bytes(smoke))
+        write_bytes(aside / "smoke.npz", _smoke_bytes(smoke))
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -184,10 +184,10 @@ def write_bundle(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": {name: _fingerprint(aside / name) for name in FILES},
         }
-        _write(aside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        _sync(aside)
+        write_bytes(aside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        sync_directory(aside)
         os.rename(aside, directory)
-        _sync(directory.parent)
+        sync_directory(directory.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -268,21 +268,4 @@ def _smoke_bytes(smoke: Smoke) -> bytes:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}

@@ -260,7 +260,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(bundle_module, "_write", full)
+    monkeypatch.setattr(bundle_module, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device"):
         write_small_bundle(tmp_path / "bundle", small_world())
     assert list(tmp_path.iterdir()) == []
