@@ -174,7 +174,7 @@ def _build_engine(
 def _smoke(source: Source, corpus: Corpus, scorer: LayerScorer, raw: Mapping[str, np.ndarray]) -> Smoke:
     users = {name: value[:SMOKE_USERS] for name, value in raw.items()}
     encoded = source.transform.encode_users(users)
-    found = search(corpus.index, scorer, encoded, source.widths, source.k, _rank(source.schema))
+    found = search(corpus.index, scorer, encoded, source.widths, source.k, source.schema.rank)
     return Smoke(users, found.item_ids, found.probabilities)
 
 
@@ -190,7 +190,7 @@ def _gates(
     users = source.transform.encode_users({name: value[:PARITY_USERS] for name, value in raw.items()})
     recorder = _Recorder(source.runner)
     torch = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, recorder)
-    widths, rank = source.widths, _rank(source.schema)
+    widths, rank = source.widths, source.schema.rank
     searched = search_rows(corpus.index, torch, onnx, users, widths, source.k, rank)
     items = Encoded(source.items.dense[:_PARITY_ITEMS], source.items.ids[:_PARITY_ITEMS])
     real = {"user_tower": users.tensors("user"), "item_tower": items.tensors("item"), **recorder.inputs}
@@ -242,10 +242,6 @@ def id_limits(schema: Schema, transform: FeatureTransform) -> dict[str, np.ndarr
         for spec in schema.interactions
     ]
     return {**limits, "cross_ids": np.concatenate(crossed or [np.empty(0, np.int64)])}
-
-
-def _rank(schema: Schema) -> np.ndarray:
-    return np.array([task.rank for task in schema.tasks], np.float32)
 
 
 def _replace(aside: Path, directory: Path) -> None:

@@ -67,10 +67,9 @@ def replay(directory: Path, version: int, networks: Networks) -> None:
     verify_code(directory)
     bundle = Bundle.open(directory)
     manifest, smoke = bundle.manifest, bundle.smoke()
-    rank = np.array([task.rank for task in bundle.schema.tasks], np.float32)
     scorer = bundle.scorer(ServedRunner(networks, manifest["models"], version))
     users = bundle.transform.encode_users(smoke.users)
-    found = search(bundle.index, scorer, users, manifest["widths"], manifest["k"], rank)
+    found = search(bundle.index, scorer, users, manifest["widths"], manifest["k"], bundle.schema.rank)
     tolerance = TOLERANCE if manifest["engine"] == DEFAULT_ENGINE else ENGINE_TOLERANCE
     check_answer(found, smoke, tolerance)
 

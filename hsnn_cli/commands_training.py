@@ -65,7 +65,9 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
         path, equals, value = text.partition("=")
         keys = path.split(".")
         if not equals or not path:
-            raise SchemaError(f"--set {text!r}: expected SECTION.KEY=VALUE, for example train.epochs=4, or SECTION=VALUE")
+            raise SchemaError(
+                f"--set {text!r}: expected SECTION.KEY=VALUE, for example train.epochs=4, or SECTION=VALUE"
+            )
         section = raw
         for key in keys[:-1]:
             section = section.setdefault(key, {}) if isinstance(section, dict) else None

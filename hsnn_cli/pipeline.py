@@ -112,7 +112,7 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     run = load_run(run_dir)
     bundle = Bundle.open(run_dir / "export" / "bundle")
     scorer = bundle.scorer(TorchRunner(run.model))
-    rank = np.array([task.rank for task in run.schema.tasks], np.float32)
+    rank = run.schema.rank
     widths = bundle.manifest["widths"]
     parts = [search(bundle.index, scorer, _row(users, i), widths, k, rank) for i in range(len(users))]
     offline = SearchResult(

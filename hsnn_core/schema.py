@@ -219,6 +219,11 @@ class Schema:
         """All features: the users', then the items'."""
         return self.user_features + self.item_features
 
+    @property
+    def rank(self) -> np.ndarray:
+        """(T,) float32: the exponent of each task's probability in ranking."""
+        return np.array([task.rank for task in self.tasks], np.float32)
+
     def feature(self, name: str) -> Feature:
         """The feature of that name, of either owner. Raises FeatureError that lists the known ones."""
         for feature in self.features:

@@ -142,7 +142,7 @@ def retrieval(
     wanted = [dataset.item_keys[rows] for rows in wanted_rows]
     corpus = corpus_of(model, dataset, state)
     scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(model))
-    rank = np.array([task.rank for task in recipe.schema.tasks], np.float32)
+    rank = recipe.schema.rank
     widths = list(recipe.search.widths[: model.layers - 1])
     k = min(recipe.search.max_k, len(dataset.item_keys))
     report: dict[str, Any] = {"requests": len(wanted), "widths": widths, "corpus": len(dataset.item_keys)}

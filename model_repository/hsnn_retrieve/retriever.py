@@ -28,7 +28,7 @@ class Retriever:
         self._index = bundle.index
         self._transform = bundle.transform
         self._scorer = bundle.scorer(runner)
-        self._rank = np.array([task.rank for task in bundle.schema.tasks], np.float32)
+        self._rank = bundle.schema.rank
         self._within = within
 
     def retrieve(self, raw: Mapping[str, np.ndarray], ask: Ask, deadline: Deadline) -> SearchResult:

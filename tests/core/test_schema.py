@@ -379,3 +379,11 @@ def test_values_that_cannot_be_encoded(name, value, text):
     with pytest.raises(FeatureError) as caught:
         encode_row_values(schema().feature(name), value)
     assert text in str(caught.value)
+
+
+def test_rank_exponents_are_one_per_task():
+    schema = Schema.from_dict(
+        ads() | {"tasks": [{"name": "click"}, {"name": "b"}, {"name": "c", "rank": 0.25}]}
+    )
+    assert schema.rank.dtype == np.float32
+    assert schema.rank.tolist() == [1.0, 0.0, 0.25]

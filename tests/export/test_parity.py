@@ -38,7 +38,7 @@ def test_the_smoke_request_is_answered_as_recorded(exported: Exported) -> None:
     smoke = bundle.smoke()
     files = [exported.path / f"{stem}.onnx" for stem in ("user_tower", "scorer_l1", "scorer_l2", "scorer_l3")]
     users = bundle.transform.encode_users(smoke.users)
-    rank = np.array([task.rank for task in bundle.schema.tasks])
+    rank = bundle.schema.rank
     found = search(
         bundle.index,
         bundle.scorer(OnnxRunner(files[0], files[1:])),

@@ -110,8 +110,7 @@ class TinySnapshot:
         """The search over ONNX Runtime, without any server."""
         users = self.bundle.transform.encode_users({name: value[rows] for name, value in self.users.items()})
         scorer = self.bundle.scorer(OnnxRunner(self.user_tower, self.scorers))
-        rank = np.array([task.rank for task in self.schema.tasks], np.float32)
-        return search(self.index, scorer, users, widths, k, rank)
+        return search(self.index, scorer, users, widths, k, self.schema.rank)
 
 
 def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
