@@ -260,7 +260,8 @@ def describe_run(path: Path) -> str:
     run = load_run(path)
     parameters = sum(p.numel() for p in run.model.parameters())
     lines = [
-        f"run {path}: recipe {run.recipe.name}, schema {run.schema.hash}, step {run.step}",
+        f"run {path}: recipe {run.recipe.name}, schema {run.schema.hash}, step {run.step}"
+        + ("" if run.finished else f"; not finished, go on with: hsnn train --resume {path}"),
         f"{run.model.layers} layers: {', '.join(run.recipe.model.layers)}; {parameters:,} parameters; "
         f"{len(run.item_ids):,} items; index {run.recipe.model.index} {list(run.recipe.model.codebooks)}",
     ]

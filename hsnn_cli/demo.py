@@ -60,7 +60,8 @@ def run_pipeline_command(options: argparse.Namespace) -> None:
     print(summary(report))
     print(f"report: {work / 'report.json'}")
     if options.results is not None:
-        from hsnn_train.checkpoint import write_aside, write_json
+        from hsnn_core.files import write_bytes
+        from hsnn_train.checkpoint import write_json
 
         options.results.mkdir(parents=True, exist_ok=True)
         write_json(options.results / f"{recipe.name}.json", report)
@@ -69,7 +70,7 @@ def run_pipeline_command(options: argparse.Namespace) -> None:
             + [f"--set {change}" for change in options.overrides]
         )
         page = options.results / f"{recipe.name}.md"
-        write_aside(page, f"# {recipe.name}\n\n`{command}`\n\n```\n{summary(report)}\n```\n".encode())
+        write_bytes(page, f"# {recipe.name}\n\n`{command}`\n\n```\n{summary(report)}\n```\n".encode())
         print(f"results: {page}")
 
 

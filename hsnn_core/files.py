@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK = 1 << 20
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` aside, fsync it and rename it into place."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in place of `path`: aside, fsynced, renamed. A reader sees the old or the new content, never
+    a part; whatever fails leaves the old content and nothing aside."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -23,6 +28,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file of these bytes; see `written_aside`."""
+    with written_aside(path) as file:
+        file.write(data)
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ import yaml
 from hsnn_core.arrayfile import open_arrays, write_arrays
 from hsnn_core.errors import DataError, FormatError, SchemaMismatch
 from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.files import write_bytes, written_aside
 from hsnn_core.schema import Schema
 
 from .batches import IndexState
@@ -25,28 +24,6 @@ from .hsnn import HSNN
 from .recipe import Recipe, recipe_from_dict
 
 CHECKPOINT_FORMAT = 1
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in place of ``path``: aside, fsync, rename, so that a reader sees the old or the new
-    content, never a part. Whatever fails leaves the old content and nothing aside."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """A file of these bytes; see `written_aside`."""
-    with written_aside(path) as f:
-        f.write(data)
 
 
 def without_nan(value: Any) -> Any:
@@ -59,12 +36,12 @@ def without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file; see `written_aside` and `without_nan`."""
-    write_aside(path, (json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n").encode())
+    """A JSON file, with null for what JSON cannot say, written aside."""
+    write_bytes(path, (json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """A torch file; see `written_aside`."""
+    """A torch file, written aside."""
     with written_aside(path) as f:
         torch.save({"format": CHECKPOINT_FORMAT, **state}, f)
 
@@ -98,8 +75,8 @@ def save_inputs(
     run.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint.pt", "history.jsonl", "metrics.json", "metrics-valid.json"):
         (run / name).unlink(missing_ok=True)
-    write_aside(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-    write_aside(run / "schema.json", recipe.schema.to_json().encode())
+    write_bytes(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+    write_bytes(run / "schema.json", recipe.schema.to_json().encode())
     write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
     write_arrays(
         run / "corpus.hsnn",
@@ -139,7 +116,8 @@ def check_inputs(
 @dataclass(frozen=True)
 class Run:
     """A trained run, ready to be evaluated or exported. ``items`` (V rows) and ``item_ids`` int64 (V,) are the
-    corpus it was trained on, ``index`` the hard index as of the last refresh."""
+    corpus it was trained on, ``index`` the hard index as of the last refresh, ``finished`` whether it reached the
+    last step."""
 
     path: Path
     recipe: Recipe
@@ -150,6 +128,7 @@ class Run:
     item_ids: np.ndarray
     index: IndexState
     step: int
+    finished: bool
 
 
 def make_model(recipe: Recipe, transform: FeatureTransform) -> HSNN:
@@ -189,4 +168,5 @@ def load_run(run_dir: str | Path) -> Run:
         item_ids=np.asarray(corpus["item_ids"]),
         index=IndexState(state["paths"].numpy(), state["representative"].numpy()),
         step=int(state["step"]),
+        finished=bool(state.get("finished", False)),
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hsnn_core.errors import DataError, HsnnError
+from hsnn_core.files import write_bytes
 from hsnn_core.i2if import I2IF
 from hsnn_train.data.dataset import Dataset
 
@@ -34,7 +35,6 @@ from .checkpoint import (
     save_checkpoint,
     save_inputs,
     without_nan,
-    write_aside,
 )
 from .hsnn import HSNN, Batch, HSNNOutput
 from .lti import alpha_at, index_health, warmup_at
@@ -155,7 +155,7 @@ class Trainer:
         path = self.run / "checkpoint.pt"
         try:
             save_checkpoint(path, state)
-            write_aside(self.run / "history.jsonl", lines.encode())
+            write_bytes(self.run / "history.jsonl", lines.encode())
         except OSError as error:
             before = "the one before is kept" if path.exists() else "there is none before it"
             raise NotSaved(

@@ -9,7 +9,6 @@ them are labelled.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from hsnn_core.errors import DataError
+from hsnn_core.files import written_aside
 
 from .tables import SIMULATED
 
@@ -189,12 +189,8 @@ def write_synthetic(out: Path, config: WorldConfig) -> dict[str, Path]:
 
 
 def _write(table: pa.Table, path: Path) -> Path:
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+    with written_aside(path) as file:
         pyarrow.parquet.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return path
 
 

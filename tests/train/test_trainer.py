@@ -145,6 +145,7 @@ def test_load_run_gives_the_trained_model(dataset, make_recipe, tmp_path):
     run = load_run(tmp_path / "run")
     assert same(weights(model), weights(run.model))
     assert run.step == 24
+    assert run.finished
     assert np.array_equal(run.index.paths, trainer.state.paths)
     assert np.array_equal(run.items.ids, dataset.items.ids)
 
@@ -390,11 +391,12 @@ def test_a_full_disk_while_writing(tmp_path):
     """The real thing: a device that is always full."""
     target = tmp_path / "checkpoint.pt"
     target.write_bytes(b"old")
-    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    aside = tmp_path / f".checkpoint.pt.{os.getpid()}.tmp"
+    aside.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(target, {"weights": torch.zeros(100_000)})
     assert target.read_bytes() == b"old"
-    assert not (tmp_path / "checkpoint.pt.tmp").is_symlink()
+    assert not aside.is_symlink()
 
 
 def test_divergence_is_noticed_at_once(dataset, make_recipe, tmp_path):
