@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -343,8 +344,9 @@ class Trainer:
 
 
 @contextmanager
-def _interrupt_flag() -> Iterator[Any]:
-    """Ctrl-C sets a flag that the loop reads between steps, so a step is never half done; a second one raises."""
+def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM (a container that is stopped) set a flag that the loop reads between steps, so a step is
+    never half done; a second one raises KeyboardInterrupt."""
     hit = False
 
     def handle(signum: int, frame: Any) -> None:
@@ -353,12 +355,12 @@ def _interrupt_flag() -> Iterator[Any]:
             raise KeyboardInterrupt
         hit = True
 
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: nothing to catch there
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield lambda: hit
         return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: hit
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

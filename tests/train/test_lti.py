@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsnn_train.lti import LearnToIndex, alpha_at, index_health, squared_distance, warmup_at
+from hsnn_train.refresh import reset_optimizer_rows
 
 
 def two_layers() -> LearnToIndex:
@@ -138,3 +139,38 @@ def test_dead_codewords_are_reset_to_live_residuals():
 def test_wrong_centroid_shape_is_named():
     with pytest.raises(ValueError, match=r"codebook 1: got shape \(3, 2\), expected \(2, 2\)"):
         LearnToIndex([2], 2).set_codebooks([torch.zeros(3, 2)])
+
+
+def test_one_temperature_fits_residuals_of_any_size():
+    """Affinities do not change when v and the codebooks are scaled, and every layer keeps a scale of its own."""
+    torch.manual_seed(0)
+    books, v = [torch.randn(4, 3), 0.1 * torch.randn(4, 3)], torch.randn(50, 3)
+    found = []
+    for factor in (1.0, 100.0):
+        lti = LearnToIndex([4, 4], 3).train()
+        lti.set_codebooks([factor * book for book in books])
+        found.append(lti(factor * v, alpha=3.0).affinity)
+        first, second = lti.scale.tolist()
+        assert first == pytest.approx((factor * v).square().sum(-1).mean().item(), rel=1e-5)
+        assert 0 < second != first
+    for small, large in zip(*found):
+        assert torch.allclose(small, large, atol=1e-5)
+
+
+def test_the_reconstruction_moves_the_codebooks_and_not_its_target():
+    """At alpha 0 the quantised vector does not depend on v, so no gradient may reach v (docs/log.md: collapse)."""
+    lti = two_layers().train()
+    v = torch.tensor([[0.4, 0.3], [1.7, -0.2]], requires_grad=True)
+    lti.reconstruction_loss(lti(v, alpha=0.0), v).backward()
+    assert v.grad is None or v.grad.abs().max() == 0
+    assert lti.codebook[0].grad.abs().sum() > 0
+
+
+def test_a_reborn_codeword_starts_with_fresh_moments():
+    codebook = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = torch.optim.AdamW([codebook])
+    codebook.sum().backward()
+    optimizer.step()
+    reset_optimizer_rows(optimizer, codebook, torch.tensor([1]))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert (optimizer.state[codebook][name].abs().sum(1) > 0).tolist() == [True, False, True]
