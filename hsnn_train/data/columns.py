@@ -92,6 +92,19 @@ def wire_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     """
     if feature.kind == "dense":
         return _dense_rows(values, feature, where)
+    rows = _key_rows(values, feature, where)
+    if feature.encoding == "range":
+        outside = (rows != KEY_MISSING) & ((rows < 0) | (rows >= feature.size))
+        if outside.any():
+            row = _first(outside.any(axis=1))
+            raise DataError(
+                f"{where}: column {feature.name!r}, row {row}: got {rows[row][outside[row]][0]}, expected "
+                f"0 to {feature.size - 1} (the schema says range: {feature.size})"
+            )
+    return rows
+
+
+def _key_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if not is_list(values.type):
         keys = _feature_keys(values, feature, where)
         rows = missing_rows(feature, len(keys))

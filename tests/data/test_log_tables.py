@@ -176,6 +176,14 @@ def test_impressions_of_unknown_items_are_counted_and_dropped() -> None:
             "users: column 'hour': got string, expected int keys (the schema says type: int)",
         ),
         (
+            "hour", pa.array([23, 24]),
+            "users: column 'hour', row 1: got 24, expected 0 to 23 (the schema says range: 24)",
+        ),
+        (
+            "hour", pa.array([None, -1]),
+            "users: column 'hour', row 1: got -1, expected 0 to 23 (the schema says range: 24)",
+        ),
+        (
             "topics", pa.array([["a"], ["b", None]]),
             "users: column 'topics', row 1: null inside a list; leave it out",
         ),
