@@ -54,14 +54,19 @@ def build_index(
         )  # fmt: skip
 
 
-def candidate_buckets(index: HierarchicalIndex, widths: Sequence[int]) -> list[list[int]]:
-    """Candidate counts per layer that engines with fixed shapes are built for: powers of two up to what
-    the default beam of `widths` (N-1) can reach, at most 4096 (the search cuts longer lists). Layer 1
-    always scores all nodes, so it has one."""
-    most = [index.nodes(1)]
+def candidate_buckets(
+    index: HierarchicalIndex, widths: Sequence[int], codewords: Sequence[int]
+) -> list[list[int]]:
+    """Candidate counts per layer that engines with fixed shapes are built for: powers of two up to what a beam of
+    `widths` (N-1) can reach, at most 4096 (the search cuts longer lists). Layer 1 always scores all nodes, so it
+    has one.
+
+    They follow from the recipe, `codewords` (K_1..K_{N-1}, empty where the hierarchy came with the data), and
+    from V, and not from how full this snapshot's nodes are: all versions of a repository share one list."""
+    most = [codewords[0] if codewords else index.nodes(1)]
     for layer in range(2, index.layers + 1):
-        children = np.sort(np.diff(index.child_ptr[layer - 2]))
-        most.append(int(children[-widths[layer - 2] :].sum()))
+        fixed = len(codewords) >= layer
+        most.append(widths[layer - 2] * codewords[layer - 1] if fixed else index.nodes(layer))
     ladders = [_ladder(count) for count in most]
     return [ladders[0][-1:], *ladders[1:]]
 

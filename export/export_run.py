@@ -133,7 +133,8 @@ def _export(
     )  # fmt: skip
     buckets: list[list[int]] = [[] for _ in files[2:]]  # any candidate count: nothing to pad for
     if engine.library is not None:
-        buckets = candidate_buckets(corpus.index, source.widths)
+        codewords = [len(codebook) for codebook in source.codebooks]
+        buckets = candidate_buckets(corpus.index, source.widths, codewords)
     built = _build_engine(graphs, files, engine, targets, buckets, progress)
 
     raw = dict(users) if users else sample_users(source.schema, source.transform, PARITY_USERS, seed=1)
