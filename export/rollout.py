@@ -14,7 +14,7 @@ from export.repository import locked, move_version, snapshot_models, versions
 from export.smoke import Networks, replay
 from hsnn_core.errors import PublishError
 
-_KEPT = "the server goes on serving the snapshot before. Publish a corrected one, or roll this one back"
+_KEPT = "the server goes on with what it served. Publish a corrected snapshot, or roll this one back"
 
 
 class Admin(Networks, Protocol):

@@ -250,7 +250,7 @@ def test_networks_that_answer_otherwise_than_at_export_do_not_go_live(
         with pytest.raises(PublishError, match="snapshot 1: its networks do not answer the smoke") as refusal:
             promote(tmp_path, server)
         assert text in str(refusal.value)
-        assert "goes on serving the snapshot before" in str(refusal.value)
+        assert "goes on with what it served" in str(refusal.value)
         assert server.loads == ORDER[:-1]
 
 

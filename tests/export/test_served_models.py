@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from standin_world import SCHEMA, standin_source
 from untrained import FLAT, TWO_TOWER, untrained_run
@@ -16,7 +17,7 @@ from export.publish import publish
 from export.rollout import promote, rollback
 from export.sample_users import sample_users
 from hsnn_cli.pipeline import ask, check_against_offline
-from hsnn_core.errors import PublishError
+from hsnn_core.errors import PublishError, ServerError
 from hsnn_core.schema import Schema
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import load_run
@@ -90,6 +91,8 @@ def test_networks_that_fail_the_smoke_request_never_go_live(tmp_path: Path) -> N
         with pytest.raises(PublishError, match="snapshot 2: its networks do not answer the smoke request"):
             promote(repository, server.admin)
         assert server.admin.versions("hsnn_retrieve") == [1]
+        with pytest.raises(ServerError, match="can't run hsnn_user_tower version 9: .*version 9"):
+            server.admin.infer("hsnn_user_tower", 9, {"user_ids": np.zeros((1, 5), np.int32)}, ["user_l1"])
         after = client.retrieve([{"age": 30.0}])
         assert (after, after.version) == (before, "1")
         assert rollback(repository, server.admin) == 1
