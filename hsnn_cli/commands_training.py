@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from hsnn_train.data.dataset import Dataset
     from hsnn_train.recipe import Recipe
 
-EPILOG = argparse.RawDescriptionHelpFormatter
+FORMAT = argparse.RawDescriptionHelpFormatter
 
 
 def add_commands(commands: Any) -> None:
     """Register train, evaluate and info."""
     train = commands.add_parser(
-        "train", help="train a recipe into a run directory", formatter_class=EPILOG,
+        "train", help="train a recipe into a run directory", formatter_class=FORMAT,
         description="Train an HSNN (towers, ensemble and index together) from a recipe.",
         epilog="examples:\n  hsnn train synthetic --run runs/ads\n  hsnn train my.yaml --run runs/mine "
         "--set train.epochs=4 --set train.seed=7\n  hsnn train --resume runs/mine     go on after Ctrl-C",
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
     train.set_defaults(run_command=run_train)
 
     evaluate = commands.add_parser(
-        "evaluate", help="evaluate a run on held-out data", formatter_class=EPILOG,
+        "evaluate", help="evaluate a run on held-out data", formatter_class=FORMAT,
         description="NE, calibration, Recall@K over the whole corpus, search recall and index health.",
         epilog="examples:\n  hsnn evaluate runs/ads\n  hsnn evaluate runs/ads --split valid",
     )  # fmt: skip
@@ -47,7 +47,7 @@ def add_commands(commands: Any) -> None:
     evaluate.set_defaults(run_command=run_evaluate)
 
     info = commands.add_parser(
-        "info", help="describe a run, a recipe, a repository, or the presets", formatter_class=EPILOG,
+        "info", help="describe a run, a recipe, a repository, or the presets", formatter_class=FORMAT,
         description="Describe a thing: a run directory, a recipe, a model repository, or `presets`.",
         epilog="examples:\n  hsnn info presets      FLOPs of the Table 5 presets beside the paper's ratios\n"
         "  hsnn info runs/ads\n  hsnn info synthetic",

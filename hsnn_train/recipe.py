@@ -220,8 +220,14 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         share = getattr(train, key)
         if not 0 <= share <= 1:
             raise SchemaError(f"train.{key}: got {share!r}, expected a fraction of the steps, 0 to 1")
+    for key in ("distil", "interaction_pull", "index_loss", "reconstruction", "balance", "weight_decay"):
+        weight = getattr(train, key)
+        if not weight >= 0:
+            raise SchemaError(f"train.{key}: got {weight!r}, expected a weight of at least 0")
     if train.lr <= 0:
         raise SchemaError(f"train.lr: got {train.lr!r}, expected a number above 0")
+    if train.teacher and not (train.unlabelled and train.distil):
+        raise SchemaError("train.teacher: has no effect without train.unlabelled and train.distil above 0")
     if search.k > search.max_k:
         raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
 

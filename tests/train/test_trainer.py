@@ -232,6 +232,7 @@ def test_evaluation_keeps_no_trace_of_every_node(dataset, make_recipe, tmp_path,
         ("train", "negatives", -1, "train.negatives: got -1, expected a whole number of at least 0"),
         ("train", "warmup", 1.5, r"train.warmup: got 1.5, expected a fraction of the steps, 0 to 1"),
         ("train", "lr", 0, "train.lr: got 0.0, expected a number above 0"),
+        ("train", "distil", -1.0, "train.distil: got -1.0, expected a weight of at least 0"),
         ("model", "codebooks", [6, "3"], "model.codebooks: got '3', expected a whole number"),
         ("model", "layers", ["smal"] * 3, "model.layers: unknown preset 'smal'; known presets"),
         ("search", "widths", [4, 0], "search.widths: got 0, expected a whole number of at least 1"),
@@ -241,6 +242,11 @@ def test_evaluation_keeps_no_trace_of_every_node(dataset, make_recipe, tmp_path,
 def test_numbers_out_of_range_are_refused_before_anything_runs(make_recipe, section, key, value, message):
     with pytest.raises(SchemaError, match=message):
         make_recipe(**{section: {key: value}})
+
+
+def test_a_teacher_without_pairs_to_teach_on_is_refused(make_recipe):
+    with pytest.raises(SchemaError, match=r"train.teacher: has no effect without train.unlabelled"):
+        make_recipe(train={"teacher": "runs/big", "unlabelled": 0})
 
 
 def test_files_that_are_no_recipe(tmp_path, monkeypatch):
