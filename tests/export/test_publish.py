@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -90,6 +91,36 @@ def test_vendored_code_has_no_tests_or_caches_and_edits_are_noticed(
         FormatError, match=r"search\.py: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}; publish again"
     ):
         verify_code(version)
+
+
+def test_a_published_version_needs_nothing_but_itself_numpy_and_triton(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """So it loads in any Triton. Imports inside functions are for what only some ways of serving need."""
+    publish(exported.path, tmp_path)
+    version = tmp_path / "hsnn_retrieve" / "1"
+    own = {path.stem for path in version.iterdir()}
+    outside = set()
+    for path in version.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        late = {
+            node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for node in ast.walk(f)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found = {str(node.module).partition(".")[0]}
+            else:
+                continue
+            outside |= {(name, "late" if node in late else "at load") for name in found - own}
+    foreign = {(name, when) for name, when in outside if name not in sys.stdlib_module_names}
+    assert foreign == {
+        ("numpy", "at load"),
+        ("triton_python_backend_utils", "at load"),
+        ("onnxruntime", "late"),  # mode in_process
+        ("yaml", "late"),  # schema files, which no server reads
+    }
 
 
 def test_options_stay_until_others_are_given(exported: Exported, tmp_path: Path) -> None:
