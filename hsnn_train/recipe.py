@@ -154,9 +154,12 @@ def _section(kind: type[S], raw: Any, path: str) -> S:
                 raise SchemaError(f"{path}.{key}: got {value!r}, expected a list")
             values[key] = tuple(value)
         elif isinstance(default, float):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
                 raise SchemaError(f"{path}.{key}: got {value!r}, expected a number")
-            values[key] = float(value)
+            try:
+                values[key] = float(value)  # YAML reads 1e-3, without a dot, as text
+            except ValueError:
+                raise SchemaError(f"{path}.{key}: got {value!r}, expected a number") from None
         elif not isinstance(value, type(default)) or isinstance(value, bool):
             raise SchemaError(f"{path}.{key}: got {value!r}, expected {type(default).__name__}")
         else:

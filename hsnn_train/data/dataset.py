@@ -129,6 +129,9 @@ def load_dataset(
         for key in data_section:
             if key not in known:
                 raise DataError(f"data.{key}: unknown key, expected adapter, or of {', '.join(known)}")
+        for key, value in data_section.items():
+            if not isinstance(value or "", str):
+                raise DataError(f"data.{key}: got {value!r}, expected text")
         paths = {name: base_dir / data_section[name] for name in TABLES if data_section.get(name)}
         tables = load_tables(
             schema, paths, data_section.get("unknown_items", "refuse"), data_section.get("history_by")

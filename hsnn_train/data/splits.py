@@ -47,6 +47,9 @@ class Split:
             if key not in known:
                 raise SchemaError(f"split.{key}: unknown key; known keys: {', '.join(known)}")
         values = dict(raw)
+        for key in ("by", "unit", "column", "task"):
+            if not isinstance(values.get(key) or "", str):
+                raise SchemaError(f"split.{key}: got {values[key]!r}, expected a name")
         if values.get("by", "time") not in _WAYS:
             raise SchemaError(f"split.by: got {values['by']!r}, expected one of {', '.join(_WAYS)}")
         for key in ("valid_days", "test_days"):

@@ -240,5 +240,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     section = {name: path.name for name, path in paths.items()}
     with pytest.raises(DataError, match=r"users \(users.csv\): column 'age', row 0: got nan"):
         load_dataset(sample.schema(), section, {}, tmp_path, seed=1)
+    with pytest.raises(DataError, match=r"data.items: got 3, expected text"):
+        load_dataset(sample.schema(), {"items": 3}, {}, tmp_path, seed=1)
     with pytest.raises(DataError, match=r"data.clicks: unknown key, expected adapter, or of impressions"):
         load_dataset(sample.schema(), {"clicks": "x"}, {}, tmp_path, seed=1)

@@ -115,6 +115,7 @@ def test_split_by_a_column() -> None:
             {"by": "random"},
             "split.by: got 'random', expected one of time, user_time, last_days, leave_one_out, column",
         ),
+        ({"by": ["time"]}, "split.by: got ['time'], expected a name"),
         ({"kind": "time"}, "split.kind: unknown key; known keys: by, fractions,"),
         (
             {"fractions": [0.8, 0.1]},

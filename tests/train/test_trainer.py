@@ -270,6 +270,11 @@ def test_a_relative_teacher_is_written_as_an_absolute_path(make_recipe, tmp_path
     assert make_recipe().to_dict()["train"]["teacher"] == ""
 
 
+def test_exponents_without_a_dot_are_numbers(make_recipe):
+    """YAML 1.1 reads `1e-3` as text."""
+    assert make_recipe(train={"lr": "1e-3"}).train.lr == 0.001
+
+
 def test_recipes_name_what_is_wrong(make_recipe):
     with pytest.raises(SchemaError, match=r"train\.epoch: unknown key; known keys: epochs"):
         make_recipe(train={"epoch": 3})
