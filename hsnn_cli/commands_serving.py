@@ -88,7 +88,10 @@ def add_commands(commands: Any) -> None:
 def run_export(options: argparse.Namespace) -> None:
     """hsnn export."""
     from export.export_run import export_run
+    from hsnn_train.checkpoint import load_run
 
+    if not load_run(options.run).finished:
+        print(f"note: {options.run} has not reached its last step; this exports the model of its checkpoint")
     exported = export_run(options.run, options.engine, targets=options.targets)
     print(exported.report.table())
     print(f"exported: {options.run / 'export'}")

@@ -42,15 +42,20 @@ class IndexState:
 
 
 class CandidateSampler:
-    """Draws items with probability proportional to popularity ** power, among those with a training positive.
+    """Draws items with probability proportional to popularity ** power.
 
-    An item without one may not even have existed while the log was written; drawing it as a negative would
-    teach that new items are never clicked.
+    Args:
+        counts: (V,) training positives per item.
+        power: 0 is uniform.
+        everything: draw among all items, as unlabelled pairs are, whose purpose is to show the model what the
+            log's policy never showed; else among those with a training positive, as negatives are: an item
+            without one may not even have existed while the log was written, and as a negative would teach
+            that new items are never clicked.
     """
 
-    def __init__(self, counts: np.ndarray, power: float) -> None:
+    def __init__(self, counts: np.ndarray, power: float, everything: bool) -> None:
         seen = np.flatnonzero(counts)
-        self.rows = (seen if len(seen) else np.arange(len(counts))).astype(np.int32)
+        self.rows = (np.arange(len(counts)) if everything or not len(seen) else seen).astype(np.int32)
         weight = np.maximum(counts[self.rows].astype(np.float64), 1.0) ** power
         self.cumulative = np.cumsum(weight / weight.sum())
 
@@ -79,7 +84,8 @@ class BatchMaker:
         self.layers = layers
         self.negatives = negatives
         self.unlabelled = unlabelled
-        self.sampler = CandidateSampler(dataset.item_counts, power)
+        self.of_seen = CandidateSampler(dataset.item_counts, power, everything=False)
+        self.of_all = CandidateSampler(dataset.item_counts, power, everything=True)
         self.tasks = len(dataset.schema.tasks)
 
     def make(
@@ -87,7 +93,9 @@ class BatchMaker:
     ) -> Batch:
         """The batch of examples ``rows`` (B,): candidate 0 is the impression's own item, then the sampled."""
         own = examples.item_row[rows]
-        sampled = self.sampler.draw((len(rows), self.negatives + self.unlabelled), rng)
+        negatives = self.of_seen.draw((len(rows), self.negatives), rng)
+        unlabelled = self.of_all.draw((len(rows), self.unlabelled), rng)
+        sampled = np.concatenate([negatives, unlabelled], axis=1)
         candidates = np.concatenate([own[:, None], sampled], axis=1)  # (B, C)
         labels = np.zeros((*candidates.shape, self.tasks), np.float32)
         labels[:, 0] = examples.labels[rows]

@@ -1,0 +1,46 @@
+"""Sampled candidates: what may be a negative, what may be unlabelled, and how the batch says so."""
+
+import numpy as np
+import pytest
+
+from hsnn_train.batches import CandidateSampler, step_rng
+from hsnn_train.checkpoint import make_model
+from hsnn_train.refresh import refresh
+from hsnn_train.trainer import make_batches
+
+COUNTS = np.array([0, 4, 0, 16, 1])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_negatives_are_items_with_a_positive_by_popularity_to_a_power(power):
+    drawn = CandidateSampler(COUNTS, power, everything=False).draw((60_000,), np.random.default_rng(0))
+    share = np.bincount(drawn, minlength=5) / len(drawn)
+    expected = np.where(COUNTS > 0, COUNTS.astype(float) ** power, 0)
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.01)
+
+
+def test_unlabelled_pairs_reach_items_the_log_never_showed():
+    drawn = CandidateSampler(COUNTS, 0.5, everything=True).draw((2000,), np.random.default_rng(0))
+    assert set(drawn.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_a_log_without_positives_draws_among_all():
+    drawn = CandidateSampler(np.zeros(3, np.int64), 1.0, everything=False).draw(
+        (500,), np.random.default_rng(0)
+    )
+    assert set(drawn.tolist()) == {0, 1, 2}
+
+
+def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):
+    recipe = make_recipe(train={"negatives": 3, "unlabelled": 2})
+    model = make_model(recipe, dataset.transform)
+    state, _ = refresh(model, dataset.items, dataset.item_keys)
+    rows = np.arange(40)
+    batch = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7))
+    assert batch.labels.shape == (40, 6, 2)
+    assert np.array_equal(batch.labels[:, 0].numpy(), dataset.train.labels[rows])
+    assert batch.labels[:, 1:].sum() == 0
+    assert batch.labelled[:, 0].all()
+    assert not batch.labelled[:, 4:].any()
+    again = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7))
+    assert np.array_equal(batch.items.of.numpy(), again.items.of.numpy())
