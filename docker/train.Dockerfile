@@ -11,7 +11,7 @@ RUN pip install --no-cache-dir "torch==${TORCH_VERSION}"
 # The number of the serving image's user, so that both can share a volume.
 RUN groupadd --gid 1000 hsnn \
  && useradd --uid 1000 --gid 1000 --create-home hsnn \
- && install --directory --owner=hsnn --group=hsnn /work /work/runs /models
+ && install --directory --owner=hsnn --group=hsnn /srv/hsnn /srv/hsnn/runs /models
 
 # Editable, because publishing copies the orchestrator's sources out of the tree and recipes are found beside it.
 WORKDIR /opt/hsnn
@@ -32,7 +32,7 @@ ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000
-WORKDIR /work
+WORKDIR /srv/hsnn
 # What Ctrl-C sends: training writes its checkpoint before it ends.
 STOPSIGNAL SIGINT
 ENTRYPOINT ["hsnn"]

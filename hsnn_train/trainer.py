@@ -322,7 +322,7 @@ class Trainer:
         lti, t = self.model.lti, self.recipe.train
         if lti is not None and not final:
             v = index_vectors(self.model, self.dataset.items)
-            if self.step in self.kmeans_steps:
+            if self.step in self.kmeans_steps or not bool(lti.initialised):
                 lti.set_codebooks(residual_kmeans(v, lti.sizes, t.seed))
             elif self.recipe.model.index == "joint" and self.step >= self.init_step:
                 generator = torch.Generator().manual_seed(t.seed * 1_000_003 + self.step)

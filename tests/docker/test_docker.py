@@ -287,7 +287,7 @@ def test_every_service_command_is_one_the_command_line_takes(name: str) -> None:
     assert (ROOT / "recipes" / f"{done['train'].recipe}.yaml").is_file()
     mounts = dict(volume.split(":")[:2] for volume in stack(name)["services"]["publish"]["volumes"])
     assert str(done["publish"].repository) == mounts["models"]
-    assert f"/work/{done['train'].run}".startswith(mounts["runs"] + "/")
+    assert f"/srv/hsnn/{done['train'].run}".startswith(mounts["runs"] + "/")
     assert done["client"].url == "triton:8001"
 
 
