@@ -44,7 +44,7 @@ def build_corpus(
     codebooks: Sequence[np.ndarray],
     codeword_projection: Sequence[tuple[np.ndarray, np.ndarray]],
     batch_size: int = 1024,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     paths: np.ndarray | None = None,
 ) -> Corpus:
     """Run the item tower over all V items and build the index.
