@@ -34,6 +34,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue that run from its checkpoint")
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                        help="change one value of the recipe; may be repeated")  # fmt: skip
+    train.add_argument("--restart", action="store_true", help="train anew into a run that was interrupted")
     train.add_argument("--no-evaluate", action="store_true", help="stop after training")
     train.set_defaults(run_command=run_train)
 
@@ -82,21 +83,23 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
 
 def run_train(options: argparse.Namespace) -> None:
     """hsnn train."""
-    from hsnn_train.checkpoint import load_recipe_of_run
+    from hsnn_train.checkpoint import load_recipe_of_run, refuse_unfinished
     from hsnn_train.recipe import load_recipe
 
     if (options.recipe is None) == (options.resume is None):
         raise SchemaError("hsnn train: give either a recipe or --resume RUN (see hsnn train --help)")
     if options.resume is not None:
-        if options.overrides or options.run:
+        if options.overrides or options.run or options.restart:
             raise SchemaError(
-                "hsnn train --resume: goes on with the run's own recipe; leave out --set and --run"
+                "hsnn train --resume: goes on with the run's own recipe; leave out --set, --run and --restart"
             )
         recipe = load_recipe_of_run(options.resume)
         run = options.resume
     else:
         recipe = with_overrides(load_recipe(options.recipe), options.overrides)
         run = options.run or Path("runs") / recipe.name
+        if not options.restart:
+            refuse_unfinished(run)
     train_and_evaluate(
         recipe, load_data(recipe), run, resume=options.resume is not None, evaluate=not options.no_evaluate
     )

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from hsnn_core.arrayfile import open_arrays, write_arrays
-from hsnn_core.errors import DataError, FormatError, SchemaMismatch
+from hsnn_core.errors import DataError, FormatError, HsnnError, SchemaMismatch
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.files import write_bytes, written_aside
 from hsnn_core.schema import Schema
@@ -65,6 +65,19 @@ def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
             f"checkpoint {path}: schema {state['schema_hash']}, the run's schema.json is {schema.hash}"
         )
     return state
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Raise HsnnError when the folder holds an interrupted training, which a new one would replace."""
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        return
+    state = load_checkpoint(path, load_recipe_of_run(run).schema)
+    if not state.get("finished", False):
+        raise HsnnError(
+            f"run {run}: holds a training that was interrupted at step {int(state['step'])}; go on with "
+            f"hsnn train --resume {run}, or give --restart to train anew and lose it"
+        )
 
 
 def save_inputs(

@@ -170,7 +170,9 @@ def test_stopped_anywhere_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, c
 
 def test_a_resume_takes_no_other_settings(shop, capsys):
     assert main(["train", "--resume", str(shop / "run"), "--set", "train.epochs=9"]) == 1
-    assert "goes on with the run's own recipe; leave out --set and --run" in capsys.readouterr().err
+    assert (
+        "goes on with the run's own recipe; leave out --set, --run and --restart" in capsys.readouterr().err
+    )
 
 
 def test_tables_that_changed_since_training_are_refused(shop, tmp_path, capsys):
@@ -219,3 +221,26 @@ def test_a_full_disk_is_one_line_and_says_what_to_do(shop, capsys, monkeypatch):
 def test_bad_overrides_are_named(tmp_path, capsys, change, message):
     assert main(["train", str(write_logs(tmp_path, rows=50)), "--set", change]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_not_trained_over(tmp_path, capsys, monkeypatch):
+    recipe = write_logs(tmp_path, rows=600)
+    train = ["train", str(recipe), "--run", str(tmp_path / "run"), "--no-evaluate"]
+    one_step = Trainer._one_step
+
+    def stop_at_two(trainer):
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return one_step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", stop_at_two)
+        assert main(train) == 1
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert main(train) == 1
+    message = capsys.readouterr().err
+    assert "interrupted at step 3" in message
+    assert f"hsnn train --resume {tmp_path / 'run'}" in message
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == kept
+    assert main([*train, "--restart"]) == 0
+    assert main(train) == 0  # a finished run may be trained anew
