@@ -111,7 +111,7 @@ def load_data(recipe: Recipe) -> Dataset:
 
     dataset = load_dataset(recipe.schema, recipe.data, recipe.split, recipe.base, recipe.train.seed)
     if dataset.simulated:
-        print("data: SIMULATED; no figure made from it says anything about a real system")
+        print("data: SIMULATED")
     for note in dataset.notes:
         print(f"data: {note}")
     return dataset

@@ -122,7 +122,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from hsnn_train.recipe import load_recipe
 
     from .commands_training import load_data
-    from .pipeline import ask, check_against_offline, publish_run, stage_matrix
+    from .pipeline import ask, check_against_offline, publish_run
 
     recipe = load_recipe("synthetic")
     work: Path = options.work
@@ -142,8 +142,7 @@ def run_demo(options: argparse.Namespace) -> None:
             for user in range(3):
                 print_hits(user, served.results[user])
         offline = check_against_offline(work / "run", encoded, served, 100)
-        stages = stage_matrix(served)
-        names = ["user tower", *(f"layer {i}" for i in range(1, stages.shape[1] - 1)), "whole request"]
+        names, stages = served.stages()
         middle = np.median(stages, axis=0) / 1000
         print()
         print(table(["stage", "milliseconds, median"], [[n, float(m)] for n, m in zip(names, middle)],

@@ -1,6 +1,6 @@
 """The whole way in one process: train → export → publish → serve → query, with what was measured on it.
 
-`hsnn demo` and `hsnn pipeline` both call it; the first on simulated ads, the second on any recipe.
+`hsnn pipeline` runs it on any recipe; `hsnn demo` takes the same steps on simulated ads, and may keep the server.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ class Served:
 
     results: list[Results]
     seconds: np.ndarray
+
+    def stages(self) -> tuple[list[str], np.ndarray]:
+        """Names of the server's stages, and their microseconds (requests, N + 2)."""
+        rows = []
+        for result in self.results:
+            assert result.timings is not None
+            rows.append([result.timings.user_tower, *result.timings.layers, result.timings.total])
+        layers = len(rows[0]) - 2
+        names = ["user tower", *(f"layer {i}" for i in range(1, layers + 1)), "whole request"]
+        return names, np.array(rows, np.float64)
 
 
 def publish_run(recipe: Recipe, dataset: Dataset, work: Path, mode: Mode) -> tuple[dict[str, Any], Path, int]:
@@ -164,8 +174,7 @@ def run_pipeline(
         promote(repository, server.admin)
         with RetrievalClient(server.urls.grpc, timeout=30.0) as client:
             served = ask(client, requests, k)
-    stages = stage_matrix(served)
-    names = ["user tower", *(f"layer {i}" for i in range(1, stages.shape[1] - 1)), "whole request"]
+    names, stages = served.stages()
     plot = latency_per_layer(names, stages, work / "run" / "plots" / "latency.png")
     report = {
         "recipe": recipe.name,
@@ -190,15 +199,6 @@ def run_pipeline(
     }
     write_json(work / "report.json", report)
     return report
-
-
-def stage_matrix(served: Served) -> np.ndarray:
-    """Microseconds (requests, N + 2): user tower, layers 1..N, total."""
-    rows = []
-    for result in served.results:
-        assert result.timings is not None
-        rows.append([result.timings.user_tower, *result.timings.layers, result.timings.total])
-    return np.array(rows, np.float64)
 
 
 def _commit() -> str:

@@ -77,13 +77,16 @@ def hierarchy_paths(schema: Schema, items: Encoded, columns: tuple[str, ...]) ->
     return out
 
 
-def refresh(model: HSNN, items: Encoded, item_ids: np.ndarray) -> tuple[IndexState, HierarchicalIndex]:
-    """Hard paths and representatives of the corpus as the model stands now."""
+def refresh(
+    model: HSNN, items: Encoded, item_ids: np.ndarray, v: np.ndarray | None = None
+) -> tuple[IndexState, HierarchicalIndex]:
+    """Hard paths and representatives of the corpus as the model stands now; ``v``: its `index_vectors`, when the
+    caller has them already."""
     if model.layers == 1:
         paths = np.empty((len(items.ids), 0), np.int32)
         distances = np.empty((len(items.ids), 0), np.float32)
     else:
-        v = index_vectors(model, items)
+        v = index_vectors(model, items) if v is None else v
         if model.index.method == "hierarchy":
             paths = hierarchy_paths(model.schema, items, model.index.columns)
             distances = centroid_distances(v, paths)

@@ -320,20 +320,20 @@ class Trainer:
         """Re-assign the corpus; before that, k-means or the reset of dead codewords where they are due."""
         bar.set_description("train: index")
         lti, t = self.model.lti, self.recipe.train
-        if lti is not None and not final:
-            v = index_vectors(self.model, self.dataset.items)
+        v = None if lti is None else index_vectors(self.model, self.dataset.items)
+        if lti is not None and v is not None and not final:
             if self.step in self.kmeans_steps or not bool(lti.initialised):
                 lti.set_codebooks(residual_kmeans(v, lti.sizes, t.seed))
             elif self.recipe.model.index == "joint" and self.step >= self.init_step:
                 generator = torch.Generator().manual_seed(t.seed * 1_000_003 + self.step)
                 for codebook, dead in zip(lti.codebook, lti.revive(torch.from_numpy(v), generator)):
                     reset_optimizer_rows(self.optimizer, codebook, dead)
-        self.state, _ = refresh(self.model, self.dataset.items, self.dataset.item_keys)
+        self.state, _ = refresh(self.model, self.dataset.items, self.dataset.item_keys, v)
         if lti is not None:
             row: dict[str, Any] = {"step": self.step}
             for layer, size in enumerate(lti.sizes, start=1):
                 health = index_health(torch.from_numpy(self.state.paths[:, layer - 1].astype(np.int64)), size)
-                row |= {f"l{layer}_{k}": v for k, v in asdict(health).items() if k != "disagreement"}
+                row |= {f"l{layer}_{k}": value for k, value in asdict(health).items() if k != "disagreement"}
                 if health.collapsed and self.step > self.init_step:
                     tqdm.write(
                         f"warning: step {self.step}: codebook {layer} has collapsed: items live in effectively "
