@@ -195,7 +195,7 @@ class Trainer:
             return self.model.eval()
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress,
                    mininterval=0.5)  # fmt: skip
-        with bar:
+        with bar, _deterministic():
             if self.step == 0:
                 self._refresh(bar)
             with _interrupt_flag() as interrupted:
@@ -341,6 +341,17 @@ class Trainer:
                     )
             self.history.append(row)
         bar.set_description("train")
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Torch's deterministic kernels: with several threads the default backward of an index adds in any order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
