@@ -26,6 +26,7 @@ from .presets import MoNNConfig, preset
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 INDEX_METHODS = ("joint", "kmeans", "em", "hierarchy")
+CANDIDATES = ("all", "new", "seen_before")
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SearchConfig:
     """widths: nodes kept after each layer above the items (the beam); k: items returned by default; max_k: the
-    most a request may ask for; requests: evaluation requests for recall."""
+    most a request may ask for; requests: evaluation requests for recall; candidates: which items evaluation
+    searches among: "all", "new" (not the request's own history) or "seen_before" (items that had appeared
+    in the log before the request)."""
 
     widths: tuple[int, ...] = (8, 64)
     k: int = 100
     max_k: int = 1000
     requests: int = 1000
+    candidates: str = "all"
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,10 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
         raise SchemaError(
             f"search.widths: got {len(search.widths)} widths, expected {len(model.layers) - 1} "
             f"(one per layer above the items)"
+        )
+    if search.candidates not in CANDIDATES:
+        raise SchemaError(
+            f"search.candidates: got {search.candidates!r}, expected one of {', '.join(CANDIDATES)}"
         )
     train = _section(TrainConfig, raw.get("train"), "train")
     _check_ranges(model, train, search)
