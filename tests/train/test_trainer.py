@@ -16,8 +16,9 @@ from hsnn_core.exhaustive import exhaustive
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.batches import step_rng
 from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint, write_json
-from hsnn_train.evaluate import calibrate, corpus_of, evaluate, pointwise, pointwise_report
+from hsnn_train.evaluate import calibrate, evaluate, pointwise, pointwise_report
 from hsnn_train.recipe import load_recipe, recipe_from_dict
+from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
 from hsnn_train.trainer import Diverged, Interrupted, NotSaved, Trainer, make_batches
 
@@ -218,7 +219,7 @@ def test_evaluation_keeps_no_trace_of_every_node(dataset, make_recipe, tmp_path,
         kept.extend(trace.nodes for result in exact for trace in result.layers)
         return 1.0
 
-    monkeypatch.setattr("hsnn_train.evaluate._search_recall_at", search_recall_at)
+    monkeypatch.setattr("hsnn_train.retrieval._search_recall_at", search_recall_at)
     evaluate(model, dataset, trainer.recipe, trainer.state, progress=False)
     assert kept
     assert max(array.shape[1] for array in kept if array.ndim > 1) <= trainer.recipe.search.max_k
