@@ -1,0 +1,118 @@
+"""What is tuned: per method the parameters, their ranges and where the search begins.
+
+A method of `implicit` has the parameters of its class in `implicit_models`; a method of ours has dotted keys of a
+recipe. The first trial of every method is its ``start``, so that tuning never ends below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hsnn_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Real:
+    """A real number from low to high."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from low to high, both possible."""
+
+    low: int
+    high: int
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[str | int | float | bool, ...]
+
+
+Knob = Real | Whole | Choice
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method to tune.
+
+    Attributes:
+        knobs: the search space.
+        start: the first trial; a value for every knob.
+        recipe: for our own methods, what makes the recipe this method: dotted keys and their values.
+        ours: whether the method is trained from a recipe.
+    """
+
+    knobs: Mapping[str, Knob]
+    start: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    ours: bool = False
+
+
+_OURS: dict[str, Knob] = {
+    "train.lr": Real(3e-4, 1e-2, log=True),
+    "train.epochs": Whole(2, 20, log=True),
+    "train.batch_size": Choice((256, 512, 1024)),
+    "train.weight_decay": Real(1e-6, 1e-1, log=True),
+}
+_OURS_START = {"train.lr": 2e-3, "train.epochs": 4, "train.batch_size": 512, "train.weight_decay": 1e-4}
+
+
+def _flat(preset: str) -> Method:
+    """One MoNN over all items, without an index."""
+    single = {"model.layers": [preset], "model.codebooks": [], "search.widths": []}
+    return Method(_OURS, _OURS_START, single, ours=True)
+
+
+METHODS: dict[str, Method] = {
+    "popularity": Method({}, {}),
+    "item_knn": Method(
+        {
+            "weighting": Choice(("cosine", "tfidf", "bm25")),
+            "neighbours": Whole(20, 1000, log=True),
+            "k1": Real(0.3, 300.0, log=True),
+            "b": Real(0.0, 1.0),
+            "decay": Choice((1.0, 0.9, 0.8, 0.6, 0.4)),
+        },
+        {"weighting": "tfidf", "neighbours": 200, "k1": 100.0, "b": 0.2, "decay": 1.0},
+    ),
+    "als": Method(
+        {
+            "factors": Choice((32, 64, 128, 256)),
+            "regularization": Real(1e-3, 1e2, log=True),
+            "alpha": Real(0.3, 100.0, log=True),
+            "iterations": Whole(5, 30),
+            "decay": Choice((1.0, 0.9, 0.8, 0.6, 0.4)),
+        },
+        {"factors": 64, "regularization": 1.0, "alpha": 5.0, "iterations": 15, "decay": 1.0},
+    ),
+    "bpr": Method(
+        {
+            "factors": Choice((32, 64, 128, 256)),
+            "learning_rate": Real(3e-3, 0.3, log=True),
+            "regularization": Real(1e-4, 0.1, log=True),
+            "iterations": Whole(30, 200, log=True),
+        },
+        {"factors": 64, "learning_rate": 0.05, "regularization": 0.01, "iterations": 100},
+    ),
+    "two_tower": _flat("cpu_xs"),
+    "mol": _flat("cpu_mol"),
+    "flat": _flat("cpu_s"),
+    "hsnn": Method(_OURS, _OURS_START, {"model.layers": ["cpu_l", "cpu_m", "cpu_s"]}, ours=True),
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name. Raises DataError that lists the known ones."""
+    if name not in METHODS:
+        raise DataError(f"method {name!r}: unknown; known: {', '.join(METHODS)}")
+    return METHODS[name]
