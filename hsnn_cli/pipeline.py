@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +32,7 @@ from hsnn_train.recipe import Recipe
 from hsnn_train.runner import TorchRunner
 
 from .commands_training import load_data, train_and_evaluate
+from .provenance import commit, machine
 
 Mode = Literal["bls", "in_process"]
 SCORE_TOLERANCE = 1e-4
@@ -180,8 +178,8 @@ def run_pipeline(
         "recipe": recipe.name,
         "simulated": dataset.simulated,
         "notes": list(dataset.notes),
-        "machine": f"{platform.machine()}, {_cores()} cores, CPU",
-        "commit": _commit(),
+        "machine": machine(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "seed": recipe.train.seed,
         "mode": mode,
@@ -199,24 +197,3 @@ def run_pipeline(
     }
     write_json(work / "report.json", report)
     return report
-
-
-def _commit() -> str:
-    """Short hash of the project's checkout, with a mark when files differ from it; "none" outside one."""
-    here = Path(__file__).parent
-    asked = [
-        ["git", "rev-parse", "--short", "HEAD"],
-        ["git", "status", "--porcelain", "--untracked-files=no"],
-    ]
-    try:
-        head, changed = (
-            subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
-            for command in asked
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return head + ("+" if changed else "")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
