@@ -49,15 +49,18 @@ def exhaustive(
     probabilities = np.zeros((batch, k, tasks), dtype=np.float32)
     rank_score = np.full((batch, k), -np.inf, dtype=np.float32)
     valid = np.zeros(batch, dtype=np.int32)
-    scores, shares = rank_scores(logits, rank), sigmoid(logits)  # (B, V), (B, V, T)
+    scores = rank_scores(logits, rank)  # (B, V)
     for user in range(batch):
         allowed = np.arange(index.items) if item_mask is None else np.flatnonzero(item_mask[user])
+        if len(allowed) > k:  # sort only those that are at least as good as the k-th, ties with it included
+            keys = scores[user, allowed]
+            allowed = allowed[keys >= np.partition(keys, len(keys) - k)[len(keys) - k]]
         # Best score first, then smaller position.
-        top = allowed[np.lexsort((allowed, -scores[user, allowed]))][:k]
+        top = allowed[np.argsort(-scores[user, allowed], kind="stable")][:k]
         valid[user] = len(top)
         positions[user, : len(top)] = top
         item_ids[user, : len(top)] = index.item_ids[top]
-        probabilities[user, : len(top)] = shares[user, top]
+        probabilities[user, : len(top)] = sigmoid(logits[user, top])
         rank_score[user, : len(top)] = scores[user, top]
     return SearchResult(
         item_ids=item_ids,

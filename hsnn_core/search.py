@@ -76,8 +76,9 @@ def search(
 
     Items and nodes are ordered by the rank score of their layer (`rank_scores`); ties go to the smaller node
     number (for items: position). ``rank`` (T,): exponent of each task's probability. ``item_mask`` (B, V)
-    bool by position: the items allowed; a node without one is dropped before pruning, so that narrow
-    targeting cannot starve. ``deadline`` is called before the user tower and before every layer and may raise
+    bool by position: each user's candidates; a node without one is dropped before pruning, so that narrow
+    targeting cannot starve. Widths do not adapt: where the kept nodes hold fewer than K candidates, ``valid``
+    says how many came back. ``deadline`` is called before the user tower and before every layer and may raise
     DeadlineExceeded.
 
     Raises SearchError: k or a width below 1, wrong number of widths, mask or rank of another shape, scores

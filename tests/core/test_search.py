@@ -94,6 +94,37 @@ def test_narrow_beams_equal_a_naive_search(seed, layers, batch, width, step, mas
     assert ours_kept == kept
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 4),
+    width=st.integers(1, 6),
+    shares=st.lists(st.sampled_from([0.0, 0.05, 0.5, 1.0]), min_size=1, max_size=5),
+)
+def test_nodes_without_an_eligible_item_take_no_place_of_the_beam(seed, layers, width, shares):
+    rng = np.random.default_rng(seed)
+    index = random_index(rng, layers, 40)
+    scorer, _ = fake_scorer(rng, index)
+    mask = rng.random((len(shares), 40)) < np.array(shares)[:, None]  # every user has a mask of their own
+    users = random_users(rng, len(shares))
+    result = search(index, scorer, users, [width] * (layers - 1), 40, RANK, mask)
+    for row in range(len(shares)):
+        for layer, trace in enumerate(result.layers, start=1):
+            holding = np.unique(index.ancestors(layer)[mask[row]])
+            kept = trace.nodes[row][trace.nodes[row] >= 0]
+            assert np.isin(kept, holding).all()
+            assert trace.kept[row] == len(kept)
+            # Candidates are the eligible nodes under those kept above; all of them that fit are kept.
+            if layer > 1:
+                above = result.layers[layer - 2].nodes[row]
+                holding = holding[np.isin(index.parents(layer)[holding], above)]
+            assert trace.candidates[row] == len(holding)
+            assert len(kept) == min(len(holding), 40 if layer == layers else width)
+        assert mask[row, result.positions[row, : result.valid[row]]].all()
+        assert result.valid[row] == result.layers[-1].kept[row]
+        assert (result.valid[row] == 0) == (not mask[row].any())
+
+
 def test_users_of_a_batch_do_not_touch_each_other():
     rng = np.random.default_rng(3)
     index = random_index(rng, 3, 200, codes=6)
