@@ -17,6 +17,7 @@ from hsnn_core.features import Encoded
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.data.dataset import Dataset
+from hsnn_train.data.requests import evaluation_requests
 
 from .batches import IndexState
 from .hsnn import HSNN
@@ -24,7 +25,9 @@ from .metrics import ndcg_at, recall_at, search_recall
 from .recipe import Recipe
 from .runner import TorchRunner
 
-RECALL_AT = (10, 50, 100, 500, 1000)
+RECALL_AT = (10, 20, 50, 100, 500, 1000)
+NDCG_AT = (10, 20)
+USERS_PER_CALL = 16
 
 
 def corpus_of(model: HSNN, dataset: Dataset, state: IndexState) -> Corpus:
@@ -44,35 +47,56 @@ def retrieval(
     split: str = "test",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Recall@K and NDCG@10 of the layer-wise search over the whole corpus at the recipe's widths, the exhaustive
+    """Recall@K and NDCG@K of the layer-wise search over the whole corpus at the recipe's widths, the exhaustive
     twin's beside it, search recall, and per layer the share of true items whose ancestor the beam kept.
 
-    Users are sampled by the recipe's seed. Without a user who has a positive in the split: requests 0, no more.
+    Requests and the items that are candidates for each of them (`search.candidates`, for the search and its twin
+    alike) are those of `hsnn_train.data.requests`; they are sampled by the recipe's seed. ``positives_dropped``
+    are those that were no candidates, ``requests_dropped`` had no others. Without any request: requests 0 and
+    these counts, no more.
     """
-    users, wanted_rows = dataset.relevant(split, recipe.search.requests)
-    wanted = [dataset.item_keys[rows] for rows in wanted_rows]
+    requests = evaluation_requests(dataset, split, recipe.search.candidates, recipe.search.requests)
+    wanted = [dataset.item_keys[rows] for rows in requests.wanted]
     corpus = corpus_of(model, dataset, state)
     scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(model))
     rank = recipe.schema.rank
     widths = list(recipe.search.widths[: model.layers - 1])
-    k = min(recipe.search.max_k, len(dataset.item_keys))
-    report: dict[str, Any] = {"requests": len(wanted), "widths": widths, "corpus": len(dataset.item_keys)}
+    k = min(recipe.search.max_k, requests.items)
+    report: dict[str, Any] = {
+        "requests": len(requests),
+        "requests_dropped": requests.asked - len(requests),
+        "positives": requests.positives,
+        "positives_dropped": requests.positives - sum(map(len, wanted)),
+        "candidates": recipe.search.candidates,
+        "widths": widths,
+        "corpus": requests.items,
+    }
     if not wanted:
         return report
     found, exact = [], []
-    seconds = 0.0
-    for start in tqdm(range(0, len(wanted), 16), desc="retrieve", disable=not progress):
-        part = Encoded(users.dense[start : start + 16], users.ids[start : start + 16])
+    eligible, seconds = 0, 0.0
+    for start in tqdm(range(0, len(requests), USERS_PER_CALL), desc="retrieve", disable=not progress):
+        part = slice(start, start + USERS_PER_CALL)
+        users = Encoded(requests.users.dense[part], requests.users.ids[part])
+        mask = requests.eligible(part)
+        if mask is None:
+            eligible += len(users) * requests.items
+        else:
+            eligible += int(mask.sum())
+            mask = mask[:, corpus.index.row_of_position]
         began = time.perf_counter()
-        found.append(search(corpus.index, scorer, part, widths, k, rank))
+        found.append(search(corpus.index, scorer, users, widths, k, rank, mask))
         seconds += time.perf_counter() - began
-        # Its traces name every node of every layer per request; nobody reads them, and they would fill memory.
-        exact.append(replace(exhaustive(corpus.index, scorer, part, k, rank), layers=()))
+        if model.layers > 1:
+            # Its traces name every node of every layer per request; nobody reads them, and they fill memory.
+            exact.append(replace(exhaustive(corpus.index, scorer, users, k, rank, mask), layers=()))
+    if model.layers == 1:
+        exact = found  # without a beam the search is exhaustive itself
     ks = [n for n in RECALL_AT if n <= k]
     for name, results in (("search", found), ("exhaustive", exact)):
         ids, valid = _stack(results)
         report[name] = {f"recall@{n}": recall_at(ids, valid, wanted, n) for n in ks} | {
-            "ndcg@10": ndcg_at(ids, valid, wanted, 10)
+            f"ndcg@{n}": ndcg_at(ids, valid, wanted, n) for n in NDCG_AT if n <= k
         }
     report["search_recall"] = {f"@{n}": _search_recall_at(found, exact, n) for n in ks}
     report["per_layer"] = [
@@ -85,8 +109,9 @@ def retrieval(
         }
         for layer in range(1, model.layers)
     ]
-    report["scored_share"] = _scored_share(found, corpus)
-    report["seconds_per_request"] = seconds / len(wanted)
+    report["candidates_per_request"] = eligible / len(requests)
+    report["scored_share"] = sum(int(r.layers[-1].candidates.sum()) for r in found) / eligible
+    report["seconds_per_request"] = seconds / len(requests)
     return report
 
 
@@ -120,9 +145,3 @@ def _search_recall_at(found: Sequence[SearchResult], exact: Sequence[SearchResul
     ids, valid = _stack(found)
     best, best_valid = _stack(exact)
     return search_recall(ids[:, :k], np.minimum(valid, k), best[:, :k], np.minimum(best_valid, k))
-
-
-def _scored_share(found: Sequence[SearchResult], corpus: Corpus) -> float:
-    """Share of the items that the item layer scored, averaged over requests."""
-    scored = np.concatenate([np.asarray(r.layers[-1].candidates) for r in found])
-    return float(scored.mean() / corpus.index.items)

@@ -55,10 +55,12 @@ class Examples:
 class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
 
-    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task.
+    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task;
+    item_first_time (V,) int64: time of the item's first impression in any split, the largest int64 without one.
     raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
-    would carry them. notes: what a person should know about the data; simulated: whether figures must be
-    labelled so.
+    would carry them. earlier: (split, rows (R,)) -> per example the int32 item rows of its whole history, the
+    strictly earlier positives of the first task in any split, oldest first. notes: what a person should know
+    about the data; simulated: whether figures must be labelled so.
     """
 
     schema: Schema
@@ -66,45 +68,60 @@ class Dataset:
     items: Encoded
     item_keys: np.ndarray
     item_counts: np.ndarray
+    item_first_time: np.ndarray
     train: Examples
     valid: Examples
     test: Examples
     raw_users: Callable[[str, np.ndarray], dict[str, np.ndarray]]
+    earlier: Callable[[str, np.ndarray], list[np.ndarray]]
     seed: int = 1
     notes: tuple[str, ...] = ()
     simulated: bool = False
 
     def relevant(self, split: str, max_requests: int | None = None) -> tuple[Encoded, list[np.ndarray]]:
-        """One evaluation request per user who has a positive (of the first task) in the split.
-
-        Returns the users (R rows) as of their first impression in the split, and per request the int32 rows
-        of the items of all their positives there, distinct and ascending. More users than ``max_requests``
-        are cut to a choice that depends on the data set's seed alone; requests are ordered by user key.
-        """
+        """The users who have a positive (of the first task) in the split, as of their first impression there (R
+        rows), and per user the item rows of `positives`. See `user_rows` for ``max_requests`` and order."""
         examples: Examples = getattr(self, split)
-        hit = examples.labels[:, 0] > 0
-        rows = self._request_rows(split, max_requests)
-        users = examples.user_key[rows]
-        wanted = hit & np.isin(examples.user_key, users)
-        pairs = np.unique(np.stack([examples.user_key[wanted], examples.item_row[wanted]], axis=1), axis=0)
-        items = np.split(pairs[:, 1].astype(np.int32), np.searchsorted(pairs[:, 0], users)[1:])
-        return Encoded(examples.users.dense[rows], examples.users.ids[rows]), items if len(users) else []
+        rows = self.user_rows(split, max_requests)
+        users = Encoded(examples.users.dense[rows], examples.users.ids[rows])
+        return users, self.positives(split, examples.user_key[rows])
 
     def requests(self, split: str, max_requests: int) -> tuple[dict[str, np.ndarray], Encoded]:
         """The users of `relevant`, as wire tensors (R, ...) for a client and encoded (R rows)."""
-        rows = self._request_rows(split, max_requests)
+        rows = self.user_rows(split, max_requests)
         users = getattr(self, split).users
         return self.raw_users(split, rows), Encoded(users.dense[rows], users.ids[rows])
 
-    def _request_rows(self, split: str, max_requests: int | None) -> np.ndarray:
+    def user_rows(self, split: str, max_requests: int | None = None) -> np.ndarray:
+        """(R,) int64: the first impression in the split of every user who has a positive there, by user key.
+
+        More users than ``max_requests`` are cut to a choice that depends on the data set's seed alone.
+        """
         examples: Examples = getattr(self, split)
-        users = np.unique(examples.user_key[examples.labels[:, 0] > 0])
-        if max_requests is not None and len(users) > max_requests:
-            chosen = np.random.default_rng([self.seed, 3]).choice(len(users), max_requests, replace=False)
-            users = users[np.sort(chosen)]
+        users = self._choice(np.unique(examples.user_key[examples.labels[:, 0] > 0]), max_requests)
         everyone, first = np.unique(examples.user_key, return_index=True)
         rows: np.ndarray = first[np.searchsorted(everyone, users)]
         return rows
+
+    def click_rows(self, split: str, max_requests: int | None = None) -> np.ndarray:
+        """(R,) int64: the impressions of the split that are positives, in order of time; cut as `user_rows`."""
+        examples: Examples = getattr(self, split)
+        return self._choice(np.flatnonzero(examples.labels[:, 0] > 0), max_requests)
+
+    def positives(self, split: str, users: np.ndarray) -> list[np.ndarray]:
+        """Per user of ``users`` (R,) int64, ascending: the int32 item rows of their positives in the split,
+        distinct and ascending."""
+        examples: Examples = getattr(self, split)
+        own = (examples.labels[:, 0] > 0) & np.isin(examples.user_key, users)
+        pairs = np.unique(np.stack([examples.user_key[own], examples.item_row[own]], axis=1), axis=0)
+        items = np.split(pairs[:, 1].astype(np.int32), np.searchsorted(pairs[:, 0], users)[1:])
+        return items if len(users) else []
+
+    def _choice(self, values: np.ndarray, most: int | None) -> np.ndarray:
+        if most is None or len(values) <= most:
+            return values
+        chosen = np.random.default_rng([self.seed, 3]).choice(len(values), most, replace=False)
+        return values[np.sort(chosen)]
 
 
 def load_dataset(
@@ -159,10 +176,12 @@ def build_dataset(
         transform.encode_items(item_raw),
         log.item_keys,
         np.bincount(train.item_row[train.labels[:, 0] > 0], minlength=len(log.item_keys)),
+        _first_times(log),
         train,
         valid,
         test,
         lambda split, rows: users.raw(rows_of[NAMES.index(split)][rows]),
+        lambda split, rows: users.history(0).whole(rows_of[NAMES.index(split)][rows]),
         seed=seed,
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,
@@ -179,15 +198,11 @@ class _UserFeatures:
         self.of_user: dict[str, np.ndarray] = {}  # the last row is that of a user who is not in the table
         self.derived: dict[str, tuple[Histories, int]] = {}
         self.features = {f.name: f for f in schema.user_features}
+        self._histories: dict[int, Histories] = {}
         names = [task.name for task in schema.tasks]
-        histories: dict[str, Histories] = {}
         for feature in schema.user_features:
             if feature.derive_from is not None:
-                task = feature.derive_from
-                if task not in histories:
-                    hit = log.labels[:, names.index(task)] > 0
-                    histories[task] = Histories(log.group, log.time, log.item_row, hit)
-                self.derived[feature.name] = (histories[task], feature.length)
+                self.derived[feature.name] = (self.history(names.index(feature.derive_from)), feature.length)
             else:
                 self._read(feature)
         if self.of_user and (log.user_row < 0).any():
@@ -207,6 +222,14 @@ class _UserFeatures:
         rows = [wire_rows(values, feature, where), missing_rows(feature, 1)]
         self.of_user[feature.name] = np.concatenate(rows)
 
+    def history(self, task: int) -> Histories:
+        """The histories of a task's positives, made when first asked for."""
+        if task not in self._histories:
+            log = self.log
+            hit = log.labels[:, task] > 0
+            self._histories[task] = Histories(log.group, log.time, log.item_row, hit)
+        return self._histories[task]
+
     def raw(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Wire arrays of the impressions ``rows``, by feature name."""
         found = self._declared(rows)
@@ -224,6 +247,12 @@ class _UserFeatures:
         found = {name: values[rows] for name, values in self.of_impression.items()}
         user_row = self.log.user_row[rows]
         return found | {name: values[user_row] for name, values in self.of_user.items()}
+
+
+def _first_times(log: Log) -> np.ndarray:
+    first = np.full(len(log.item_keys), np.iinfo(np.int64).max)
+    np.minimum.at(first, log.item_row, log.time)
+    return first
 
 
 def _item_rows(schema: Schema, log: Log) -> dict[str, np.ndarray]:

@@ -51,6 +51,10 @@ class Histories:
         found = self.items[np.minimum(place, len(self.items) - 1)]
         return np.where(place < end[:, None], found, np.int32(-1))
 
+    def whole(self, impressions: np.ndarray) -> list[np.ndarray]:
+        """Per impression (R,) the int32 item rows of all earlier positives, oldest first."""
+        return [self.items[self.begin[row] : self.end[row]] for row in impressions]
+
 
 def _start_of(new: np.ndarray) -> np.ndarray:
     """For every place the place at which its run began."""

@@ -33,8 +33,11 @@ def test_histories_are_the_strictly_earlier_positives(
     events: list[tuple[int, int, int, bool]], length: int
 ) -> None:
     user, time, item, hit = (np.array(values) for values in zip(*events))
-    found = Histories(user, time, item.astype(np.int32), hit).rows(np.arange(len(events)), length)
-    assert found.tolist() == slow_rows(events, length)
+    histories = Histories(user, time, item.astype(np.int32), hit)
+    every = np.arange(len(events))
+    assert histories.rows(every, length).tolist() == slow_rows(events, length)
+    whole = [[item for item in row if item >= 0] for row in slow_rows(events, len(events))]
+    assert [rows.tolist() for rows in histories.whole(every)] == whole
 
 
 @settings(max_examples=100, deadline=None)

@@ -197,7 +197,10 @@ def test_figures_without_positives_are_null_not_nan(dataset, make_recipe, tmp_pa
         report = evaluate(model, few, trainer.recipe, state, progress=False)
     finally:
         dataset.train.labels[:, 1] = kept
-    assert report["retrieval"] == {"requests": 0, "widths": [4, 8], "corpus": 120}
+    assert report["retrieval"] == {
+        "requests": 0, "requests_dropped": 0, "positives": 0, "positives_dropped": 0, "candidates": "all",
+        "widths": [4, 8], "corpus": 120,
+    }  # fmt: skip
     assert all(row["calibration"] is None for row in report["pointwise"])
     assert [row["ne"] is None for row in report["pointwise"]] == [False, True] * 3
     write_json(
