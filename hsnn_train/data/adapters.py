@@ -23,6 +23,7 @@ from .synthetic import WorldConfig, simulate
 from .tables import LogTables
 
 DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
 
 
 class Raw(NamedTuple):
@@ -118,8 +119,8 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
     """News clicks of Globo.com; ``last_days`` > 0 keeps only that many days before the end.
 
     The end is the start of the last session: the few clicks after it trail over four weeks. Added are hour
-    and weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the day of
-    its first click, which is known whenever the article can be shown.
+    and weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the hour of
+    its first click, in days since the log began. Its exact time would tell the first click from all others.
     """
     clicks = _read(folder, "clicks")
     time = clicks.column("click_timestamp").to_numpy()
@@ -131,9 +132,8 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
     first = np.full(len(seen), np.iinfo(np.int64).max)
     np.minimum.at(first, article, time)
     live = np.bincount(article[kept], minlength=len(seen)) > 0
-    items = pa.table(
-        {"article_id": seen[live], "first_seen": ((first[live] - begin) / DAY_MS).astype(np.float32)}
-    )
+    first_seen = (first[live] - begin) // HOUR_MS / np.float32(24)
+    items = pa.table({"article_id": seen[live], "first_seen": first_seen.astype(np.float32)})
 
     time = time[kept]
     clicks = clicks.filter(pa.array(kept))
@@ -151,7 +151,7 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
     }
     impressions = clicks.select(list(renamed)).rename_columns(list(renamed.values()))
     for name, values in (
-        ("hour", (time // 3_600_000 % 24).astype(np.int64)),
+        ("hour", (time // HOUR_MS % 24).astype(np.int64)),
         ("weekday", (time // DAY_MS + 3) % 7),  # 1970-01-01 was a Thursday; 0 is Monday
         ("day", ((time - begin) / DAY_MS).astype(np.float32)),
     ):

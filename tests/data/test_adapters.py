@@ -88,7 +88,7 @@ def test_ml_100k_by_hand(tmp_path: Path) -> None:
 def test_globo_by_hand(tmp_path: Path) -> None:
     hour = 3_600_000
     monday = 1_506_902_400_000  # 2017-10-02T00:00Z
-    time = [monday, monday + 23 * hour, monday + 25 * hour, monday + 26 * hour, monday + 99 * hour]
+    time = [monday, monday + 24 * hour - 1, monday + 25 * hour, monday + 26 * hour, monday + 99 * hour]
     columns = {
         "user_id": [1, 1, 2, 2, 2],
         "session_id": [1, 1, 2, 2, 2],
@@ -105,6 +105,7 @@ def test_globo_by_hand(tmp_path: Path) -> None:
     assert whole.impressions.column("hour").to_pylist() == [0, 23, 1, 2]
     assert whole.impressions.column("weekday").to_pylist() == [0, 0, 1, 1]
     assert whole.items.column("article_id").to_pylist() == [5, 6, 7]
+    # to the hour: the article's first click does not have the article's time as its own
     np.testing.assert_allclose(whole.items.column("first_seen").to_numpy(), [0, 23 / 24, 26 / 24], rtol=1e-6)
     assert last.impressions.column("article_id").to_pylist() == [6, 5, 7]
     assert last.items.column("first_seen").to_pylist()[0] == 0.0  # known from before the kept days
