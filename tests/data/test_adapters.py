@@ -15,6 +15,7 @@ from hsnn_core.errors import DataError
 from hsnn_core.schema import Schema
 from hsnn_train.data.adapters import adapt, globo, ml_100k
 from hsnn_train.data.dataset import Dataset, load_dataset
+from hsnn_train.data.requests import evaluation_requests
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ["ml-100k", "beauty", "toys", "globo", "completejourney", "gowalla"]
@@ -43,6 +44,13 @@ def test_real_data(name: str) -> None:
     users, wanted = data.relevant("test", 50)
     assert len(users) == len(wanted) == 50
     assert all(len(rows) for rows in wanted)
+    requests = evaluation_requests(data, "test", "seen_before" if name == "globo" else "new", 50)
+    assert requests.asked == 50
+    assert len(requests) > 40
+    allowed = requests.eligible(slice(None))
+    assert allowed is not None
+    assert 0.5 < allowed.mean() < 1
+    assert all(row[rows].all() for row, rows in zip(allowed, requests.wanted))
     # a history exists in most requests, and never an id outside the item space
     history = next(s for s in data.schema.layout("user").slots if s.feature.name == "history")
     ids = data.test.users.ids[:, history.start : history.stop]
