@@ -207,6 +207,12 @@ def describe(report: dict[str, Any]) -> str:
     if not got["requests"]:
         return "\n\n".join([*out, "Retrieval: no user has a positive in this split"])
     names = list(got["search"])
+    among = f"all {got['corpus']:,} items"
+    if got["candidates"] != "all":
+        among = (
+            f"{got['candidates_per_request']:,.0f} candidates ({got['candidates']}) of {got['corpus']:,} items, "
+            f"{got['positives_dropped']} of {got['positives']} positives are none"
+        )
     out.append(
         table(
             ["", *names],
@@ -215,7 +221,7 @@ def describe(report: dict[str, Any]) -> str:
                 ["exhaustive twin", *got["exhaustive"].values()],
                 ["search recall", *(got["search_recall"].get(n.removeprefix("recall")) for n in names)],
             ],
-            f"Retrieval over all {got['corpus']:,} items, {got['requests']} requests, widths {got['widths']}, "
+            f"Retrieval over {among}, {got['requests']} requests, widths {got['widths']}, "
             f"{100 * got['scored_share']:.1f}% of the items scored",
         )
     )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tiny_world import tables
 
+from hsnn_cli.commands_training import describe
 from hsnn_train import retrieval as module
 from hsnn_train.data.dataset import build_dataset
 from hsnn_train.data.requests import evaluation_requests
@@ -60,6 +61,8 @@ def test_only_candidates_are_found(report_of, candidates):
     assert report["positives_dropped"] == requests.positives - sum(map(len, requests.wanted)) > 0
     assert report["requests_dropped"] == requests.asked - len(requests)
     assert report["candidates"] == candidates
+    title = f"({candidates}) of 120 items, {report['positives_dropped']} of {requests.positives} positives are none"
+    assert title in describe({"pointwise": [], "index": [], "split": "test", "retrieval": report})
     assert report["search"] == pytest.approx(report["exhaustive"], abs=0.01)
     assert min(report["search_recall"].values()) > 0.99
     assert [row["true_item_kept"] for row in report["per_layer"]] == [1.0, 1.0]
