@@ -1,0 +1,141 @@
+"""What a request costs: counted FLOPs, and measured time of all rows in one process, interleaved.
+
+Times are those of `hsnn_core.search` over the torch model with one thread and one request at a time; a flat row
+is the same search with one layer. Request i goes through all rows before request i + 1, so a machine that
+slows down slows all rows alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hsnn_core.features import Encoded
+from hsnn_core.scorer import LayerScorer
+from hsnn_core.search import SearchResult, search
+from hsnn_train.checkpoint import load_run
+from hsnn_train.data.dataset import Dataset
+from hsnn_train.data.requests import Requests, evaluation_requests
+from hsnn_train.recipe import Recipe
+from hsnn_train.retrieval import corpus_of
+from hsnn_train.runner import TorchRunner
+
+from .jobs import flops_of
+from .rows import S
+
+WARM_UP = 2
+#: A row that takes longer for all requests answers an even choice of them, but never fewer than FEWEST.
+SECONDS_PER_ROW = 30.0
+FEWEST = 8
+
+Ask = Callable[[int], SearchResult]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one row: ``requests`` timed, milliseconds per request (median, 10th and 90th percentile), and per layer the
+    nodes scored per request (mean)."""
+
+    requests: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    candidates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Of a whole model: ``single`` inference (user tower, item tower and pair, of all layers), its ratio to MoNN Small
+    of the ladder, one <user, item> ``pair`` down all layers, ``user`` once per request."""
+
+    single: int
+    ratio: float
+    pair: int
+    user: int
+    pairs: tuple[int, ...]
+
+    def request(self, candidates: Sequence[float]) -> float:
+        """FLOPs of a request that scores so many nodes per layer."""
+        return self.user + sum(count * pair for count, pair in zip(candidates, self.pairs))
+
+
+def model_flops(recipe: Recipe) -> ModelFlops:
+    """Counted on the recipe's schema."""
+    schema, names = recipe.schema.to_json(), recipe.model.layers
+    layers = [flops_of(name, schema, number < len(names)) for number, name in enumerate(names, start=1)]
+    single = sum(f.single_inference for f in layers)
+    return ModelFlops(
+        single=single,
+        ratio=single / flops_of(S, schema, False).single_inference,
+        pair=sum(f.pair for f in layers),
+        user=sum(f.user_tower for f in layers),
+        pairs=tuple(f.pair for f in layers),
+    )
+
+
+def measure(
+    runs: Mapping[str, Path], dataset: Dataset, requests: int, progress: bool = True
+) -> dict[str, Cost]:
+    """row id -> cost, for trained runs of one data set on the same ``requests`` (fewer if the test split has
+    fewer, none if it has none). Sets torch to one thread."""
+    torch.set_num_threads(1)
+    rows: dict[str, Ask] = {}
+    asked: Requests | None = None
+    for row, run_dir in tqdm(runs.items(), desc="cost: load", unit="model", disable=not progress):
+        run = load_run(run_dir)
+        if asked is None:
+            asked = evaluation_requests(dataset, "test", run.recipe.search.candidates, requests)
+        if not len(asked):
+            return {}
+        corpus = corpus_of(run.model, dataset, run.index)
+        scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(run.model))
+        rows[row] = _asker(scorer, asked, run.recipe)
+    return {} if asked is None else interleave(rows, len(asked), progress)
+
+
+def _asker(scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
+    """Request number -> its search at the recipe's widths and k."""
+    widths = list(recipe.search.widths[: len(recipe.model.layers) - 1])
+    k = min(recipe.search.k, asked.items)
+
+    def ask(number: int) -> SearchResult:
+        part = slice(number, number + 1)
+        users = Encoded(asked.users.dense[part], asked.users.ids[part])
+        mask = asked.eligible(part)
+        if mask is not None:
+            mask = mask[:, scorer.index.row_of_position]
+        return search(scorer.index, scorer, users, widths, k, recipe.schema.rank, mask)
+
+    return ask
+
+
+def interleave(rows: Mapping[str, Ask], requests: int, progress: bool = False) -> dict[str, Cost]:
+    """Ask every row the same requests, request by request; rows over `SECONDS_PER_ROW` an even choice of them."""
+    stride = {}
+    for row, ask in tqdm(rows.items(), desc="cost: warm up", unit="model", disable=not progress):
+        for number in range(min(WARM_UP, requests)):
+            took = ask(number).total_microseconds / 1e6
+        count = min(requests, max(FEWEST, int(SECONDS_PER_ROW / max(took, 1e-6))))
+        stride[row] = -(-requests // count)
+    times: dict[str, list[float]] = {row: [] for row in rows}
+    candidates: dict[str, list[list[int]]] = {row: [] for row in rows}
+    for number in tqdm(range(requests), desc="cost", unit="request", disable=not progress):
+        for row, ask in rows.items():
+            if number % stride[row] == 0:
+                began = time.perf_counter()
+                result = ask(number)
+                times[row].append(1000 * (time.perf_counter() - began))
+                candidates[row].append([int(layer.candidates[0]) for layer in result.layers])
+    return {row: _cost(times[row], candidates[row]) for row in rows}
+
+
+def _cost(milliseconds: list[float], candidates: list[list[int]]) -> Cost:
+    low, middle, high = np.percentile(milliseconds, [10, 50, 90])
+    means = np.mean(candidates, axis=0)
+    return Cost(len(milliseconds), float(middle), float(low), float(high), tuple(map(float, means)))

@@ -1,0 +1,122 @@
+"""One training with its evaluation: where it is kept, whether it is done, what it is expected to cost.
+
+A job's folder is named after what is trained, not after the table that asks for it, so rows that two tables share are
+trained once. What only evaluation reads (`EVALUATION_ONLY`) is left out of the name: other widths are evaluated
+anew on the model that is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hsnn_core.files import write_bytes
+from hsnn_core.schema import Schema
+from hsnn_train.flops import Flops, count
+from hsnn_train.presets import preset
+from hsnn_train.recipe import Recipe
+
+#: Entries of a recipe that training never reads; a test trains twice to see that it is so.
+EVALUATION_ONLY = ("search.widths", "search.k", "search.max_k", "search.requests", "search.candidates")
+
+DONE, METRICS, CHECKPOINT, JOB, LOG = "done.json", "metrics.json", "checkpoint.pt", "job.json", "worker.log"
+
+# For the first guess of a job's cost, none of which need be right: items that a flat model scores per evaluation
+# request, training examples per such request, and what a layer costs beside its matrix products, in FLOPs per example.
+NOMINAL_ITEMS = 10_000
+EXAMPLES_PER_REQUEST = 200
+LAYER_OVERHEAD = 2e6
+
+
+def key(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
+    """Hash of the whole recipe, the named entries left out: 12 hex digits, the same in every process."""
+    raw = recipe.to_dict()
+    for path in without:
+        section, entry = path.split(".")
+        del raw[section][entry]
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def flops_of(name: str, schema: str, node: bool) -> Flops:
+    """Counted FLOPs of a preset on a schema, given as JSON so that the answer can be kept."""
+    return count(preset(name), Schema.from_json(schema), node)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe (its seed in it) to be trained under ``work``; ``label`` is for people."""
+
+    recipe: Recipe
+    work: Path
+    label: str
+
+    @property
+    def folder(self) -> Path:
+        """The run directory: runs/bench/beauty/cpu_s+cpu_xs-joint-s1-0123456789ab."""
+        model, seed = self.recipe.model, self.recipe.train.seed
+        name = f"{'+'.join(model.layers)}-{model.index}-s{seed}-{key(self.recipe, EVALUATION_ONLY)}"
+        return self.work / self.recipe.name / name
+
+    @property
+    def model_key(self) -> str:
+        """The same for all seeds of a model."""
+        return key(self.recipe, (*EVALUATION_ONLY, "train.seed"))
+
+    def record(self) -> dict[str, Any] | None:
+        """What the worker left when it was done ({"evaluated", "commit", "minutes"}), None when it is not done, or was
+        evaluated otherwise than this recipe says."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / DONE).read_text())
+        except (OSError, ValueError):
+            return None
+        whole = found.get("evaluated") == key(self.recipe) and (self.folder / METRICS).exists()
+        return found if whole else None
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Its metrics; None when it is not done."""
+        if self.record() is None:
+            return None
+        found: dict[str, Any] = json.loads((self.folder / METRICS).read_text())
+        return found
+
+    def prepare(self) -> None:
+        """Write the folder's job.json, which tells the worker what to do."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.folder / JOB, (json.dumps(self.recipe.to_dict(), indent=1) + "\n").encode())
+
+    def prior(self) -> float:
+        """Expected cost in no unit: FLOPs of training per example and of evaluation, counted on the recipe's schema."""
+        recipe, t = self.recipe, self.recipe.train
+        total = 0.0
+        for layer, name in enumerate(recipe.model.layers, start=1):
+            flops = flops_of(name, recipe.schema.to_json(), layer < len(recipe.model.layers))
+            pairs = 1 + t.negatives + t.unlabelled
+            total += 3 * (flops.user_tower + pairs * (flops.item_tower + flops.pair)) + LAYER_OVERHEAD
+            if layer == len(recipe.model.layers):
+                share = 1.0 if layer == 1 else 0.25
+                total += share * NOMINAL_ITEMS * flops.pair / EXAMPLES_PER_REQUEST
+        return total
+
+
+def expected_minutes(jobs: Sequence[Job], done: Sequence[tuple[Job, float]]) -> list[float] | None:
+    """Expected minutes of each job; None before the first duration is known.
+
+    ``done``: finished jobs with their measured minutes. A job is expected to take what other seeds of the same model
+    took, else its prior, scaled by what the finished jobs took relative to theirs.
+    """
+    if not done:
+        return None
+    measured: dict[str, list[float]] = {}
+    for job, minutes in done:
+        measured.setdefault(job.model_key, []).append(minutes)
+    scale = sum(minutes for _, minutes in done) / sum(job.prior() for job, _ in done)
+    return [
+        fmean(measured[job.model_key]) if job.model_key in measured else scale * job.prior() for job in jobs
+    ]

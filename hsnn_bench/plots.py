@@ -1,0 +1,108 @@
+"""PNG plots of the paper's tables: recall against cost, recall against the share scored, NE of ablations."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from hsnn_core.files import write_bytes
+
+FLAT, PRUNED, EBR = "#4472a8", "#b5523b", "#5a8f5a"
+
+
+def recall_against_cost(report: dict[str, Any], path: Path) -> Path:
+    """Left: Recall@100 against measured milliseconds; right: the paper's gain against its relative cost."""
+    figure, (ours, paper) = plt.subplots(1, 2, figsize=(12, 4.8))
+    points = [
+        (
+            row,
+            row["cost"]["median_ms"],
+            row["figures"]["recall@100"]["mean"],
+            row["figures"]["recall@100"]["std"],
+        )
+        for row in report["rows"]
+        if row["cost"] is not None and "recall@100" in row["figures"]
+    ]
+    _scatter(ours, points)
+    ours.set(xlabel="milliseconds per request, measured (log scale)", ylabel="Recall@100",
+             title=f"{report['data']}{', simulated' if report['simulated'] else ''}")  # fmt: skip
+    printed = [(row, row["paper"]["cost"], row["paper"]["recall"], None) for row in report["rows"]]
+    _scatter(paper, [point for point in printed if point[1] is not None])
+    paper.set(xlabel="infra cost relative to Two Tower XS (log scale)", ylabel="recall gain over XS (%)",
+              title="as the paper prints it")  # fmt: skip
+    return _save(figure, path)
+
+
+def _scatter(axis: Any, points: Sequence[tuple[dict[str, Any], float, float, float | None]]) -> None:
+    """Points (row, x, y, error) with the rows' ids; flat rows are joined by a line."""
+    for row, x, y, error in points:
+        flat = len(row["layers"]) == 1
+        colour = EBR if row["id"] == "ebr" else FLAT if flat else PRUNED
+        axis.errorbar(x, y, yerr=error, fmt="o" if flat else "s", color=colour, capsize=3, markersize=6)
+        below = (5, 4) if flat else (5, -11)
+        axis.annotate(row["id"], (x, y), xytext=below, textcoords="offset points", fontsize=8)
+    flat_line = sorted((x, y) for row, x, y, _ in points if len(row["layers"]) == 1)
+    if flat_line:
+        axis.plot(*zip(*flat_line), color=FLAT, linewidth=0.8, alpha=0.5)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.15, y=0.12)
+    axis.grid(alpha=0.3)
+
+
+def recall_against_share(sweeps: dict[str, list[dict[str, Any]]], title: str, path: Path) -> Path:
+    """Search recall (left) and recall (right) against the share of items scored, one line per row."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    at = max((point["at"] for points in sweeps.values() for point in points), default=100)
+    for axis, name, label in zip(
+        axes, ("search_recall", "recall"), (f"search recall@{at}, against exhaustive scoring", f"Recall@{at}")
+    ):
+        for row, points in sweeps.items():
+            ordered = sorted(points, key=lambda point: point["scored_share"])
+            shares = [100 * point["scored_share"] for point in ordered]
+            axis.plot(shares, [point[name] for point in ordered], marker=".", linewidth=1.2, label=row)
+        axis.set(xlabel="items scored per request (%)", ylabel=label, xlim=(0, None), title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def ne_bars(report: dict[str, Any], path: Path) -> Path:
+    """NE of the first task, mean ± standard deviation over seeds, a panel per block."""
+    name = f"ne.{report['tasks'][0]}"
+    blocks = list(dict.fromkeys(row["block"] for row in report["rows"]))
+    figure, axes = plt.subplots(1, len(blocks), figsize=(5.5 * len(blocks), 4.2), squeeze=False)
+    for axis, block in zip(axes[0], blocks):
+        rows = [row for row in report["rows"] if row["block"] == block and name in row["figures"]]
+        values = np.array([row["figures"][name]["mean"] for row in rows])
+        errors = np.array([row["figures"][name]["std"] or 0.0 for row in rows])
+        axis.bar([row["id"] for row in rows], values, yerr=errors, color=FLAT, capsize=4, width=0.6)
+        if len(rows):
+            low, high = float((values - errors).min()), float((values + errors).max())
+            room = max(high - low, 1e-3)
+            axis.set_ylim(low - room, high + 0.3 * room)
+        axis.set(ylabel=f"NE, {report['tasks'][0]} (axis is cut)", title=f"{report['data']}, {block}")
+        axis.tick_params(axis="x", labelrotation=20, labelsize=8)
+        axis.grid(alpha=0.3, axis="y")
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    plt.close(figure)
+    write_bytes(path, drawn.getvalue())
+    return path
