@@ -208,7 +208,7 @@ def describe(report: dict[str, Any]) -> str:
         return "\n\n".join([*out, "Retrieval: no user has a positive in this split"])
     names = list(got["search"])
     among = f"all {got['corpus']:,} items"
-    if got["candidates"] != "all":
+    if got.get("candidates", "all") != "all":  # runs evaluated earlier do not say
         among = (
             f"{got['candidates_per_request']:,.0f} candidates ({got['candidates']}) of {got['corpus']:,} items, "
             f"{got['positives_dropped']} of {got['positives']} positives are none"
