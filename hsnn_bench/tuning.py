@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import optuna
 from tqdm import tqdm
 
@@ -67,7 +68,8 @@ def tune(
     done = _finished(study)
     with tqdm(total=trials, initial=min(len(done), trials), desc=f"tune {storage.stem}", unit="trial") as bar:
         while len(done) < trials and _minutes(done) < minutes:
-            study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=1000 * seed + len(done))
+            drawn = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
+            study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=drawn)
             if not done and not study.get_trials(states=[optuna.trial.TrialState.WAITING]):
                 study.enqueue_trial(dict(space.start))
             trial = study.ask()
