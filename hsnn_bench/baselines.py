@@ -166,7 +166,11 @@ class _Bench:
         """Rows of a method with one seed (a two-tower has three), by id; from the file when it is there."""
         changes = {**METHODS[name].recipe, **params, "train.seed": seed} if METHODS[name].ours else {}
         recipe = ours.changed(self.recipe, changes) if changes else self.recipe
-        said = [name, dict(params), seed, recipe.to_dict(), self.candidates, self.limit]
+        whole = recipe.to_dict()
+        used = (
+            whole if METHODS[name].ours else {key: whole[key] for key in ("schema", "data", "split", "base")}
+        )
+        said = [name, dict(params), seed, used, self.candidates, self.limit]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:10]
         path = self.folder / f"{name}-seed{seed}-{digest}.json"
         if path.is_file():
