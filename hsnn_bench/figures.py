@@ -114,7 +114,12 @@ def relative_change(figure: Summary | None, reference: Summary | None) -> Change
 
 
 def gap_closure(figure: Summary | None, low: Summary | None, high: Summary | None) -> float | None:
-    """(row - EBR) / (XL flat - EBR) of the means; None where XL flat is not above EBR, so that there is no gap."""
-    if figure is None or low is None or high is None or high.mean <= low.mean:
+    """(row - EBR) / (XL flat - EBR), of the means over the seeds that all three have; None where XL flat is not above
+    EBR, so that there is no gap."""
+    if figure is None or low is None or high is None:
         return None
-    return (figure.mean - low.mean) / (high.mean - low.mean)
+    seeds = [s for s in figure.values if s in low.values and s in high.values]
+    if not seeds:
+        return None
+    row, bottom, top = (fmean(summary.values[s] for s in seeds) for summary in (figure, low, high))
+    return (row - bottom) / (top - bottom) if top > bottom else None

@@ -28,6 +28,7 @@ REFRESH_SECONDS, REFRESH_SECONDS_OF_A_LOG = 1.0, 60.0
 #: For a step, a checkpoint and the way out; then the worker is killed, and loses what came after its last checkpoint.
 GRACE_SECONDS = 60.0
 TAIL_LINES = 6
+WORKER = (sys.executable, "-m", "hsnn_bench.worker")
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -100,7 +101,7 @@ def _start(job: Job) -> _Worker:
     job.prepare()
     with (job.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hsnn_bench.worker", str(job.folder.resolve())],
+            [*WORKER, str(job.folder.resolve())],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
