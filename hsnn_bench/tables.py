@@ -112,7 +112,11 @@ def run_table(options: TableOptions) -> dict[str, Any]:
         f"{options.table} on {base.name}: {len(rows)} rows, seeds {seeds}; "
         f"{len({job.folder for job in jobs.values()})} models, {ready} of them are done"
     )
-    failures = run_jobs(list(jobs.values()), parallel)
+    try:
+        failures = run_jobs(list(jobs.values()), parallel)
+    except KeyboardInterrupt:
+        print(f"\nthe workers have left their checkpoints in {options.work}; the same command goes on")
+        raise
     report = _report(options, base, rows, seeds, jobs, failures)
     path = write_report(report, options.results)
     print(f"\n{path.with_suffix('.md').read_text()}\nreport: {path.with_suffix('.md')}")
