@@ -109,7 +109,7 @@ def test_training_never_reads_what_only_evaluation_reads(recipe, halves, tmp_pat
 
 def test_the_expected_time_comes_from_other_seeds_or_from_a_scaled_prior(recipe, tmp_path):
     first, second = jobs_of(recipe, tmp_path, 1, 2)
-    larger = Job(changed(recipe, {"model.layers": ["cpu_large", "small"]}), tmp_path, "larger")
+    larger = Job(changed(recipe, {"model.layers": ["medium", "small"]}), tmp_path, "larger")
     assert larger.prior() > first.prior()
     assert expected_minutes([second], []) is None
     assert expected_minutes([second], [(first, 3.0)]) == [3.0]
