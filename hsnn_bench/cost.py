@@ -1,4 +1,4 @@
-"""What a request costs: counted FLOPs, and measured time of all rows in one process, interleaved.
+"""What a request costs: measured time of all rows in one process, interleaved.
 
 Times are those of `hsnn_core.search` over the torch model with one thread and one request at a time; a flat row
 is the same search with one layer. Request i goes through all rows before request i + 1, so a machine that
@@ -8,7 +8,7 @@ slows down slows all rows alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,6 @@ from hsnn_train.data.requests import Requests, evaluation_requests
 from hsnn_train.recipe import Recipe
 from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
-
-from .jobs import flops_of
-from .rows import S
 
 WARM_UP = 2
 #: A row that takes longer for all requests answers an even choice of them, but never fewer than FEWEST.
@@ -47,36 +44,6 @@ class Cost:
     p10_ms: float
     p90_ms: float
     candidates: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ModelFlops:
-    """Of a whole model: ``single`` inference (user tower, item tower and pair, of all layers), its ratio to MoNN Small
-    of the ladder, one <user, item> ``pair`` down all layers, ``user`` once per request."""
-
-    single: int
-    ratio: float
-    pair: int
-    user: int
-    pairs: tuple[int, ...]
-
-    def request(self, candidates: Sequence[float]) -> float:
-        """FLOPs of a request that scores so many nodes per layer."""
-        return self.user + sum(count * pair for count, pair in zip(candidates, self.pairs))
-
-
-def model_flops(recipe: Recipe) -> ModelFlops:
-    """Counted on the recipe's schema."""
-    schema, names = recipe.schema.to_json(), recipe.model.layers
-    layers = [flops_of(name, schema, number < len(names)) for number, name in enumerate(names, start=1)]
-    single = sum(f.single_inference for f in layers)
-    return ModelFlops(
-        single=single,
-        ratio=single / flops_of(S, schema, False).single_inference,
-        pair=sum(f.pair for f in layers),
-        user=sum(f.user_tower for f in layers),
-        pairs=tuple(f.pair for f in layers),
-    )
 
 
 def measure(

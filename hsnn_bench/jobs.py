@@ -11,25 +11,25 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hsnn_core.files import write_bytes
-from hsnn_core.schema import Schema
-from hsnn_train.flops import Flops, count
-from hsnn_train.presets import preset
 from hsnn_train.recipe import Recipe
+
+from .model_flops import model_flops
 
 #: Entries of a recipe that training never reads; a test trains twice to see that it is so.
 EVALUATION_ONLY = ("search.widths", "search.k", "search.max_k", "search.requests", "search.candidates")
 
 DONE, METRICS, CHECKPOINT, JOB, LOG = "done.json", "metrics.json", "checkpoint.pt", "job.json", "worker.log"
 
-# For the first guess of a job's cost, none of which need be right: items that a flat model scores per evaluation
-# request, training examples per such request, and what a layer costs beside its matrix products, in FLOPs per example.
+# For the first guess of a job's cost; none need be right: the items, the share of them that an index leaves to be
+# scored, training examples per evaluation request, and what a layer costs beside its matrix products, in FLOPs per
+# example.
 NOMINAL_ITEMS = 10_000
+NOMINAL_SHARE = 0.25
 EXAMPLES_PER_REQUEST = 200
 LAYER_OVERHEAD = 2e6
 
@@ -41,12 +41,6 @@ def key(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
         section, entry = path.split(".")
         del raw[section][entry]
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@cache
-def flops_of(name: str, schema: str, node: bool) -> Flops:
-    """Counted FLOPs of a preset on a schema, given as JSON so that the answer can be kept."""
-    return count(preset(name), Schema.from_json(schema), node)
 
 
 @dataclass(frozen=True)
@@ -93,16 +87,12 @@ class Job:
 
     def prior(self) -> float:
         """Expected cost in no unit: FLOPs of training per example and of evaluation, counted on the recipe's schema."""
-        recipe, t = self.recipe, self.recipe.train
-        total = 0.0
-        for layer, name in enumerate(recipe.model.layers, start=1):
-            flops = flops_of(name, recipe.schema.to_json(), layer < len(recipe.model.layers))
-            pairs = 1 + t.negatives + t.unlabelled
-            total += 3 * (flops.user_tower + pairs * (flops.item_tower + flops.pair)) + LAYER_OVERHEAD
-            if layer == len(recipe.model.layers):
-                share = 1.0 if layer == 1 else 0.25
-                total += share * NOMINAL_ITEMS * flops.pair / EXAMPLES_PER_REQUEST
-        return total
+        t, flops = self.recipe.train, model_flops(self.recipe)
+        layers = len(flops.pairs)
+        pairs = 1 + t.negatives + t.unlabelled
+        training = 3 * (flops.user + pairs * (flops.item + flops.pair)) + layers * LAYER_OVERHEAD
+        scored = NOMINAL_ITEMS * (1.0 if layers == 1 else NOMINAL_SHARE)
+        return training + scored * flops.pairs[-1] / EXAMPLES_PER_REQUEST
 
 
 def expected_minutes(jobs: Sequence[Job], done: Sequence[tuple[Job, float]]) -> list[float] | None:

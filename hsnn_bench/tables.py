@@ -24,9 +24,10 @@ from hsnn_train.data.dataset import Dataset
 from hsnn_train.recipe import Recipe, load_recipe
 
 from . import plots
-from .cost import Cost, measure, model_flops
+from .cost import Cost, measure
 from .figures import Summary, by_figure, gap_closure, read_metrics, relative_change
 from .jobs import Job
+from .model_flops import model_flops, small_flops
 from .ours import changed
 from .report import render
 from .rows import Row, select, table_rows
@@ -232,7 +233,7 @@ def describe(result: Result, results: dict[str, Result], cost: dict[str, Cost]) 
     row, figures = result.row, result.figures
     reference = results[row.reference].figures if row.reference in results else {}
     ebr, xl = (results[name].figures.get(RECALL) if name in results else None for name in ("ebr", "xl"))
-    flops, own = model_flops(result.recipe), cost.get(row.id)
+    flops, small, own = model_flops(result.recipe), small_flops(result.recipe), cost.get(row.id)
     tasks = [task.name for task in result.recipe.schema.tasks]
     return {
         "id": row.id,
@@ -256,8 +257,9 @@ def describe(result: Result, results: dict[str, Result], cost: dict[str, Cost]) 
         "gap_closure": gap_closure(figures.get(RECALL), ebr, xl),
         "flops": {
             "single": flops.single,
-            "ratio": flops.ratio,
+            "single_ratio": flops.single / small.single,
             "pair": flops.pair,
+            "pair_ratio": flops.pair / small.pair,
             "request": None if own is None else flops.request(own.candidates),
         },
         "cost": None

@@ -13,6 +13,7 @@ from halves_world import SCHEMA
 
 from hsnn_bench import workers
 from hsnn_bench.jobs import DONE, EVALUATION_ONLY, JOB, LOG, METRICS, Job, expected_minutes, key
+from hsnn_bench.model_flops import model_flops
 from hsnn_bench.ours import changed
 from hsnn_train.checkpoint import write_json
 from hsnn_train.recipe import recipe_from_dict
@@ -115,6 +116,16 @@ def test_the_expected_time_comes_from_other_seeds_or_from_a_scaled_prior(recipe,
     assert expected_minutes([second], [(first, 3.0)]) == [3.0]
     (guess,) = expected_minutes([larger], [(first, 3.0)])
     assert guess == pytest.approx(3.0 * larger.prior() / first.prior())
+
+
+def test_flops_of_a_model_are_the_sum_of_its_layers(recipe):
+    both = model_flops(recipe)
+    flat = model_flops(changed(recipe, {"model.layers": ["two_tower_xs"], "model.codebooks": []}))
+    assert len(both.pairs) == 2 and both.pairs[0] > both.pairs[1]
+    assert flat.pair > 0 and both.pair == sum(both.pairs)
+    assert both.user > flat.user and both.item > flat.item
+    assert both.single == both.user + both.item + both.pair
+    assert both.request((10, 20)) == both.user + 10 * both.pairs[0] + 20 * both.pairs[1]
 
 
 @pytest.mark.usefixtures("fake_worker")

@@ -7,8 +7,9 @@ import pytest
 from halves_world import SCHEMA
 
 from hsnn_bench import tables
-from hsnn_bench.cost import Cost, ModelFlops, interleave
+from hsnn_bench.cost import Cost, interleave
 from hsnn_bench.jobs import DONE, METRICS, Job, key
+from hsnn_bench.model_flops import ModelFlops
 from hsnn_bench.ours import changed
 from hsnn_bench.report import change, percent, render, si
 from hsnn_bench.rows import Paper, Row
@@ -60,10 +61,9 @@ def metrics(ne, recall, search_recall, share):
 def report(tmp_path, monkeypatch):
     """A report of ROWS as `run_table` makes it, of hand-made metrics, costs and FLOPs."""
     monkeypatch.setattr(
-        tables,
-        "model_flops",
-        lambda recipe: ModelFlops(1000, 0.25 * len(recipe.model.layers), 80, 500, (40, 40)),
+        tables, "model_flops", lambda r: ModelFlops(500, 1000 * len(r.model.layers) - 580, (40, 40))
     )
+    monkeypatch.setattr(tables, "small_flops", lambda r: ModelFlops(500, 3420, (40, 40)))
     base = recipe_from_dict(
         {
             "schema": SCHEMA,
