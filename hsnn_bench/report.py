@@ -136,9 +136,15 @@ def _retrieval(report: dict[str, Any]) -> str:
 
 def _cost(report: dict[str, Any]) -> str:
     """Counted FLOPs, measured time, and the paper's columns."""
-    header = ["model", "FLOPs, paper", "FLOPs of one inference", "FLOPs per pair", "FLOPs per request",
-              "nodes scored per layer", "ms per request (10–90%)", "requests", "cost vs XS", "cost vs XS, paper", "paper's formula",
-              "cost vs XL", "Recall@100"]  # fmt: skip
+    header = ["model", "FLOPs, paper", "FLOPs of one inference", "FLOPs per pair", "FLOPs per request"]
+    header += [
+        "nodes scored per layer",
+        "ms per request (10–90%)",
+        "requests",
+        "cost vs XS",
+        "cost vs XS, paper",
+    ]
+    header += ["paper's formula", "cost vs XL", "Recall@100"]
     lines = []
     for row in report["rows"]:
         paper, flops, cost = row["paper"], row["flops"], row["cost"]

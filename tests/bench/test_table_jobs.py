@@ -37,8 +37,8 @@ if seed == 2:
     print("loading\\rloading more\\nboom: the disk is full")
     sys.exit(1)
 if seed == 3:
-    (folder / "started").touch()
     try:
+        (folder / "started").touch()
         time.sleep(60)
     except KeyboardInterrupt:
         (folder / "stopped").touch()

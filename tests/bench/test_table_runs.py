@@ -7,9 +7,6 @@ import pytest
 
 from hsnn_bench import cost, widths, workers
 from hsnn_cli.main import main
-from hsnn_train.presets import PRESETS
-
-pytestmark = pytest.mark.skipif("cpu_xs" not in PRESETS, reason="the ladder's presets are not there yet")
 
 SMALL = [
     "--set", "data.options={users: 300, ads: 200, impressions: 3000, days: 14, seed: 7}",
