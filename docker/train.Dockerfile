@@ -18,6 +18,7 @@ WORKDIR /opt/hsnn
 COPY pyproject.toml ./
 COPY hsnn_core/ hsnn_core/
 COPY hsnn_train/ hsnn_train/
+COPY hsnn_bench/ hsnn_bench/
 COPY export/ export/
 COPY hsnn_server/ hsnn_server/
 COPY clients/ clients/

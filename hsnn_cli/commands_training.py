@@ -124,14 +124,14 @@ def train_and_evaluate(
     an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C."""
     from hsnn_train import evaluate as ev
     from hsnn_train.plots import node_occupancy, training_curves
-    from hsnn_train.trainer import Interrupted, Trainer, make_batches
+    from hsnn_train.trainer import Interrupted, Trainer, evaluation_batches
 
     began = time.monotonic()
     trainer = Trainer(recipe, dataset, run, resume=resume)
     model = trainer.train()
     try:
         if len(dataset.valid):
-            batches = make_batches(dataset, recipe)
+            batches = evaluation_batches(dataset, recipe)
             values = ev.pointwise(
                 model, batches, dataset.valid, trainer.state, recipe.train.seed, progress="calibrate"
             )

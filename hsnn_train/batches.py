@@ -16,7 +16,7 @@ from hsnn_core.i2if import I2IF
 from hsnn_core.index import HierarchicalIndex
 from hsnn_train.data.dataset import Dataset, Examples
 
-from .hsnn import Batch, NodeBatch
+from .hsnn import Batch, NodeBatch, Pairs, Sides
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,26 @@ class CandidateSampler:
         seen = np.flatnonzero(counts)
         self.rows = (np.arange(len(counts)) if everything or not len(seen) else seen).astype(np.int32)
         weight = np.maximum(counts[self.rows].astype(np.float64), 1.0) ** power
-        self.cumulative = np.cumsum(weight / weight.sum())
+        self.share = weight / weight.sum()
+        self.cumulative = np.cumsum(self.share)
 
     def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         """Item rows int32 of the given shape."""
         found = np.searchsorted(self.cumulative, rng.random(shape), side="right")
         return self.rows[np.minimum(found, len(self.rows) - 1)]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Items that all users of a batch are scored against by their two-tower vectors.
+
+    rows (M,) int32, ascending, item-table rows; positive (B,) int64 into them; log_inclusion (M,) float32: log of
+    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always).
+    """
+
+    rows: np.ndarray
+    positive: np.ndarray
+    log_inclusion: np.ndarray
 
 
 class BatchMaker:
@@ -85,6 +99,7 @@ class BatchMaker:
         self.negatives = negatives
         self.unlabelled = unlabelled
         self.of_seen = CandidateSampler(dataset.item_counts, power, everything=False)
+        self.frequency = dataset.item_counts[self.of_seen.rows] / max(1, dataset.item_counts.sum())
         self.of_all = CandidateSampler(dataset.item_counts, power, everything=True)
         self.tasks = len(dataset.schema.tasks)
 
@@ -102,8 +117,20 @@ class BatchMaker:
         labelled = np.zeros(candidates.shape, np.float32)
         labelled[:, : 1 + self.negatives] = 1.0
         labelled[:, 1:] *= sampled != own[:, None]  # a draw of the positive itself is no negative
-        users = Encoded(examples.users.dense[rows], examples.users.ids[rows])
-        return self.assemble(users, candidates, state, labels, labelled)
+        return self.assemble(users_of(examples, rows), candidates, state, labels, labelled)
+
+    def pool(self, examples: Examples, rows: np.ndarray, size: int, rng: np.random.Generator) -> Pool:
+        """The positives of examples ``rows`` (B,) and ``size`` draws by popularity among the items with a training
+        positive, or all of these where they are no more than ``size``."""
+        own = examples.item_row[rows]
+        seen = self.of_seen.rows
+        if len(seen) <= size:
+            return Pool(seen, np.searchsorted(seen, own), np.zeros(len(seen), np.float32))
+        drawn = np.unique(np.concatenate([self.of_seen.draw((size,), rng), own]))
+        at = np.searchsorted(seen, drawn)
+        absent = size * np.log1p(-self.of_seen.share[at]) + len(rows) * np.log1p(-self.frequency[at])
+        log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)
+        return Pool(drawn, np.searchsorted(drawn, own), log_inclusion)
 
     def assemble(
         self,
@@ -115,37 +142,57 @@ class BatchMaker:
     ) -> Batch:
         """Batch of users (B rows) and candidate item rows (B, C)."""
         distinct, of = np.unique(candidates, return_inverse=True)
-        of = of.reshape(candidates.shape)
-        per_layer = [state.representative[layer][candidates] for layer in range(self.layers - 1)]
+        pairs = self.pairs(users, distinct, of.reshape(candidates.shape), state, labels, labelled)
+        return Batch(self.sides(users, distinct, state), pairs)
+
+    def sides(self, users: Encoded, rows: np.ndarray, state: IndexState) -> Sides:
+        """B users and the distinct items ``rows`` (R,), ascending, with their representatives."""
         nodes = []
-        for wanted in per_layer:
-            found, where = np.unique(wanted, return_inverse=True)
-            nodes.append(self._node_batch(found, where.reshape(wanted.shape)))
+        for layer in range(self.layers - 1):
+            found, of = np.unique(state.representative[layer][rows], return_inverse=True)
+            dense, ids = self.items.dense[found], self.items.ids[found]
+            nodes.append(NodeBatch(as_tensor(dense), as_tensor(ids), torch.from_numpy(of.reshape(-1))))
+        return Sides(
+            user_dense=as_tensor(users.dense),
+            user_ids=as_tensor(users.ids),
+            rows=rows,
+            item_dense=as_tensor(self.items.dense[rows]),
+            item_ids=as_tensor(self.items.ids[rows]),
+            nodes=tuple(nodes),
+            paths=torch.from_numpy(state.paths[rows].astype(np.int64)),
+        )
+
+    def pairs(
+        self,
+        users: Encoded,
+        rows: np.ndarray,
+        of: np.ndarray,
+        state: IndexState,
+        labels: np.ndarray,
+        labelled: np.ndarray,
+    ) -> Pairs:
+        """The pairs of users (B rows) and items ``rows[of]`` (B, C), with the crossings of every layer's node."""
+        candidates = rows[of]
         cross_dense: list[Tensor | None] = [None] * self.layers
         cross_ids: list[Tensor | None] = [None] * self.layers
         if self.i2if is not None:
             query = self.i2if.query(users.ids)
+            per_layer = [state.representative[layer][candidates] for layer in range(self.layers - 1)]
             for layer, positions in enumerate([*per_layer, candidates]):
                 dense, ids = self.i2if.probe(query, positions)
                 cross_dense[layer], cross_ids[layer] = torch.from_numpy(dense), torch.from_numpy(ids)
-        return Batch(
-            user_dense=as_tensor(users.dense),
-            user_ids=as_tensor(users.ids),
-            items=self._node_batch(distinct, of),
-            nodes=tuple(nodes),
-            paths=torch.from_numpy(state.paths[distinct].astype(np.int64)),
+        return Pairs(
+            of=torch.from_numpy(np.ascontiguousarray(of, dtype=np.int64)),
             cross_dense=tuple(cross_dense),
             cross_ids=tuple(cross_ids),
             labels=torch.from_numpy(labels),
             labelled=torch.from_numpy(labelled),
         )
 
-    def _node_batch(self, rows: np.ndarray, of: np.ndarray) -> NodeBatch:
-        return NodeBatch(
-            as_tensor(self.items.dense[rows]),
-            as_tensor(self.items.ids[rows]),
-            torch.from_numpy(np.ascontiguousarray(of, dtype=np.int64)),
-        )
+
+def users_of(examples: Examples, rows: np.ndarray) -> Encoded:
+    """The encoded users of examples ``rows`` (B,)."""
+    return Encoded(examples.users.dense[rows], examples.users.ids[rows])
 
 
 def as_tensor(values: np.ndarray) -> Tensor | None:

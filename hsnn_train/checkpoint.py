@@ -23,7 +23,7 @@ from .batches import IndexState
 from .hsnn import HSNN
 from .recipe import Recipe, recipe_from_dict
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def without_nan(value: Any) -> Any:
@@ -149,7 +149,8 @@ def make_model(recipe: Recipe, transform: FeatureTransform) -> HSNN:
     schema = recipe.schema
     spaces = {f.space for f in schema.features if f.encoding is not None}
     cardinality = {space: transform.cardinality(space) for space in sorted(spaces)}
-    return HSNN(schema, cardinality, recipe.model.monns(), recipe.model.index_config())
+    m = recipe.model
+    return HSNN(schema, cardinality, m.monns(), m.index_config(), m.dropout, m.id_dropout)
 
 
 def load_recipe_of_run(run: Path) -> Recipe:

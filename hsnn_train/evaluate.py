@@ -21,7 +21,7 @@ from .metrics import calibration, normalised_entropy
 from .recipe import Recipe
 from .refresh import index_vectors
 from .retrieval import retrieval
-from .trainer import make_batches
+from .trainer import evaluation_batches
 
 EVAL_BATCH = 1024
 
@@ -61,9 +61,9 @@ def pointwise(
             examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
         )
         out = model(batch, alpha)
-        chosen = batch.labelled.bool()
+        chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer[chosen].numpy() for layer in out.logits]))
-        labels.append(batch.labels[chosen].numpy())
+        labels.append(batch.pairs.labels[chosen].numpy())
     return Pointwise(np.concatenate(logits, axis=1), np.concatenate(labels))
 
 
@@ -138,7 +138,7 @@ def evaluate(
     Raises DataError when the split is empty.
     """
     t = recipe.train
-    batches = make_batches(dataset, recipe)
+    batches = evaluation_batches(dataset, recipe)
     tasks = [task.name for task in recipe.schema.tasks]
     examples: Examples = getattr(dataset, split)
     rates = base_rates(dataset, t.negatives)

@@ -16,6 +16,7 @@ from hsnn_core.schema import Schema
 from .hsnn import cross_layout
 from .monn import MoNN
 from .presets import PAPER_FEATURES, PAPER_FLOPS_RATIO, PRESETS, MoNNConfig
+from .trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ def count(config: MoNNConfig, schema: Schema, node: bool = False) -> Flops:
     cross = cross_layout(schema)
     cardinality = {f.space: 8 for f in schema.features}
     with torch.device("meta"):
-        monn = MoNN(config, user, item, cardinality, cross, len(schema.tasks), node)
+        trunk = Trunk(config.trunk, user, item, cardinality, len(schema.tasks)).eval()
+        monn = MoNN(config, trunk, cardinality, cross, node).eval()
 
         def ids(width: int) -> torch.Tensor | None:
-            return torch.zeros(1, width, dtype=torch.int32) if width else None
+            return torch.ones(1, width, dtype=torch.int32) if width else None
 
         def dense(width: int) -> torch.Tensor | None:
             return torch.zeros(1, width) if width else None
@@ -56,10 +58,10 @@ def count(config: MoNNConfig, schema: Schema, node: bool = False) -> Flops:
 
         pair = scored(2) - scored(1)  # what one more node costs; the rest of scored(1) is the user's
         return Flops(
-            _counted(lambda: monn.user_tower(dense(user.dense_width), ids(user.ids_width)))
+            _counted(lambda: monn.user_tower(*trunk.users(dense(user.dense_width), ids(user.ids_width))))
             + scored(1)
             - pair,
-            _counted(lambda: monn.item_tower(dense(item.dense_width), ids(item.ids_width))),
+            _counted(lambda: monn.item_tower(*trunk.items(dense(item.dense_width), ids(item.ids_width)))),
             pair,
         )
 

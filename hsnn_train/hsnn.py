@@ -19,44 +19,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsnn_core.errors import SchemaError
+from hsnn_core.features import Encoded
 from hsnn_core.schema import Schema
 
 from .lti import LearnToIndex, LTIOutput
 from .monn import CrossLayout, MoNN
+from .overarch import InnerProduct
 from .presets import MoNNConfig
+from .trunk import Trunk
 
 
 class NodeBatch(NamedTuple):
-    """Distinct representatives of one index layer in a batch, and where each pair finds its own."""
+    """Distinct representatives of one index layer in a batch, and where each item finds its own."""
 
     dense: Tensor | None  # (R_l, D)
     ids: Tensor | None  # (R_l, S)
-    of: Tensor  # (B, C) int64 into R_l
+    of: Tensor  # (R,) int64 into R_l
 
 
-class Batch(NamedTuple):
-    """B users with C candidates each. Everything training and evaluation feed to `HSNN.forward`."""
+class Sides(NamedTuple):
+    """B users, and R distinct items with the nodes above them: what the towers take."""
 
     user_dense: Tensor | None  # (B, Du) float32
     user_ids: Tensor | None  # (B, Su) int32
-    items: NodeBatch  # distinct items (layer N)
+    rows: np.ndarray  # (R,) item-table rows, ascending
+    item_dense: Tensor | None  # (R, Di)
+    item_ids: Tensor | None  # (R, Si)
     nodes: tuple[NodeBatch, ...]  # representatives, layers 1..N-1
-    paths: Tensor  # (R, N-1) int64, hard codes of the distinct items
+    paths: Tensor  # (R, N-1) int64, hard codes of the items
+
+
+class Pairs(NamedTuple):
+    """C candidates of each user."""
+
+    of: Tensor  # (B, C) int64 into the R items
     cross_dense: tuple[Tensor | None, ...]  # per layer (B, C, 3P)
     cross_ids: tuple[Tensor | None, ...]  # per layer (B, C, M)
     labels: Tensor  # (B, C, T)
     labelled: Tensor  # (B, C) 1 where labels hold, 0 for unlabelled pairs
 
 
+class Batch(NamedTuple):
+    """Everything training and evaluation feed to `HSNN.forward`."""
+
+    sides: Sides
+    pairs: Pairs
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Item-table rows (B, C) of the pairs."""
+        rows: np.ndarray = self.sides.rows[self.pairs.of.numpy()]
+        return rows
+
+
+class Embedded(NamedTuple):
+    """The towers' view of a batch, and the index's."""
+
+    users: tuple[Tensor, ...]  # per layer (B, U_l)
+    items: tuple[Tensor, ...]  # per layer (R, E_l): of the item's node, at layer N its own
+    quantised: list[Tensor]  # per index layer the chain of codewords (R, e)
+    lti: LTIOutput | None
+    v: Tensor  # (R, e)
+
+
 class HSNNOutput(NamedTuple):
-    """Per layer l: MoNN and ensemble logits (B, C, T), interaction embeddings; and the index's view."""
+    """Per layer l: MoNN and ensemble logits (B, C, T) and interaction embeddings; and the towers' view."""
 
     monn: list[Tensor]
     logits: list[Tensor]
     interactions: list[Tensor | None]
-    index_logits: list[Tensor]  # layers 1..N-1, <u, c-bar> (B, C, T)
-    lti: LTIOutput | None
-    v: Tensor  # (R, d_index)
+    embedded: Embedded
 
 
 class LayerEnsemble(nn.Module):
@@ -97,10 +129,17 @@ class HSNN(nn.Module):
         cardinality: ids per space, from the fitted feature transform.
         layers: one MoNNConfig per layer, coarse to fine.
         index: how the hierarchy is built.
+        dropout, id_dropout: see `Trunk`.
     """
 
     def __init__(
-        self, schema: Schema, cardinality: dict[str, int], layers: Sequence[MoNNConfig], index: IndexConfig
+        self,
+        schema: Schema,
+        cardinality: dict[str, int],
+        layers: Sequence[MoNNConfig],
+        index: IndexConfig,
+        dropout: float = 0.0,
+        id_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         depth = len(index.columns) if index.method == "hierarchy" else len(index.codebooks)
@@ -118,25 +157,31 @@ class HSNN(nn.Module):
         self.item_dense_width, self.item_ids_width = item.dense_width, item.ids_width
         self.cross = cross_layout(schema)
         self.cross_dense_width, self.cross_ids_width = self.cross.dense_width, self.cross.ids_width
+        kinds = list(dict.fromkeys(config.trunk for config in layers))
+        self.trunks = nn.ModuleList(
+            Trunk(kind, user, item, cardinality, self.tasks, dropout, id_dropout) for kind in kinds
+        )
+        self.trunk_of = [kinds.index(config.trunk) for config in layers]
         self.monn = nn.ModuleList(
-            MoNN(config, user, item, cardinality, self.cross, self.tasks, node=number < self.layers)
+            MoNN(config, self.trunk(number), cardinality, self.cross, node=number < self.layers)
             for number, config in enumerate(layers, start=1)
         )
         self.ensemble = nn.ModuleList(
             LayerEnsemble(number, self.tasks) for number in range(1, self.layers + 1)
         )
         last = self.layer(self.layers)
-        self.index_width = last.item_width
+        self.index_width = last.item_vector_width
         self.lti: LearnToIndex | None = None
         if index.codebooks:
             self.lti = LearnToIndex(index.codebooks, self.index_width, index.pool)
             if index.method != "joint":
                 self.lti.requires_grad_(False)
             self.codeword_term = nn.ModuleList(
-                nn.Linear(self.index_width, self.layer(number).item_width) for number in range(1, self.layers)
+                self._codeword_term(number) for number in range(1, self.layers)
             )
-            self.index_user = nn.Linear(last.user_width, self.tasks * self.index_width)
-            self.index_bias = nn.Parameter(torch.zeros(len(index.codebooks), self.tasks))
+            self.index_dot = nn.ModuleList(
+                InnerProduct(self.index_width, self.tasks) for _ in index.codebooks
+            )
         target = last.config.interaction
         self.interaction_align = nn.ModuleList(
             nn.Linear(m.config.interaction.dim, target.dim)
@@ -150,6 +195,39 @@ class HSNN(nn.Module):
         module = self.monn[number - 1]
         assert isinstance(module, MoNN)
         return module
+
+    def trunk(self, number: int) -> Trunk:
+        """The trunk of layer ``number`` (from 1)."""
+        module = self.trunks[self.trunk_of[number - 1]]
+        assert isinstance(module, Trunk)
+        return module
+
+    def _trunks(self) -> list[Trunk]:
+        return [trunk for trunk in self.trunks if isinstance(trunk, Trunk)]
+
+    def _codeword_term(self, number: int) -> nn.Linear:
+        """What a node's chain of codewords adds to its packed embedding. It begins as the chain itself added to the
+        node's vector: a centroid of items beside the one item that represents them."""
+        node = self.layer(number)
+        term = nn.Linear(self.index_width, node.item_width)
+        with torch.no_grad():
+            width = node.item_vector_width
+            term.bias.zero_()
+            term.weight[:width].zero_()
+            if width == self.index_width:
+                term.weight[:width].fill_diagonal_(1.0)
+        return term
+
+    def set_items(self, items: Encoded, counts: np.ndarray) -> None:
+        """Tell the trunks of the corpus: V encoded items in the order of the item vocabulary, and their training
+        positives (V,)."""
+        for trunk in self._trunks():
+            trunk.set_items(torch.from_numpy(np.array(items.ids)), torch.from_numpy(counts > 0))
+
+    @property
+    def two_tower_only(self) -> bool:
+        """One layer of inner products: there is nothing to train but the two towers."""
+        return self.layers == 1 and self.layer(1).over is None
 
     @property
     def user_widths(self) -> list[int]:
@@ -165,12 +243,20 @@ class HSNN(nn.Module):
 
     def user_tower(self, dense: Tensor | None, ids: Tensor | None) -> tuple[Tensor, ...]:
         """User towers of all layers: N tensors (B, U_l)."""
-        return tuple(self.layer(number).user_tower(dense, ids) for number in range(1, self.layers + 1))
+        seen = [trunk.users(dense, ids) for trunk in self._trunks()]
+        return tuple(
+            self.layer(number).user_tower(*seen[self.trunk_of[number - 1]])
+            for number in range(1, self.layers + 1)
+        )
 
     def item_tower(self, dense: Tensor | None, ids: Tensor | None) -> tuple[Tensor, ...]:
         """Item towers of all layers, N tensors (V, E_l), and the index vector v (V, d_index)."""
-        out = tuple(self.layer(number).item_tower(dense, ids) for number in range(1, self.layers + 1))
-        return (*out, self.index_vector(out[-1]))
+        seen = [trunk.items(dense, ids) for trunk in self._trunks()]
+        out = tuple(
+            self.layer(number).item_tower(*seen[self.trunk_of[number - 1]])
+            for number in range(1, self.layers + 1)
+        )
+        return (*out, seen[self.trunk_of[-1]][1])
 
     def score(
         self,
@@ -190,12 +276,18 @@ class HSNN(nn.Module):
             stacked = torch.cat([previous.unflatten(-1, (layer - 1, self.tasks)), stacked], dim=-2)
         return own, self.ensemble[layer - 1](stacked)
 
-    def index_vector(self, item: Tensor) -> Tensor:
-        """The vector that is indexed: the item layer's item embedding, layer-normalised without parameters.
+    def two_towers(self, sides: Sides) -> tuple[Tensor, Tensor]:
+        """The item layer's two-tower vectors alone: users (B, T, e) and items (R, e), of norm sqrt(e). The items' are
+        what is indexed; their fixed norm means that reconstruction cannot be lowered by shrinking them."""
+        trunk = self.trunk(self.layers)
+        return (
+            trunk.users(sides.user_dense, sides.user_ids)[1],
+            trunk.items(sides.item_dense, sides.item_ids)[1],
+        )
 
-        The normalisation fixes ||v||^2 = d, so that the reconstruction loss cannot be lowered by shrinking v.
-        """
-        return F.layer_norm(item, (self.index_width,))
+    def index_vector(self, dense: Tensor | None, ids: Tensor | None) -> Tensor:
+        """v (R, e) of items; see `two_towers`."""
+        return self.trunk(self.layers).items(dense, ids)[1]
 
     def codebooks(self) -> list[np.ndarray]:
         """Codebooks (K_l, d) float32, layers 1..N-1; empty for a hierarchy taken from columns."""
@@ -216,7 +308,7 @@ class HSNN(nn.Module):
     # Training.
 
     def _quantised(
-        self, batch: Batch, v: Tensor, alpha: float | None
+        self, paths: Tensor, v: Tensor, alpha: float | None
     ) -> tuple[LTIOutput | None, list[Tensor]]:
         """Codeword chains of the batch's items, per index layer (R, d): soft at ``alpha``, hard when None."""
         if self.lti is None:
@@ -227,9 +319,37 @@ class HSNN(nn.Module):
         chain = torch.zeros_like(v)
         quantised = []
         for number, codebook in enumerate(self.lti.codebook):
-            chain = chain + codebook[batch.paths[:, number]]
+            chain = chain + codebook[paths[:, number]]
             quantised.append(chain)
         return None, quantised
+
+    def embed(self, sides: Sides, alpha: float | None) -> Embedded:
+        """The towers of all layers over users and items, each node seen as serving sees it."""
+        users = self.user_tower(sides.user_dense, sides.user_ids)
+        fields, v = self.trunk(self.layers).items(sides.item_dense, sides.item_ids)
+        lti, quantised = self._quantised(sides.paths, v, alpha)
+        items = []
+        for number, node in enumerate(sides.nodes, start=1):
+            of_node = self.layer(number).item_tower(*self.trunk(number).items(node.dense, node.ids))[node.of]
+            if quantised:
+                of_node = of_node + self.codeword_term[number - 1](quantised[number - 1])
+            items.append(of_node)
+        items.append(self.layer(self.layers).item_tower(fields, v))
+        return Embedded(users, tuple(items), quantised, lti, v)
+
+    def score_pairs(self, embedded: Embedded, pairs: Pairs) -> HSNNOutput:
+        """MoNNs and ensembles of all N layers over the pairs."""
+        monn: list[Tensor] = []
+        logits: list[Tensor] = []
+        interactions: list[Tensor | None] = []
+        for number in range(1, self.layers + 1):
+            module, user = self.layer(number), embedded.users[number - 1]
+            pair = embedded.items[number - 1][pairs.of]  # (B, C, E_l)
+            crossing = module.interact(user, pair, pairs.cross_dense[number - 1], pairs.cross_ids[number - 1])
+            monn.append(module.logits(user, pair, crossing))
+            interactions.append(crossing)
+            logits.append(self.ensemble[number - 1](torch.stack(monn, dim=-2)))
+        return HSNNOutput(monn, logits, interactions, embedded)
 
     def forward(self, batch: Batch, alpha: float | None) -> HSNNOutput:
         """Scores of all N layers for every <user, candidate> pair of the batch.
@@ -237,41 +357,27 @@ class HSNN(nn.Module):
         Args:
             batch: see `Batch`.
             alpha: temperature of the soft assignment while the index is learnt jointly; None takes the hard
-                codes of ``batch.paths``, as serving does.
+                codes of the batch's paths, as serving does.
         """
-        users = self.user_tower(batch.user_dense, batch.user_ids)
-        item = self.layer(self.layers).item_tower(batch.items.dense, batch.items.ids)  # (R, E_N)
-        v = self.index_vector(item)
-        lti, quantised = self._quantised(batch, v, alpha)
-        monn: list[Tensor] = []
-        logits: list[Tensor] = []
-        interactions: list[Tensor | None] = []
-        for number in range(1, self.layers + 1):
-            module = self.layer(number)
-            if number < self.layers:
-                node = batch.nodes[number - 1]
-                pair = module.item_tower(node.dense, node.ids)[node.of]  # (B, C, E_l)
-                if quantised:
-                    pair = pair + self.codeword_term[number - 1](quantised[number - 1])[batch.items.of]
-            else:
-                pair = item[batch.items.of]
-            crossing = module.interact(
-                users[number - 1], pair, batch.cross_dense[number - 1], batch.cross_ids[number - 1]
-            )
-            monn.append(module.logits(users[number - 1], pair, crossing))
-            interactions.append(crossing)
-            logits.append(self.ensemble[number - 1](torch.stack(monn, dim=-2)))
-        index_logits = self._index_logits(users[-1], quantised, batch.items.of) if lti is not None else []
-        return HSNNOutput(monn, logits, interactions, index_logits, lti, v)
+        return self.score_pairs(self.embed(batch.sides, alpha), batch.pairs)
 
-    def _index_logits(self, user: Tensor, quantised: list[Tensor], of: Tensor) -> list[Tensor]:
-        """<u, c-bar> per index layer and task (Algorithm 1, line 8). From the second layer on c-bar is only a
-        residual, so the chain summed so far stands for the item: for layer 1 that is c-bar itself."""
-        u = self.index_user(user).unflatten(-1, (self.tasks, self.index_width)) * self.index_width**-0.5
-        return [
-            torch.einsum("btd,bcd->bct", u, q[of]) + self.index_bias[number]
-            for number, q in enumerate(quantised)
-        ]
+    def pool_logits(self, embedded: Embedded, layer: int) -> Tensor:
+        """Two-tower part of a layer's logits, every user against every item's node: (B, R, T)."""
+        module = self.layer(layer)
+        vectors = embedded.users[layer - 1][:, : module.user_vector_width].unflatten(-1, (self.tasks, -1))
+        nodes = embedded.items[layer - 1][:, : module.item_vector_width]
+        return module.dot.against(vectors, nodes)
+
+    def item_logits(self, vectors: Tensor, items: Tensor) -> Tensor:
+        """The item layer's two-tower logits (B, R, T) of `two_towers`."""
+        return self.layer(self.layers).dot.against(vectors, items)
+
+    def index_logits(self, embedded: Embedded) -> list[Tensor]:
+        """<u, c-bar> per index layer (Algorithm 1, line 8), every user against every item: (B, R, T). u is the item
+        layer's vector of the user. From the second layer on c-bar is only a residual, so the chain summed so far
+        stands for the item: for layer 1 that is c-bar itself."""
+        vectors = embedded.users[-1][:, : self.tasks * self.index_width].unflatten(-1, (self.tasks, -1))
+        return [dot.against(vectors, q) for dot, q in zip(self.index_dot, embedded.quantised)]  # type: ignore[operator]
 
     def interaction_pull(self, interactions: list[Tensor | None]) -> Tensor:
         """Auxiliary MSE that pulls each index layer's interaction embedding to the item level's (§3.2.3). Both

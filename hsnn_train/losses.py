@@ -31,3 +31,42 @@ def distil(logits: Tensor, teacher: Tensor, unlabelled: Tensor, weights: Tensor)
 def layered(per_layer: list[Tensor], labels: Tensor, labelled: Tensor, weights: Tensor) -> Tensor:
     """Eq. 4: the supervised loss of every layer, summed over layers 1..N."""
     return torch.stack([supervised(logits, labels, labelled, weights) for logits in per_layer]).sum()
+
+
+def pooled_softmax(logits: Tensor, positive: Tensor, log_inclusion: Tensor, weights: Tensor) -> Tensor:
+    """Sampled softmax with log-Q correction (Bengio and Senécal 2003; Yi et al. 2019) over a pool that all users share:
+    -log softmax(z - log Q)[positive], averaged over users.
+
+    logits (B, M, T); positive (B,) int64 into M; log_inclusion (M,); weights (B, T): of each user's positive per task,
+    0 where it is none -> scalar.
+    """
+    corrected = logits - log_inclusion.unsqueeze(-1)
+    log_p = corrected - torch.logsumexp(corrected, dim=1, keepdim=True)
+    own = log_p.gather(1, positive.view(-1, 1, 1).expand(-1, 1, logits.shape[-1])).squeeze(1)  # (B, T)
+    return -(own * weights).sum() / len(logits)
+
+
+def match(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of softmax(logits) against a distribution, averaged over users: (B, M), (B, M) -> scalar."""
+    return -(target * torch.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
+def sampled_softmax(logits: Tensor, labels: Tensor, labelled: Tensor, weights: Tensor) -> Tensor:
+    """-log softmax of the positive, candidate 0, among a user's candidates; the logits are log-Q corrected already.
+
+    logits, labels (B, C, T); labelled (B, C): 0 leaves a candidate out; weights (T,) -> scalar.
+    """
+    masked = logits.masked_fill(labelled.unsqueeze(-1) == 0, -torch.inf)
+    log_p = logits[:, 0] - torch.logsumexp(masked, dim=1)  # (B, T)
+    return -(log_p * labels[:, 0] * weights).sum() / len(logits)
+
+
+def distil_ranking(logits: Tensor, teacher: Tensor, labelled: Tensor) -> Tensor:
+    """Eq. 2 for rankings: cross-entropy of softmax over a user's candidates against the teacher's, per task.
+
+    logits, teacher (B, C, T), no gradient flows into the teacher; labelled (B, C): 0 leaves out -> scalar.
+    """
+    left_out = labelled.unsqueeze(-1) == 0
+    target = torch.softmax(teacher.detach().masked_fill(left_out, -torch.inf), dim=1)
+    log_p = logits - torch.logsumexp(logits.masked_fill(left_out, -torch.inf), dim=1, keepdim=True)
+    return -(target * log_p).sum((1, 2)).mean()

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hsnn_core.schema import Layout
-
-from .overarch import DHENOverArch, DotOverArch
+from .mol import MoLOverArch
+from .overarch import DHENOverArch, InnerProduct
 from .presets import MoNNConfig
-from .towers import EmbeddingTables, FieldEmbedder, TowerNetwork, masked_mean
+from .towers import EmbeddingTables, TowerNetwork, masked_mean
+from .trunk import Trunk
 
 #: dense crossings I2IF gives per interaction spec: matched terms, share of the user's mass, share of the item's
 CROSS_DENSE = 3
@@ -39,33 +39,35 @@ class CrossLayout:
 
 
 class InteractionTower(nn.Module):
-    """Interaction tower. Fields: per spec the dense crossings and the matched ids; an index layer's tower
-    (``node=True``) also takes the user's and the node's embeddings as fields (paper §3.2.3: "utilizing only
-    user and item features"), because crossings of a representative say little about the node's other items.
+    """Interaction tower. Fields: per spec the dense crossings and the matched ids, from tables of its own; an index
+    layer's tower (``node=True``) also takes the user's and the node's embeddings as fields (paper §3.2.3:
+    "utilizing only user and item features"), because crossings of a representative say little about the node's
+    other items.
 
     -> (B, C, nx, dx)
     """
 
-    def __init__(self, config: MoNNConfig, cross: CrossLayout, node: bool) -> None:
+    def __init__(
+        self, config: MoNNConfig, cross: CrossLayout, cardinality: dict[str, int], node: bool
+    ) -> None:
         super().__init__()
         assert config.interaction is not None
         self.cross = cross
-        e = config.embed
+        e = config.cross
+        self.tables = EmbeddingTables({s: cardinality[s] for s in sorted({s for s, _, _ in cross.specs})}, e)
         self.dense = nn.ModuleList(nn.Linear(CROSS_DENSE, e) for _ in cross.specs)
         self.user_field = nn.Linear(config.user.num_embed * config.user.dim, e) if node else None
         self.node_field = nn.Linear(config.item.num_embed * config.item.dim, e) if node else None
         self.network = TowerNetwork(2 * len(cross.specs) + (2 if node else 0), e, config.interaction)
 
-    def forward(
-        self, tables: EmbeddingTables, user: Tensor, item: Tensor, dense: Tensor | None, ids: Tensor | None
-    ) -> Tensor:
+    def forward(self, user: Tensor, item: Tensor, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: list[Tensor] = []
         if self.cross.specs:
             assert dense is not None and ids is not None
             for p, ((space, start, stop), linear) in enumerate(zip(self.cross.specs, self.dense)):
                 fields.append(linear(dense[..., CROSS_DENSE * p : CROSS_DENSE * (p + 1)]))
                 own = ids[..., start:stop]
-                fields.append(masked_mean(tables(space, own), (own != 0).to(dense.dtype)))
+                fields.append(masked_mean(self.tables(space, own), (own != 0).to(dense.dtype)))
         if self.user_field is not None and self.node_field is not None:
             node = self.node_field(item.flatten(-2))
             fields.append(self.user_field(user.flatten(-2)).unsqueeze(1).expand_as(node))
@@ -75,39 +77,36 @@ class InteractionTower(nn.Module):
 
 
 class MoNN(nn.Module):
-    """One MoNN.
+    """One MoNN: on top of a trunk, the embeddings of its user, item and interaction towers under its OverArch. Its
+    logit is the inner product of the trunk's two-tower vectors plus what the OverArch makes of the embeddings (a
+    mixture of logits stands alone: there the inner product only proposes negatives).
+
+    A user's or an item's packed embedding is the trunk's vector(s) followed by the tower's embeddings.
 
     Args:
         config: a preset.
-        user, item: layouts of the packed encoded features.
+        trunk: shared with the other layers whose preset has the same trunk.
         cardinality: ids per space.
         cross: I2IF layout.
-        tasks: T.
         node: True for a layer of index nodes, False for the item layer.
     """
 
     def __init__(
-        self,
-        config: MoNNConfig,
-        user: Layout,
-        item: Layout,
-        cardinality: dict[str, int],
-        cross: CrossLayout,
-        tasks: int,
-        node: bool,
+        self, config: MoNNConfig, trunk: Trunk, cardinality: dict[str, int], cross: CrossLayout, node: bool
     ) -> None:
         super().__init__()
         self.config = config
-        used = {s.feature.space for s in (*user.slots, *item.slots)} | {space for space, _, _ in cross.specs}
-        self.tables = EmbeddingTables({s: cardinality[s] for s in sorted(used)}, config.embed)
-        self.user_fields = FieldEmbedder(user, self.tables)
-        self.item_fields = FieldEmbedder(item, self.tables)
-        self.user_network = TowerNetwork(self.user_fields.fields, config.embed, config.user)
-        self.item_network = TowerNetwork(self.item_fields.fields, config.embed, config.item)
-        has_fields = bool(cross.specs) or node
+        tasks, e = trunk.tasks, trunk.config.embed
+        self.user_vector_width, self.item_vector_width = tasks * e, e
+        self.dot = InnerProduct(e, tasks)
+        self.over: nn.Module | None = None
         self.interaction: InteractionTower | None = None
-        if config.interaction is not None and has_fields:
-            self.interaction = InteractionTower(config, cross, node)
+        if config.over.kind == "dot":
+            return
+        self.user_network = TowerNetwork(trunk.user_fields.fields, e, config.user)
+        self.item_network = TowerNetwork(trunk.item_fields.fields, e, config.item)
+        if config.interaction is not None and (cross.specs or node):
+            self.interaction = InteractionTower(config, cross, cardinality, node)
         width = config.item.dim
         self.user_align = nn.Linear(config.user.dim, width) if config.user.dim != width else None
         nx = 0
@@ -117,31 +116,42 @@ class MoNN(nn.Module):
             nx = config.interaction.num_embed
             if config.interaction.dim != width:
                 self.cross_align = nn.Linear(config.interaction.dim, width)
-        self.over: nn.Module
-        if config.over.kind == "dot":
-            self.over = DotOverArch(width, tasks)
-        else:
-            self.over = DHENOverArch(
-                config.user.num_embed, config.item.num_embed + nx, width, tasks, config.over
-            )
+        kind = MoLOverArch if config.over.kind == "mol" else DHENOverArch
+        self.over = kind(config.user.num_embed, config.item.num_embed + nx, width, tasks, config.over)
 
     @property
     def user_width(self) -> int:
-        """U = nu * d_u, floats per user that scoring needs."""
-        return self.config.user.num_embed * self.config.user.dim
+        """U, floats per user that scoring needs: T vectors and nu embeddings."""
+        return self.user_vector_width + (
+            self.config.user.num_embed * self.config.user.dim if self.over is not None else 0
+        )
 
     @property
     def item_width(self) -> int:
-        """E = ni * d_i, floats per node."""
-        return self.config.item.num_embed * self.config.item.dim
+        """E, floats per node: a vector and ni embeddings."""
+        return self.item_vector_width + (
+            self.config.item.num_embed * self.config.item.dim if self.over is not None else 0
+        )
 
-    def user_tower(self, dense: Tensor | None, ids: Tensor | None) -> Tensor:
-        """(B, D) float32, (B, S) int32 -> (B, U)."""
-        return self.user_network(self.user_fields(self.tables, dense, ids)).flatten(-2)
+    def user_tower(self, fields: Tensor, vectors: Tensor) -> Tensor:
+        """The trunk's fields (R, F, e) and vectors (R, T, e) of users -> (R, U)."""
+        if self.over is None:
+            return vectors.flatten(-2)
+        return torch.cat([vectors.flatten(-2), self.user_network(fields).flatten(-2)], dim=-1)
 
-    def item_tower(self, dense: Tensor | None, ids: Tensor | None) -> Tensor:
-        """(R, D) float32, (R, S) int32 -> (R, E)."""
-        return self.item_network(self.item_fields(self.tables, dense, ids)).flatten(-2)
+    def item_tower(self, fields: Tensor, vector: Tensor) -> Tensor:
+        """The trunk's fields (R, F, e) and vector (R, e) of items -> (R, E)."""
+        if self.over is None:
+            return vector
+        return torch.cat([vector, self.item_network(fields).flatten(-2)], dim=-1)
+
+    def _tokens(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """The towers' embeddings out of packed (B, U), (B, C, E) -> (B, nu, d_u), (B, C, ni, d_i)."""
+        own, nodes = user[..., self.user_vector_width :], item[..., self.item_vector_width :]
+        return (
+            own.unflatten(-1, (self.config.user.num_embed, -1)),
+            nodes.unflatten(-1, (self.config.item.num_embed, -1)),
+        )
 
     def interact(
         self, user: Tensor, item: Tensor, cross_dense: Tensor | None, cross_ids: Tensor | None
@@ -149,20 +159,21 @@ class MoNN(nn.Module):
         """Interaction embedding (B, C, nx, dx) of user (B, U) and nodes (B, C, E); None without such a tower."""
         if self.interaction is None:
             return None
-        tokens = user.unflatten(-1, (self.config.user.num_embed, -1))
-        nodes = item.unflatten(-1, (self.config.item.num_embed, -1))
-        out: Tensor = self.interaction(self.tables, tokens, nodes, cross_dense, cross_ids)
+        out: Tensor = self.interaction(*self._tokens(user, item), cross_dense, cross_ids)
         return out
 
     def logits(self, user: Tensor, item: Tensor, interaction: Tensor | None) -> Tensor:
-        """OverArch. user (B, U), item (B, C, E), interaction (B, C, nx, dx) -> (B, C, T)."""
-        tokens = user.unflatten(-1, (self.config.user.num_embed, -1))
+        """user (B, U), item (B, C, E), interaction (B, C, nx, dx) -> (B, C, T)."""
+        vectors = user[..., : self.user_vector_width].unflatten(-1, (-1, self.item_vector_width))
+        dot: Tensor = self.dot(vectors, item[..., : self.item_vector_width])
+        if self.over is None:
+            return dot
+        tokens, pair = self._tokens(user, item)
         if self.user_align is not None:
             tokens = self.user_align(tokens)
-        pair = item.unflatten(-1, (self.config.item.num_embed, -1))
         if interaction is not None:
             if self.cross_align is not None:
                 interaction = self.cross_align(interaction)
             pair = torch.cat([pair, interaction], dim=-2)
-        out: Tensor = self.over(tokens, pair)
-        return out
+        more: Tensor = self.over(tokens, pair)
+        return more if self.config.over.kind == "mol" else dot + more

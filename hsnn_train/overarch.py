@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .presets import OverArchConfig
 
+#: what the temperature of an inner product of unit vectors starts from
+TEMPERATURE = 0.07
+
 
 class SplitLinear(nn.Module):
     """A linear layer over [user tokens; pair tokens] flattened, evaluated as W_u u + W_m m + b.
@@ -41,6 +44,7 @@ class FMModule(nn.Module):
 
     def __init__(self, user_tokens: int, pair_tokens: int, width: int, out_tokens: int) -> None:
         super().__init__()
+        self.pair_tokens = pair_tokens
         own = pair_tokens * (pair_tokens + 1) // 2
         left, right = torch.triu_indices(pair_tokens, pair_tokens)
         self.register_buffer("flat", left * pair_tokens + right, persistent=False)
@@ -56,7 +60,8 @@ class FMModule(nn.Module):
         own = torch.matmul(pair, pair.transpose(-1, -2)).flatten(-2)
         dots = [own.index_select(-1, self.flat)]  # type: ignore[arg-type]
         if user is not None:
-            dots.append(torch.matmul(pair, user.transpose(-1, -2).unsqueeze(1)).flatten(-2))  # (B, C, m * nu)
+            with_user = torch.matmul(pair.flatten(1, 2), user.transpose(-1, -2))  # (B, C * m, nu)
+            dots.append(with_user.unflatten(1, (-1, self.pair_tokens)).flatten(-2))  # (B, C, m * nu)
         out: Tensor = self.out(torch.cat(dots, dim=-1) * self.scale)
         if self.user_out is not None:
             assert user is not None
@@ -103,7 +108,7 @@ class AttentionModule(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"attention heads must divide the width: got {heads} heads, width {width}")
-        self.heads = heads
+        self.heads, self.pair_tokens = heads, pair_tokens
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.feed_forward = (
@@ -125,11 +130,14 @@ class AttentionModule(nn.Module):
         if user is None:
             mixed = torch.matmul(torch.softmax(logits, dim=-1), value)
         else:
-            ukey, uvalue = (self._heads(x).unsqueeze(1) for x in self.kv(user).chunk(2, dim=-1))
-            among = torch.matmul(q, ukey.transpose(-1, -2))  # (B, C, h, m, nu)
+            ukey, uvalue = (self._heads(x) for x in self.kv(user).chunk(2, dim=-1))  # (B, h, nu, d/h)
+            own = self.pair_tokens
+            asked = q.transpose(1, 2).flatten(2, 3)  # (B, h, C * m, d/h)
+            among = torch.matmul(asked, ukey.transpose(-1, -2)).unflatten(2, (-1, own)).transpose(1, 2)
             weights = torch.softmax(torch.cat([logits, among], dim=-1), dim=-1)
-            own = pair.shape[-2]
-            mixed = torch.matmul(weights[..., :own], value) + torch.matmul(weights[..., own:], uvalue)
+            of_user = weights[..., own:].transpose(1, 2).flatten(2, 3)  # (B, h, C * m, nu)
+            mixed = torch.matmul(weights[..., :own], value)
+            mixed = mixed + torch.matmul(of_user, uvalue).unflatten(2, (-1, own)).transpose(1, 2)
         mixed = mixed.transpose(-2, -3).flatten(-2) + pair  # (B, C, m, d)
         if self.feed_forward is not None:
             mixed = mixed + self.feed_forward(mixed)
@@ -193,6 +201,9 @@ class DHENOverArch(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(config.tokens * width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, tasks)
         )
+        with torch.no_grad():  # begins as the inner product it is added to, near enough
+            self.head[-1].weight.mul_(0.1)  # type: ignore[operator]
+            self.head[-1].bias.zero_()  # type: ignore[operator]
 
     def forward(self, user: Tensor, pair: Tensor) -> Tensor:
         x = self.first(user, pair)
@@ -202,14 +213,22 @@ class DHENOverArch(nn.Module):
         return out
 
 
-class DotOverArch(nn.Module):
-    """The two-tower scorer: one inner product, with a scale and a bias per task (ranking is the product's)."""
+class InnerProduct(nn.Module):
+    """The two-tower scorer: inner products of vectors of norm sqrt(d), so cosines, with a temperature and a bias per
+    task. vectors (B, T, d), nodes (B, C, d) -> (B, C, T)."""
 
     def __init__(self, width: int, tasks: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.full((tasks,), -0.5 * math.log(width)))
+        self.log_scale = nn.Parameter(torch.full((tasks,), -math.log(TEMPERATURE)))
         self.bias = nn.Parameter(torch.zeros(tasks))
+        self.width = width
 
-    def forward(self, user: Tensor, pair: Tensor) -> Tensor:
-        dot = torch.matmul(pair.flatten(-2), user.flatten(-2).unsqueeze(-1))  # (B, C, 1)
-        return dot * torch.exp(self.log_scale) + self.bias
+    def forward(self, vectors: Tensor, nodes: Tensor) -> Tensor:
+        scaled = vectors * (torch.exp(self.log_scale) / self.width).unsqueeze(-1)
+        return torch.matmul(nodes, scaled.transpose(-1, -2)) + self.bias
+
+    def against(self, vectors: Tensor, nodes: Tensor) -> Tensor:
+        """Every user against every node. vectors (B, T, d), nodes (M, d) -> (B, M, T)."""
+        scaled = vectors * (torch.exp(self.log_scale) / self.width).unsqueeze(-1)
+        per_task = [scaled[:, t] @ nodes.T for t in range(vectors.shape[1])]
+        return torch.stack(per_task, dim=-1) + self.bias

@@ -3,7 +3,7 @@
 schema: {...}        features, interactions, tasks (hsnn_core.schema)
 data: {...}          tables or a data adapter (hsnn_train.data)
 split: {...}         how impressions are divided
-model: {layers: [cpu_large, cpu_medium, cpu_small], codebooks: [32, 16]}
+model: {layers: [cpu_l, cpu_m, cpu_s], codebooks: [32, 16]}
 train: {epochs: 2, batch_size: 512}
 search: {widths: [8, 64], k: 100}
 """
@@ -32,13 +32,16 @@ CANDIDATES = ("all", "new", "seen_before")
 @dataclass(frozen=True)
 class ModelConfig:
     """layers: a preset name per layer, coarse to fine; codebooks: K_l per index layer; columns: for method
-    "hierarchy", the item table's columns from coarse to fine; pool: batches the balance loss pools."""
+    "hierarchy", the item table's columns from coarse to fine; pool: batches the balance loss pools; dropout: of
+    histories; id_dropout: share of item ids that training replaces by the unknown id."""
 
-    layers: tuple[str, ...] = ("cpu_large", "cpu_medium", "cpu_small")
+    layers: tuple[str, ...] = ("cpu_l", "cpu_m", "cpu_s")
     index: str = "joint"
     codebooks: tuple[int, ...] = (32, 16)
     columns: tuple[str, ...] = ()
     pool: int = 8
+    dropout: float = 0.0
+    id_dropout: float = 0.0
 
     def monns(self) -> list[MoNNConfig]:
         return [preset(name) for name in self.layers]
@@ -52,14 +55,17 @@ class TrainConfig:
     """How to train. Weights multiply losses; fractions are of all steps.
 
     Attributes:
+        pool: items that the two towers' sampled softmax runs over, for logs of positives only; 0: no such loss.
+        softmax: weight of the sampled softmax losses beside the cross-entropy, where there is a pool.
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
+        hard: how many of them are drawn from what the two towers put first, where there is a pool.
         unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
-        negative_power: sampled items follow popularity ** power; 0 is uniform.
+        negative_power: sampled items follow popularity ** power; 0 is uniform. Evaluation's are uniform.
         teacher: run directory of a stronger model for the soft labels, as seen from where the command runs;
             none: this model's own last layer.
         refresh_steps: steps between two refreshes of hard paths and representatives.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
-            index losses begin.
+            index losses begin; with a pool, only the item layer's two towers are trained before it.
         warmup: fraction over which the index losses' weight grows linearly; 0 switches the warm-up off.
         max_alpha, alpha_exponent, alpha_until: Eq. 8; exponent 0 switches the schedule off.
         balance: weight of the FLOPs regulariser; 0 switches it off.
@@ -72,7 +78,10 @@ class TrainConfig:
     lr: float = 0.002
     weight_decay: float = 0.0
     seed: int = 1
+    pool: int = 0
+    softmax: float = 1.0
     negatives: int = 0
+    hard: int = 0
     unlabelled: int = 1
     negative_power: float = 0.75
     distil: float = 0.1
@@ -218,7 +227,7 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         1: ("model.pool", "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
             "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
             "search.requests"),
-        0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled"),
+        0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard"),
     }  # fmt: skip
     for least, paths in smallest.items():
         for path in paths:
@@ -231,14 +240,37 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         share = getattr(train, key)
         if not 0 <= share <= 1:
             raise SchemaError(f"train.{key}: got {share!r}, expected a fraction of the steps, 0 to 1")
-    for key in ("distil", "interaction_pull", "index_loss", "reconstruction", "balance", "weight_decay"):
+    for key in (
+        "distil",
+        "interaction_pull",
+        "index_loss",
+        "reconstruction",
+        "balance",
+        "weight_decay",
+        "softmax",
+    ):
         weight = getattr(train, key)
         if not weight >= 0:
             raise SchemaError(f"train.{key}: got {weight!r}, expected a weight of at least 0")
+    for key in ("dropout", "id_dropout"):
+        share = getattr(model, key)
+        if not 0 <= share < 1:
+            raise SchemaError(f"model.{key}: got {share!r}, expected a share of at least 0 and below 1")
+    if train.pool and not train.negatives:
+        raise SchemaError("train.pool: is for logs of positives alone; set train.negatives (8, say) too")
+    if train.pool and train.unlabelled:
+        raise SchemaError(f"train.unlabelled: got {train.unlabelled}, expected 0 beside train.pool")
+    if train.hard > (train.negatives if train.pool else 0):
+        raise SchemaError(
+            f"train.hard: got {train.hard}, expected at most train.negatives ({train.negatives}), "
+            "and 0 without train.pool"
+        )
     if train.lr <= 0:
         raise SchemaError(f"train.lr: got {train.lr!r}, expected a number above 0")
-    if train.teacher and not (train.unlabelled and train.distil):
-        raise SchemaError("train.teacher: has no effect without train.unlabelled and train.distil above 0")
+    if train.teacher and not ((train.unlabelled or train.pool) and train.distil):
+        raise SchemaError(
+            "train.teacher: has no effect without train.distil and either train.unlabelled or train.pool above 0"
+        )
     if search.k > search.max_k:
         raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
 

@@ -25,15 +25,10 @@ def index_vectors(model: HSNN, items: Encoded, batch: int = 8192) -> np.ndarray:
     """The vectors that are indexed, v (V, d) float32, of the whole corpus."""
     was_training = model.training
     model.eval()
-    tower = model.layer(model.layers)
     out = []
     for start in range(0, len(items.ids), batch):
         dense, ids = items.dense[start : start + batch], items.ids[start : start + batch]
-        v = tower.item_tower(
-            as_tensor(dense),
-            as_tensor(ids),
-        )
-        out.append(model.index_vector(v).numpy())
+        out.append(model.index_vector(as_tensor(dense), as_tensor(ids)).numpy())
     model.train(was_training)
     return np.concatenate(out)
 

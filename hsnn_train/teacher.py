@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hsnn_train.data.dataset import Dataset
 
-from .batches import BatchMaker
+from .batches import BatchMaker, users_of
 from .checkpoint import check_inputs, load_run
-from .recipe import TrainConfig
 
 
 class Teacher:
@@ -22,23 +21,18 @@ class Teacher:
     representatives and codes. Schema and data must be the student's, or the same ids would mean other things.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, student: BatchMaker, config: TrainConfig) -> None:
+    def __init__(self, path: Path, dataset: Dataset, student: BatchMaker) -> None:
         check_inputs(path, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
         run = load_run(path)
         self.model, self.state, self.examples = run.model.eval(), run.index, dataset.train
-        self.batches = BatchMaker(
-            dataset,
-            student.i2if,
-            run.model.layers,
-            config.negatives,
-            config.unlabelled,
-            config.negative_power,
-        )
+        self.batches = BatchMaker(dataset, student.i2if, run.model.layers, 0, 0, 0.0)
 
     @torch.no_grad()
-    def logits(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Item-level logits (B, C, T) of training examples ``rows`` (B,) and the candidates that the student
-        draws with a generator in the same state."""
-        batch = self.batches.make(self.examples, rows, self.state, rng)
+    def logits(self, rows: np.ndarray, candidates: np.ndarray) -> Tensor:
+        """Item-level logits (B, C, T) of training examples ``rows`` (B,) and item-table rows ``candidates`` (B, C)."""
+        unlabelled = np.zeros(candidates.shape, np.float32)
+        labels = np.zeros((*candidates.shape, self.model.tasks), np.float32)
+        users = users_of(self.examples, rows)
+        batch = self.batches.assemble(users, candidates, self.state, labels, unlabelled)
         out: Tensor = self.model(batch, None).logits[-1]
         return out

@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hsnn_core.schema import Layout
-
 from .presets import TowerConfig
 
 
-def _key(name: str) -> str:
+def feature_key(name: str) -> str:
     """A ModuleDict key: a feature may be called `type` or `values`, which a module cannot."""
     return f"f_{name}"
 
@@ -31,7 +29,10 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         self.width = width
         self.tables = nn.ModuleDict(
-            {_key(space): nn.Embedding(size, width, padding_idx=0) for space, size in cardinality.items()}
+            {
+                feature_key(space): nn.Embedding(size, width, padding_idx=0)
+                for space, size in cardinality.items()
+            }
         )
         for table in self.tables.values():
             assert isinstance(table, nn.Embedding)
@@ -41,7 +42,7 @@ class EmbeddingTables(nn.Module):
 
     def forward(self, space: str, ids: Tensor) -> Tensor:
         """ids int32 (..., L) -> (..., L, e); padding rows are zero."""
-        out: Tensor = self.tables[_key(space)](ids)
+        out: Tensor = self.tables[feature_key(space)](ids)
         return out
 
 
@@ -74,43 +75,6 @@ class SequencePool(nn.Module):
     def forward(self, values: Tensor, mask: Tensor) -> list[Tensor]:
         pooled = (values * self.weights(values, mask).unsqueeze(-1)).sum(-2)
         return [masked_mean(values, mask), pooled]
-
-
-class FieldEmbedder(nn.Module):
-    """Packed dense (R, D) and ids (R, S) of one owner -> field embeddings (R, F, e)."""
-
-    def __init__(self, layout: Layout, tables: EmbeddingTables) -> None:
-        super().__init__()
-        self.layout = layout
-        width = tables.width
-        self.dense = nn.ModuleList(nn.Linear(s.stop - s.start, width) for s in layout.dense_slots)
-        self.pools = nn.ModuleDict(
-            {
-                _key(s.feature.name): SequencePool(s.stop - s.start, width)
-                for s in layout.slots
-                if s.feature.kind == "sequence"
-            }
-        )
-        self.fields = len(layout.dense_slots) + sum(
-            SequencePool.fields if s.feature.kind == "sequence" else 1 for s in layout.slots
-        )
-
-    def forward(self, tables: EmbeddingTables, dense: Tensor | None, ids: Tensor | None) -> Tensor:
-        fields: list[Tensor] = []
-        if dense is not None:
-            for slot, linear in zip(self.layout.dense_slots, self.dense):
-                fields.append(linear(dense[:, slot.start : slot.stop]))
-        if ids is not None:
-            for slot in self.layout.slots:
-                own = ids[:, slot.start : slot.stop]
-                values = tables(slot.feature.space, own)  # (R, L, e)
-                if slot.feature.kind == "sequence":
-                    fields.extend(self.pools[_key(slot.feature.name)](values, (own != 0).to(values.dtype)))
-                elif slot.stop - slot.start == 1:
-                    fields.append(values.squeeze(1))
-                else:
-                    fields.append(masked_mean(values, (own != 0).to(values.dtype)))
-        return torch.stack(fields, dim=1)
 
 
 class FieldGate(nn.Module):

@@ -27,7 +27,6 @@ from hsnn_core.files import write_bytes
 from hsnn_core.i2if import I2IF
 from hsnn_train.data.dataset import Dataset
 
-from . import losses
 from .batches import BatchMaker, IndexState, epoch_order, step_rng
 from .checkpoint import (
     check_inputs,
@@ -37,8 +36,9 @@ from .checkpoint import (
     save_inputs,
     without_nan,
 )
-from .hsnn import HSNN, Batch, HSNNOutput
+from .hsnn import HSNN
 from .lti import alpha_at, index_health, warmup_at
+from .objective import Moment, Objective
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, reset_optimizer_rows, residual_kmeans
 from .teacher import Teacher
@@ -75,6 +75,13 @@ def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     )
 
 
+def evaluation_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
+    """As training's, but negatives are uniform among the items with a training positive: what logits are calibrated
+    for, whatever training drew."""
+    t = recipe.train
+    return BatchMaker(dataset, rows_i2if(dataset), len(recipe.model.layers), t.negatives, 0, 0.0)
+
+
 class Trainer:
     """Trains one recipe on one data set into one run directory.
 
@@ -93,17 +100,18 @@ class Trainer:
         self.recipe, self.dataset, self.run, self.progress = recipe, dataset, run, progress
         torch.manual_seed(t.seed)
         self.model: HSNN = make_model(recipe, dataset.transform)
+        self.model.set_items(dataset.items, dataset.item_counts)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=t.lr, weight_decay=t.weight_decay, foreach=True,
         )  # fmt: skip
         self.batches = make_batches(dataset, recipe)
-        self.task_weights = torch.tensor([task.weight for task in recipe.schema.tasks])
         self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))
         self.steps = t.max_steps or t.epochs * self.steps_per_epoch
         self.init_step = int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
-        self.teacher = Teacher(Path(t.teacher), dataset, self.batches, t) if t.teacher else None
+        teacher = Teacher(Path(t.teacher), dataset, self.batches) if t.teacher else None
+        self.objective = Objective(self.model, self.batches, dataset.train, t, self._task_weights(), teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
         self._order_of, self._order = -1, np.empty(0, np.int64)
@@ -115,17 +123,18 @@ class Trainer:
         else:
             save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys)
 
+    def _task_weights(self) -> Tensor:
+        return torch.tensor([task.weight for task in self.recipe.schema.tasks])
+
     def _kmeans_schedule(self) -> set[int]:
-        """Steps at which codebooks are set by k-means: at the start; for the joint index once more where its
-        losses begin, for "kmeans" where the item tower has settled, for "em" at every round."""
+        """Steps at which codebooks are set by k-means: at the start, and where the item tower has settled, which for
+        "em" is again and again until the end."""
         if self.model.lti is None:
             return set()
-        method, t = self.recipe.model.index, self.recipe.train
-        if method == "joint":
+        if self.recipe.model.index != "em":
             return {0, self.init_step}
-        if method == "kmeans":
-            return {0, self.steps // 2}
-        return {0, *(round(self.steps * (i + 1) / (t.em_rounds + 1)) for i in range(t.em_rounds))}
+        rounds, left = self.recipe.train.em_rounds, self.steps - self.init_step
+        return {0, *(self.init_step + round(left * i / (rounds + 1)) for i in range(rounds + 1))}
 
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
@@ -252,14 +261,17 @@ class Trainer:
         if epoch != self._order_of:
             self._order_of, self._order = epoch, epoch_order(len(self.dataset.train.item_row), t.seed, epoch)
         rows = np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
-        batch = self.batches.make(self.dataset.train, rows, self.state, step_rng(t.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = t.lr * self._lr_factor()
-        soft = None
-        if self.teacher is not None and t.unlabelled and t.distil:
-            soft = self.teacher.logits(rows, step_rng(t.seed, self.step))  # draws the same candidates
-        out = self.model(batch, self.alpha())
-        parts = self._loss(batch, out, soft)
+        torch.manual_seed(
+            t.seed * 1_000_003 + self.step
+        )  # dropout and candidates: a function of (seed, step)
+        moment = Moment(
+            self.alpha(),
+            warmup_at(self.step, self.init_step, int(t.warmup * self.steps)),
+            warm=bool(t.pool) and (self.step < self.init_step or self.model.two_tower_only),
+        )
+        parts, pairs = self.objective(rows, self.state, moment, step_rng(t.seed, self.step))
         if not torch.isfinite(parts["loss"]):
             broken = ", ".join(name for name, value in parts.items() if not torch.isfinite(value))
             raise Diverged(
@@ -270,7 +282,7 @@ class Trainer:
         parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
-        return {k: v.detach() for k, v in parts.items()}, batch.labels.shape[0] * batch.labels.shape[1]
+        return {k: v.detach() for k, v in parts.items()}, pairs
 
     def _lr_factor(self) -> float:
         """Linear warm-up over 5% of the steps, then a cosine down to a tenth."""
@@ -279,40 +291,6 @@ class Trainer:
             return (self.step + 1) / warm
         along = (self.step - warm) / max(1, self.steps - warm)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * along))
-
-    def _loss(self, batch: Batch, out: HSNNOutput, soft: Tensor | None) -> dict[str, Tensor]:
-        """L = L_sup + L_unsup (Eq. 3, 4) + the index's losses under their warm-up: the scalars, by name.
-
-        ``soft`` (B, C, T): the teacher's logits; None: the model's own last layer teaches the layers above it.
-        """
-        t = self.recipe.train
-        parts = {"supervised": losses.layered(out.logits, batch.labels, batch.labelled, self.task_weights)}
-        total = parts["supervised"]
-        if t.unlabelled and t.distil:
-            free = torch.zeros_like(batch.labelled)
-            free[:, 1 + t.negatives :] = 1.0
-            students = out.logits[:-1] if soft is None else out.logits
-            teacher = out.logits[-1] if soft is None else soft
-            if students:
-                parts["distil"] = torch.stack(
-                    [losses.distil(logits, teacher, free, self.task_weights) for logits in students]
-                ).sum()
-                total = total + t.distil * parts["distil"]
-        if self.model.layers > 1:
-            parts["pull"] = self.model.interaction_pull(out.interactions)
-            total = total + t.interaction_pull * parts["pull"]
-        if out.lti is not None and self.model.lti is not None:
-            parts["index"] = losses.layered(out.index_logits, batch.labels, batch.labelled, self.task_weights)
-            parts["reconstruction"] = self.model.lti.reconstruction_loss(out.lti, out.v)
-            parts["balance"] = self.model.lti.balance_loss(out.lti)
-            weight = warmup_at(self.step, self.init_step, int(t.warmup * self.steps))
-            total = total + weight * (
-                t.index_loss * parts["index"]
-                + t.reconstruction * parts["reconstruction"]
-                + t.balance * parts["balance"]
-            )
-        parts["loss"] = total
-        return parts
 
     # The index between steps.
 

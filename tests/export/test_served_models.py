@@ -38,9 +38,9 @@ def less(users: list[str], items: list[str]) -> Schema:
 NO_CROSSINGS = less(["age", "taste", "history", "country"], ["item", "category", "price"])
 IDS_ALONE = less(["history"], ["item"])
 NUMBERS_OF_USERS = less(["age", "taste"], ["item", "price"])
-TWO_LAYERS = {"layers": ["cpu_medium", "cpu_small"], "index": "joint", "codebooks": [6]}
-DOT_ABOVE = {"layers": ["two_tower_xs", "cpu_small"], "index": "joint", "codebooks": [6]}
-FOUR_LAYERS = {"layers": ["cpu_small"] * 4, "index": "joint", "codebooks": [4, 3, 2]}
+TWO_LAYERS = {"layers": ["cpu_m", "cpu_s"], "index": "joint", "codebooks": [6]}
+DOT_ABOVE = {"layers": ["two_tower_xs", "cpu_s"], "index": "joint", "codebooks": [6]}
+FOUR_LAYERS = {"layers": ["cpu_s"] * 4, "index": "joint", "codebooks": [4, 3, 2]}
 
 
 @pytest.mark.parametrize(

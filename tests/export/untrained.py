@@ -16,14 +16,14 @@ from hsnn_train.checkpoint import make_model, save_checkpoint, save_inputs
 from hsnn_train.recipe import Recipe, recipe_from_dict
 from hsnn_train.refresh import refresh
 
-JOINT = {"layers": ["cpu_large", "cpu_medium", "cpu_small"], "index": "joint", "codebooks": [6, 3]}
+JOINT = {"layers": ["cpu_l", "cpu_m", "cpu_s"], "index": "joint", "codebooks": [6, 3]}
 HIERARCHY = {
-    "layers": ["cpu_medium", "cpu_small"],
+    "layers": ["cpu_m", "cpu_s"],
     "index": "hierarchy",
     "columns": ["item"],
     "codebooks": [],
 }
-FLAT = {"layers": ["cpu_small"], "codebooks": []}
+FLAT = {"layers": ["cpu_s"], "codebooks": []}
 # Takes no interaction features, though a schema may have them.
 TWO_TOWER = {"layers": ["two_tower_xs"], "codebooks": []}
 

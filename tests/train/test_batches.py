@@ -37,10 +37,10 @@ def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):
     state, _ = refresh(model, dataset.items, dataset.item_keys)
     rows = np.arange(40)
     batch = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7))
-    assert batch.labels.shape == (40, 6, 2)
-    assert np.array_equal(batch.labels[:, 0].numpy(), dataset.train.labels[rows])
-    assert batch.labels[:, 1:].sum() == 0
-    assert batch.labelled[:, 0].all()
-    assert not batch.labelled[:, 4:].any()
+    assert batch.pairs.labels.shape == (40, 6, 2)
+    assert np.array_equal(batch.pairs.labels[:, 0].numpy(), dataset.train.labels[rows])
+    assert batch.pairs.labels[:, 1:].sum() == 0
+    assert batch.pairs.labelled[:, 0].all()
+    assert not batch.pairs.labelled[:, 4:].any()
     again = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7))
-    assert np.array_equal(batch.items.of.numpy(), again.items.of.numpy())
+    assert np.array_equal(batch.candidates, again.candidates)

@@ -12,7 +12,7 @@ def test_two_threads_give_the_same_weights_twice(tmp_path):
     log = tables(users=300, items=400, rows=9000)
     dataset = build_dataset(log.schema, log, Split.from_dict({"by": "time"}), seed=1)
     settings = recipe(
-        model={"layers": ["cpu_small", "small", "small"]},
+        model={"layers": ["cpu_s", "small", "small"]},
         train={"max_steps": 8, "batch_size": 1024, "unlabelled": 2, "refresh_steps": 4},
     )
     threads, runs = torch.get_num_threads(), []

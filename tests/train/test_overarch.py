@@ -7,9 +7,9 @@ from hsnn_train.overarch import (
     AttentionModule,
     CrossModule,
     DHENOverArch,
-    DotOverArch,
     EnsembleLayer,
     FMModule,
+    InnerProduct,
     SplitLinear,
 )  # fmt: skip
 from hsnn_train.presets import OverArchConfig
@@ -86,13 +86,16 @@ def test_a_user_scores_each_node_alone():
     assert torch.allclose(together[1, 2], alone[0, 0], atol=1e-5)
 
 
-def test_dot_over_arch_is_a_scaled_inner_product_per_task():
-    over = DotOverArch(4, 2)
+def test_inner_product_is_scaled_per_task_and_the_same_for_lists_and_for_a_pool():
+    dot = InnerProduct(4, 2)
     with torch.no_grad():
-        over.log_scale.copy_(torch.log(torch.tensor([1.0, 2.0])))
-        over.bias.copy_(torch.tensor([0.0, 1.0]))
-    user, pair = torch.tensor([[[1.0, 2, 0, 1]]]), torch.tensor([[[[3.0, 1, 9, -1]]]])
-    assert torch.allclose(over(user, pair), torch.tensor([[[4.0, 9.0]]]))
+        dot.log_scale.copy_(torch.log(torch.tensor([1.0, 2.0])))
+        dot.bias.copy_(torch.tensor([0.0, 1.0]))
+    vectors = torch.tensor([[[1.0, 2, 0, 1], [1.0, 0, 0, 0]]])  # one user, two tasks
+    nodes = torch.tensor([[3.0, 1, 9, -1], [4.0, 0, 0, 0]])
+    expected = torch.tensor([[[4 / 4, 2 * 3 / 4 + 1], [4 / 4, 2 * 4 / 4 + 1]]])
+    assert torch.allclose(dot(vectors, nodes.unsqueeze(0)), expected)
+    assert torch.allclose(dot.against(vectors, nodes), expected)
 
 
 @pytest.mark.parametrize("bad", [{"modules": ("fn",)}, {"modules": ("attention",), "heads": 3}])

@@ -138,7 +138,7 @@ def test_a_teacher_gives_the_soft_labels(dataset, make_recipe, tmp_path):
     recipe = make_recipe(train={"teacher": str(tmp_path / "teacher"), "max_steps": 4})
     student = Trainer(recipe, dataset, tmp_path / "student", progress=False)
     student.train()
-    assert student.teacher is not None
+    assert student.objective.teacher is not None
     assert student.history[-2]["distil"] > 0
 
 
@@ -249,7 +249,7 @@ def test_numbers_out_of_range_are_refused_before_anything_runs(make_recipe, sect
 
 
 def test_a_teacher_without_pairs_to_teach_on_is_refused(make_recipe):
-    with pytest.raises(SchemaError, match=r"train.teacher: has no effect without train.unlabelled"):
+    with pytest.raises(SchemaError, match=r"train.teacher: has no effect without train.distil and either"):
         make_recipe(train={"teacher": "runs/big", "unlabelled": 0})
 
 
@@ -304,17 +304,14 @@ def test_a_teacher_of_other_depth_scores_with_its_own_index(dataset, make_recipe
     student = Trainer(make_recipe(train=t), dataset, tmp_path / "student", progress=False)
     student.train()
     rows = np.arange(7)
-    soft = student.teacher.logits(rows, step_rng(5, 1))
-    drawn = student.batches.make(dataset.train, rows, student.state, step_rng(5, 1))
-    of_teacher = student.teacher.batches.make(dataset.train, rows, trained.state, step_rng(5, 1))
-    assert torch.equal(drawn.items.ids[drawn.items.of], of_teacher.items.ids[of_teacher.items.of])
+    candidates = student.batches.make(dataset.train, rows, student.state, step_rng(5, 1)).candidates
+    soft = student.objective.teacher.logits(rows, candidates)
     corpus = corpus_of(trained.model, dataset, trained.state)
     scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(trained.model))
     users = type(dataset.train.users)(dataset.train.users.dense[rows], dataset.train.users.ids[rows])
     every = exhaustive(corpus.index, scorer, users, len(dataset.item_keys), np.ones(2, np.float32))
-    drawn_keys = dataset.item_keys[drawn.items.ids[:, 0].numpy() - 2][drawn.items.of.numpy()]  # (B, C)
     for user in rows:
-        for candidate, key in enumerate(drawn_keys[user]):
+        for candidate, key in enumerate(dataset.item_keys[candidates[user]]):
             place = int(np.flatnonzero(every.item_ids[user] == key)[0])
             expected = torch.from_numpy(every.probabilities[user, place])
             assert torch.allclose(torch.sigmoid(soft[user, candidate]), expected, atol=1e-5)

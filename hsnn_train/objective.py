@@ -1,0 +1,187 @@
+"""What a training step minimises: Eq. 1 to 4 of the paper and the index's losses, from impressions with labels or, in
+logs of positives alone, against a pool of sampled items.
+
+With a pool every score is trained to be log p(item | user) up to a constant: each loss corrects for the probability
+with which its negatives were drawn (log-Q), so that drawing popular or hard items does not bias the ranking.
+
+Letters: B users, C candidates per user, M items of the pool, T tasks, N layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsnn_train.data.dataset import Examples
+
+from . import losses
+from .batches import BatchMaker, IndexState, Pool, users_of
+from .hsnn import HSNN, Embedded, HSNNOutput, Pairs
+from .recipe import TrainConfig
+from .teacher import Teacher
+
+Weighted = dict[str, tuple[float, Tensor]]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the run a step stands. alpha: temperature of the soft assignment, None with hard codes; index_weight:
+    warm-up factor of the index's losses; warm: only the item layer's two towers are trained yet."""
+
+    alpha: float | None
+    index_weight: float
+    warm: bool
+
+
+@dataclass
+class Objective:
+    """Losses of one batch. ``weights`` (T,): the tasks'."""
+
+    model: HSNN
+    batches: BatchMaker
+    examples: Examples
+    train: TrainConfig
+    weights: Tensor
+    teacher: Teacher | None
+
+    def __call__(
+        self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], int]:
+        """The losses of training examples ``rows`` (B,) by name, "loss" being what to minimise, and how many
+        <user, item> pairs were scored by the MoNNs (by the two towers alone while ``moment.warm``)."""
+        weighted, pairs = (self._pooled if self.train.pool else self._impressions)(rows, state, moment, rng)
+        parts = {name: value for name, (_, value) in weighted.items()}
+        parts["loss"] = torch.stack([weight * value for weight, value in weighted.values()]).sum()
+        return parts, pairs
+
+    # A log with impressions that were not clicked, or sampled negatives as they are drawn.
+
+    def _impressions(
+        self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
+    ) -> tuple[Weighted, int]:
+        t = self.train
+        batch = self.batches.make(self.examples, rows, state, rng)
+        out = self.model(batch, moment.alpha)
+        labels, labelled = batch.pairs.labels, batch.pairs.labelled
+        parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, labelled, self.weights))}
+        if t.unlabelled and t.distil:
+            free = torch.zeros_like(labelled)
+            free[:, 1 + t.negatives :] = 1.0
+            soft = None if self.teacher is None else self.teacher.logits(rows, batch.candidates)
+            parts |= self._distilled(
+                out, soft, lambda logits, teacher: losses.distil(logits, teacher, free, self.weights)
+            )
+        index = None
+        if out.embedded.lti is not None:
+            of = batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks)
+            chosen = [logits.gather(1, of) for logits in self.model.index_logits(out.embedded)]
+            index = losses.layered(chosen, labels, labelled, self.weights)
+        parts |= self._structure(out, out.embedded, index, moment)
+        return parts, labelled.numel()
+
+    # A log of positives alone: a pool for the two towers, and of it a few candidates for the MoNNs.
+
+    def _pooled(
+        self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
+    ) -> tuple[Weighted, int]:
+        t, model = self.train, self.model
+        pool = self.batches.pool(self.examples, rows, t.pool, rng)
+        users = users_of(self.examples, rows)
+        sides = self.batches.sides(users, pool.rows, state)
+        positive = torch.from_numpy(pool.positive)
+        hit = torch.from_numpy(self.examples.labels[rows])
+        log_inclusion = torch.from_numpy(pool.log_inclusion)
+
+        def over_pool(logits: Tensor) -> Tensor:
+            return losses.pooled_softmax(logits, positive, log_inclusion, hit * self.weights)
+
+        if moment.warm:
+            logits = model.item_logits(*model.two_towers(sides))
+            return {"retrieval": (t.softmax, over_pool(logits))}, len(rows) * len(pool.rows)
+        embedded = model.embed(sides, moment.alpha)
+        logits = model.pool_logits(embedded, model.layers)
+        parts: Weighted = {"retrieval": (t.softmax, over_pool(logits))}
+        proposal = torch.softmax(logits[..., 0].detach() - log_inclusion, dim=-1)  # (B, M)
+        for_nodes = [model.pool_logits(embedded, layer) for layer in range(1, model.layers)]
+        if for_nodes:
+            parts["nodes"] = (t.softmax, torch.stack([over_pool(own) for own in for_nodes]).sum())
+            if t.distil:
+                soft = [losses.match(own[..., 0] - log_inclusion, proposal) for own in for_nodes]
+                parts["node_distil"] = (t.distil, torch.stack(soft).sum())
+        pairs, offset = self._candidates(rows, pool, proposal, state)
+        out = model.score_pairs(embedded, pairs)
+        corrected = [logits - offset.unsqueeze(-1) for logits in out.logits]
+        parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, pairs.labelled, self.weights))
+        each = [losses.sampled_softmax(own, pairs.labels, pairs.labelled, self.weights) for own in corrected]
+        parts["softmax"] = (t.softmax, torch.stack(each).sum())
+        if t.distil:
+            soft_labels = None
+            if self.teacher is not None:
+                soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.numpy()]) - offset.unsqueeze(-1)
+            of_last = HSNNOutput(out.monn, corrected, out.interactions, embedded)
+            parts |= self._distilled(
+                of_last, soft_labels, lambda own, teacher: losses.distil_ranking(own, teacher, pairs.labelled)
+            )
+        index = None
+        if embedded.lti is not None:
+            index = torch.stack([over_pool(chain) for chain in model.index_logits(embedded)]).sum()
+        parts |= self._structure(out, embedded, index, moment)
+        return parts, pairs.of.numel()
+
+    @torch.no_grad()
+    def _candidates(
+        self, rows: np.ndarray, pool: Pool, proposal: Tensor, state: IndexState
+    ) -> tuple[Pairs, Tensor]:
+        """The positive and ``train.negatives`` items of the pool per user, ``train.hard`` of them drawn from what the
+        two towers put first; and the offset (B, C) by which logits exceed those of uniformly drawn negatives."""
+        t = self.train
+        count = len(pool.rows)
+        positive = torch.from_numpy(pool.positive).unsqueeze(-1)
+        hard = torch.multinomial(
+            proposal.scatter(1, positive, 0.0) + 1e-9, t.hard, replacement=True
+        ) if t.hard else positive[:, :0]  # fmt: skip
+        easy = torch.randint(count, (len(rows), t.negatives - t.hard))
+        of = torch.cat([positive, hard, easy], dim=1)  # (B, C)
+        labelled = (of != positive).to(torch.float32)
+        labelled[:, 0] = 1.0
+        labels = np.zeros((*of.shape, self.model.tasks), np.float32)
+        labels[:, 0] = self.examples.labels[rows]
+        slots = (t.negatives - t.hard) / count + t.hard * proposal.gather(1, of)
+        offset = torch.from_numpy(pool.log_inclusion)[of] + torch.log(slots)
+        offset = offset - math.log(t.negatives / len(self.batches.of_seen.rows))
+        users = users_of(self.examples, rows)
+        return self.batches.pairs(users, pool.rows, of.numpy(), state, labels, labelled.numpy()), offset
+
+    # Both.
+
+    def _distilled(
+        self, out: HSNNOutput, soft: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Weighted:
+        """Eq. 2: a teacher's logits for all layers, or without one the last layer's for the layers above it."""
+        students = out.logits[:-1] if soft is None else out.logits
+        teacher = out.logits[-1] if soft is None else soft
+        if not students:
+            return {}
+        return {"distil": (self.train.distil, torch.stack([loss(own, teacher) for own in students]).sum())}
+
+    def _structure(
+        self, out: HSNNOutput, embedded: Embedded, index: Tensor | None, moment: Moment
+    ) -> Weighted:
+        """The pull between interaction towers (§3.2.3), and the index's losses under their warm-up (§3.2.4)."""
+        t, model = self.train, self.model
+        parts: Weighted = {}
+        if model.layers > 1:
+            parts["pull"] = (t.interaction_pull, model.interaction_pull(out.interactions))
+        if index is not None and embedded.lti is not None and model.lti is not None:
+            weight = moment.index_weight
+            parts["index"] = (weight * t.index_loss, index)
+            parts["reconstruction"] = (
+                weight * t.reconstruction, model.lti.reconstruction_loss(embedded.lti, embedded.v)
+            )  # fmt: skip
+            parts["balance"] = (weight * t.balance, model.lti.balance_loss(embedded.lti))
+        return parts
