@@ -23,6 +23,7 @@ from hsnn_core.errors import DataError, HsnnError
 from hsnn_core.files import write_bytes
 from hsnn_train.checkpoint import write_json
 from hsnn_train.recipe import recipe_from_dict
+from hsnn_train.warm import WarmStarts
 
 from .jobs import CHECKPOINT, DONE, JOB, key
 from .widths import SWEEP
@@ -41,7 +42,7 @@ def work(folder: Path) -> None:
     resume = (folder / CHECKPOINT).exists()
     if resume:  # trained to the end perhaps, and only evaluated anew at other widths
         write_bytes(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-    if not train_and_evaluate(recipe, dataset, folder, resume=resume):
+    if not train_and_evaluate(recipe, dataset, folder, resume=resume, warm=WarmStarts(folder.parent)):
         raise DataError("the split leaves no impressions for test, so there is nothing for a table")
     minutes = (time.monotonic() - began) / 60
     write_json(folder / DONE, {"evaluated": key(recipe), "commit": commit(), "minutes": minutes})

@@ -17,6 +17,7 @@ from .tables import table
 if TYPE_CHECKING:
     from hsnn_train.data.dataset import Dataset
     from hsnn_train.recipe import Recipe
+    from hsnn_train.warm import WarmStarts
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -118,16 +119,22 @@ def load_data(recipe: Recipe) -> Dataset:
 
 
 def train_and_evaluate(
-    recipe: Recipe, dataset: Dataset, run: Path, resume: bool = False, evaluate: bool = True
+    recipe: Recipe,
+    dataset: Dataset,
+    run: Path,
+    resume: bool = False,
+    evaluate: bool = True,
+    warm: WarmStarts | None = None,
 ) -> dict[str, Any]:
     """Train, calibrate on valid, evaluate on test and plot; returns the metrics that were written to metrics.json,
-    an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C."""
+    an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C. ``warm``: see
+    `Trainer`."""
     from hsnn_train import evaluate as ev
     from hsnn_train.plots import node_occupancy, training_curves
     from hsnn_train.trainer import Interrupted, Trainer, evaluation_batches
 
     began = time.monotonic()
-    trainer = Trainer(recipe, dataset, run, resume=resume)
+    trainer = Trainer(recipe, dataset, run, resume=resume, warm=warm)
     model = trainer.train()
     try:
         if len(dataset.valid):
@@ -183,11 +190,8 @@ def describe(report: dict[str, Any]) -> str:
     """The evaluation as tables."""
     out = [
         table(
-            ["layer", "task", "NE", "NE, soft index", "calibration"],
-            [
-                [r["layer"], r["task"], r["ne"], soft["ne"], r["calibration"]]
-                for r, soft in zip(report["pointwise"], report.get("pointwise_soft", report["pointwise"]))
-            ],
+            ["layer", "task", "NE", "calibration"],
+            [[r["layer"], r["task"], r["ne"], r["calibration"]] for r in report["pointwise"]],
             f"Held-out impressions ({report['split']}, ensemble of layers 1..l; the hard index is what serves)",
         )
     ]

@@ -15,7 +15,7 @@ from hsnn_train.data.dataset import Dataset, Examples
 
 from .batches import BatchMaker, IndexState, step_rng
 from .checkpoint import without_nan
-from .hsnn import HSNN
+from .hsnn import HSNN, LayerEnsemble
 from .lti import index_health
 from .metrics import calibration, normalised_entropy
 from .recipe import Recipe
@@ -41,12 +41,11 @@ def pointwise(
     examples: Examples,
     state: IndexState,
     seed: int,
-    alpha: float | None = None,
     limit: int = 200_000,
     progress: str = "",
 ) -> Pointwise:
     """Logits of every layer for held-out impressions (and sampled negatives where training has them), with the
-    hard codes that serving uses, or softly at ``alpha``. At most ``limit`` examples, chosen by seed.
+    hard codes that serving uses. At most ``limit`` examples, chosen by seed.
     ``progress`` names a progress bar. Raises DataError when there are no examples."""
     if not len(examples):
         raise DataError("no impressions to evaluate on: this split is empty; change the recipe's split:")
@@ -60,7 +59,7 @@ def pointwise(
         batch = batches.make(
             examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
         )
-        out = model(batch, alpha)
+        out = model(batch, None)
         chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
@@ -86,26 +85,39 @@ def pointwise_report(values: Pointwise, rates: np.ndarray, tasks: Sequence[str])
 
 @torch.no_grad()
 def calibrate(model: HSNN, values: Pointwise) -> None:
-    """Shift every layer's and task's ensemble bias so that the predicted mean of ``values`` (a validation split)
-    equals the observed mean: the one correction that no ranking notices."""
+    """Scale and shift every layer's and task's ensemble so that its probabilities fit ``values`` (a validation split)
+    best (Platt 1999): the correction that no ranking of a single task notices. The ensemble is linear, so it
+    carries both."""
     for layer, ensemble in enumerate(model.ensemble):
+        assert isinstance(ensemble, LayerEnsemble)
         for t in range(model.tasks):
             z = values.logits[layer, :, t].astype(np.float64)
-            observed = float(values.labels[:, t].mean(dtype=np.float64))
-            if 0.0 < observed < 1.0:
-                ensemble.bias[t] += _shift(z, observed)  # type: ignore[index, operator]
+            y = values.labels[:, t].astype(np.float64)
+            if 0.0 < y.mean() < 1.0 and z.std() > 0:
+                scale, shift = platt(z, y)
+                ensemble.weight[:, t] *= scale
+                ensemble.bias[t] = ensemble.bias[t] * scale + shift
 
 
-def _shift(logits: np.ndarray, observed: float) -> float:
-    """delta with mean sigmoid(logits + delta) = observed, by bisection."""
-    low, high = -20.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if float(np.mean(1 / (1 + np.exp(-(logits + middle))))) < observed:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def platt(z: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(a, b) with a > 0 that minimise the log loss of sigmoid(a z + b) against y, both (S,) float64, by Newton's
+    method. At the minimum the predicted mean equals the observed one. Where the best a would not be positive, a
+    stays small and positive, so that the order is kept."""
+    design = np.stack([z, np.ones_like(z)], axis=1)
+    found = np.array([1.0, 0.0])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-(design @ found)))
+        gradient = design.T @ (p - y) / len(y)
+        hessian = (design * (p * (1 - p))[:, None]).T @ design / len(y) + 1e-9 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        step *= min(
+            1.0, 2.0 / max(1e-12, float(np.abs(step).max()))
+        )  # far from the minimum Newton overshoots
+        found = found - step
+        found[0] = max(found[0], 1e-3)
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    return float(found[0]), float(found[1])
 
 
 def health_report(model: HSNN, dataset: Dataset, state: IndexState, alpha: float) -> list[dict[str, Any]]:
@@ -151,10 +163,6 @@ def evaluate(
         "pointwise": pointwise_report(hard, rates, tasks),
         "index": health_report(model, dataset, state, t.max_alpha),
     }
-    if recipe.model.index == "joint" and model.lti is not None:
-        name = "evaluate, soft index" if progress else ""
-        soft = pointwise(model, batches, examples, state, t.seed, alpha=t.max_alpha, progress=name)
-        report["pointwise_soft"] = pointwise_report(soft, rates, tasks)
     report["retrieval"] = retrieval(model, dataset, recipe, state, split, progress)
     plain: dict[str, Any] = without_nan(report)
     return plain

@@ -77,7 +77,6 @@ class Embedded(NamedTuple):
 
     users: tuple[Tensor, ...]  # per layer (B, U_l)
     items: tuple[Tensor, ...]  # per layer (R, E_l): of the item's node, at layer N its own
-    quantised: list[Tensor]  # per index layer the chain of codewords (R, e)
     lti: LTIOutput | None
     v: Tensor  # (R, e)
 
@@ -307,35 +306,35 @@ class HSNN(nn.Module):
 
     # Training.
 
-    def _quantised(
-        self, paths: Tensor, v: Tensor, alpha: float | None
-    ) -> tuple[LTIOutput | None, list[Tensor]]:
-        """Codeword chains of the batch's items, per index layer (R, d): soft at ``alpha``, hard when None."""
+    def _hard_chains(self, paths: Tensor) -> list[Tensor]:
+        """Codeword chains of the hard ``paths`` (R, N-1), per index layer (R, e)."""
         if self.lti is None:
-            return None, []
-        if alpha is not None:
-            out = self.lti(v, alpha)
-            return out, out.quantised
-        chain = torch.zeros_like(v)
-        quantised = []
+            return []
+        chain = torch.zeros(len(paths), self.index_width)
+        chains = []
         for number, codebook in enumerate(self.lti.codebook):
             chain = chain + codebook[paths[:, number]]
-            quantised.append(chain)
-        return None, quantised
+            chains.append(chain)
+        return chains
 
     def embed(self, sides: Sides, alpha: float | None) -> Embedded:
         """The towers of all layers over users and items, each node seen as serving sees it."""
         users = self.user_tower(sides.user_dense, sides.user_ids)
         fields, v = self.trunk(self.layers).items(sides.item_dense, sides.item_ids)
-        lti, quantised = self._quantised(sides.paths, v, alpha)
+        chains = self._hard_chains(sides.paths)
+        lti: LTIOutput | None = None
+        if self.lti is not None and alpha is not None:
+            lti = self.lti(v, alpha)
+            # Nodes look as they do to the search, and learn through the soft chain.
+            chains = [hard.detach() + (soft - soft.detach()) for hard, soft in zip(chains, lti.quantised)]
         items = []
         for number, node in enumerate(sides.nodes, start=1):
             of_node = self.layer(number).item_tower(*self.trunk(number).items(node.dense, node.ids))[node.of]
-            if quantised:
-                of_node = of_node + self.codeword_term[number - 1](quantised[number - 1])
+            if chains:
+                of_node = of_node + self.codeword_term[number - 1](chains[number - 1])
             items.append(of_node)
         items.append(self.layer(self.layers).item_tower(fields, v))
-        return Embedded(users, tuple(items), quantised, lti, v)
+        return Embedded(users, tuple(items), lti, v)
 
     def score_pairs(self, embedded: Embedded, pairs: Pairs) -> HSNNOutput:
         """MoNNs and ensembles of all N layers over the pairs."""
@@ -377,7 +376,8 @@ class HSNN(nn.Module):
         layer's vector of the user. From the second layer on c-bar is only a residual, so the chain summed so far
         stands for the item: for layer 1 that is c-bar itself."""
         vectors = embedded.users[-1][:, : self.tasks * self.index_width].unflatten(-1, (self.tasks, -1))
-        return [dot.against(vectors, q) for dot, q in zip(self.index_dot, embedded.quantised)]  # type: ignore[operator]
+        soft = [] if embedded.lti is None else embedded.lti.quantised
+        return [dot.against(vectors, q) for dot, q in zip(self.index_dot, soft)]  # type: ignore[operator]
 
     def interaction_pull(self, interactions: list[Tensor | None]) -> Tensor:
         """Auxiliary MSE that pulls each index layer's interaction embedding to the item level's (§3.2.3). Both

@@ -66,8 +66,11 @@ class TrainConfig:
         refresh_steps: steps between two refreshes of hard paths and representatives.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
             index losses begin; with a pool, only the item layer's two towers are trained before it.
-        warmup: fraction over which the index losses' weight grows linearly; 0 switches the warm-up off.
-        max_alpha, alpha_exponent, alpha_until: Eq. 8; exponent 0 switches the schedule off.
+        trunk_lr: learning rate of the trunk after that, as a share of the rest's, where there is a pool.
+        warmup: fraction, of the steps after init_at, over which the index losses' weight grows linearly; 0 switches
+            the warm-up off.
+        max_alpha, alpha_exponent, alpha_until: Eq. 8, over that fraction of the steps after init_at; exponent 0
+            switches the schedule off.
         balance: weight of the FLOPs regulariser; 0 switches it off.
         em_rounds: k-means rounds of method "em".
     """
@@ -88,6 +91,7 @@ class TrainConfig:
     teacher: str = ""
     refresh_steps: int = 200
     init_at: float = 0.15
+    trunk_lr: float = 0.2
     warmup: float = 0.1
     max_alpha: float = 20.0
     alpha_exponent: float = 1.0
@@ -246,6 +250,7 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         "index_loss",
         "reconstruction",
         "balance",
+        "trunk_lr",
         "weight_decay",
         "softmax",
     ):

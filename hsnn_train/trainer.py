@@ -42,6 +42,7 @@ from .objective import Moment, Objective
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, reset_optimizer_rows, residual_kmeans
 from .teacher import Teacher
+from .warm import WarmStarts
 
 LOG_EVERY = 20
 
@@ -91,29 +92,34 @@ class Trainer:
         run: directory to write; made when missing.
         resume: continue from its checkpoint.
         progress: show a progress bar with ETA.
+        warm: share the first phase with other runs.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, run: Path, resume: bool = False, progress: bool = True
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        run: Path,
+        resume: bool = False,
+        progress: bool = True,
+        warm: WarmStarts | None = None,
     ) -> None:
         t = recipe.train
         self.recipe, self.dataset, self.run, self.progress = recipe, dataset, run, progress
         torch.manual_seed(t.seed)
         self.model: HSNN = make_model(recipe, dataset.transform)
         self.model.set_items(dataset.items, dataset.item_counts)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=t.lr, weight_decay=t.weight_decay, foreach=True,
-        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=t.lr, weight_decay=t.weight_decay, foreach=True)
         self.batches = make_batches(dataset, recipe)
         self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))
         self.steps = t.max_steps or t.epochs * self.steps_per_epoch
-        self.init_step = int(t.init_at * self.steps)
+        self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
         teacher = Teacher(Path(t.teacher), dataset, self.batches) if t.teacher else None
         self.objective = Objective(self.model, self.batches, dataset.train, t, self._task_weights(), teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
+        self.warm = warm
         self._order_of, self._order = -1, np.empty(0, np.int64)
         self.history: list[dict[str, Any]] = []
         self.state: IndexState
@@ -122,6 +128,15 @@ class Trainer:
             self._restore()
         else:
             save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters of the trunks, and all others."""
+        trunks = {id(p) for p in self.model.trunks.parameters()}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if id(p) in trunks]},
+            {"params": [p for p in trained if id(p) not in trunks]},
+        ]
 
     def _task_weights(self) -> Tensor:
         return torch.tensor([task.weight for task in self.recipe.schema.tasks])
@@ -206,6 +221,7 @@ class Trainer:
                    mininterval=0.5)  # fmt: skip
         with bar, _deterministic():
             if self.step == 0:
+                self._start_warm(bar)
                 self._refresh(bar)
             with _interrupt_flag() as interrupted:
                 self.model.train()
@@ -228,6 +244,8 @@ class Trainer:
                 self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0
             ):
                 self._refresh(bar)
+            if self.step and self.step == self.init_step:
+                self._keep_warm()
             parts, pairs = self._one_step()
             seen += pairs
             self.step += 1
@@ -248,12 +266,32 @@ class Trainer:
             if self.step % self.recipe.train.checkpoint_steps == 0:
                 self.save()
 
+    def _warm_path(self) -> Path | None:
+        if self.warm is None:
+            return None
+        return self.warm.path(self.recipe, self.dataset, self.model, self.init_step)
+
+    def _start_warm(self, bar: Any) -> None:
+        path = self._warm_path()
+        if self.warm is not None and path is not None and path.exists():
+            self.history = self.warm.load(path, self.model, self.optimizer)
+            self.step = self.init_step
+            bar.update(self.step)
+
+    def _keep_warm(self) -> None:
+        path = self._warm_path()
+        if self.warm is not None and path is not None and not path.exists():
+            self.warm.save(path, self.model, self.optimizer, self.history)
+
     def alpha(self) -> float | None:
         """Temperature of this step's soft assignment; None while hard codes are used."""
         t = self.recipe.train
         if self.recipe.model.index != "joint" or self.model.lti is None:
             return None
-        return alpha_at(self.step, int(t.alpha_until * self.steps), t.max_alpha, t.alpha_exponent)
+        left = self.steps - self.init_step
+        return alpha_at(
+            max(0, self.step - self.init_step), int(t.alpha_until * left), t.max_alpha, t.alpha_exponent
+        )
 
     def _one_step(self) -> tuple[dict[str, Tensor], int]:
         t = self.recipe.train
@@ -261,14 +299,14 @@ class Trainer:
         if epoch != self._order_of:
             self._order_of, self._order = epoch, epoch_order(len(self.dataset.train.item_row), t.seed, epoch)
         rows = np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
-        for group in self.optimizer.param_groups:
-            group["lr"] = t.lr * self._lr_factor()
-        torch.manual_seed(
-            t.seed * 1_000_003 + self.step
-        )  # dropout and candidates: a function of (seed, step)
+        trunk, rest = self.optimizer.param_groups
+        rest["lr"] = t.lr * self._lr_factor()
+        trunk["lr"] = rest["lr"] * (t.trunk_lr if t.pool and self.step >= self.init_step else 1.0)
+        # Dropout and candidates are a function of (seed, step).
+        torch.manual_seed(t.seed * 1_000_003 + self.step)
         moment = Moment(
             self.alpha(),
-            warmup_at(self.step, self.init_step, int(t.warmup * self.steps)),
+            warmup_at(self.step, self.init_step, int(t.warmup * (self.steps - self.init_step))),
             warm=bool(t.pool) and (self.step < self.init_step or self.model.two_tower_only),
         )
         parts, pairs = self.objective(rows, self.state, moment, step_rng(t.seed, self.step))
@@ -285,11 +323,16 @@ class Trainer:
         return {k: v.detach() for k, v in parts.items()}, pairs
 
     def _lr_factor(self) -> float:
-        """Linear warm-up over 5% of the steps, then a cosine down to a tenth."""
-        warm = max(1, self.steps // 20)
-        if self.step < warm:
-            return (self.step + 1) / warm
-        along = (self.step - warm) / max(1, self.steps - warm)
+        """Linear warm-up over 5% of the steps, then a cosine down to a tenth; with a pool once for the two towers
+        alone and once for the whole model."""
+        step, steps = self.step, self.steps
+        if self.recipe.train.pool:
+            first = step < self.init_step
+            step, steps = (step, self.init_step) if first else (step - self.init_step, steps - self.init_step)
+        warm = max(1, steps // 20)
+        if step < warm:
+            return (step + 1) / warm
+        along = (step - warm) / max(1, steps - warm)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * along))
 
     # The index between steps.

@@ -130,7 +130,7 @@ def figures(run):
     """metrics.json without times, and its figures of calibrated probabilities as one list."""
     metrics = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
     del metrics["seconds"], metrics["retrieval"]["seconds_per_request"]
-    rows = metrics.pop("pointwise") + metrics.pop("pointwise_soft")
+    rows = metrics.pop("pointwise")
     return metrics, [row[name] for row in rows for name in ("ne", "calibration")]
 
 

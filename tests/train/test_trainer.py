@@ -83,8 +83,6 @@ def test_it_learns_and_calibration_meets_the_validation_mean(dataset, make_recip
     assert clicks[-1] < 0.95
     assert report["retrieval"]["search_recall"]["@10"] > 0.3
     assert json.loads(json.dumps(report)) == report
-    gaps = [abs(r["ne"] - s["ne"]) for r, s in zip(report["pointwise"], report["pointwise_soft"])]
-    assert any(gap > 0 for gap in gaps), "the soft assignment of training is not the hard one that serves"
     health = report["index"]
     assert [row["codewords"] for row in health] == [6, 3]
     assert not any(row["collapsed"] for row in health)
