@@ -66,7 +66,8 @@ def run_baselines(
 
     Args:
         data: a shipped recipe's name or a YAML file.
-        methods: names of `spaces.METHODS`; parameters are those of tuned-<data>.json, else the space's start.
+        methods: names of `spaces.METHODS`; parameters are those of tuned-<data>.json, else the
+            space's start, for ours the recipe's own.
         seeds: of training; a method without randomness runs once.
         requests: test requests at most, a choice that is the same for all methods and seeds; None: all.
         candidates: as `search.candidates` of a recipe; None: the recipe's.
@@ -90,7 +91,9 @@ def run_baselines(
     with tqdm(jobs, desc=f"baselines {recipe.name}", unit="run") as bar:
         for name, seed in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
-            params = best[name]["params"] if name in best else dict(METHODS[name].start)
+            # Ours begin as their recipe, which may be tuned already.
+            start = {} if METHODS[name].ours else METHODS[name].start
+            params = best[name]["params"] if name in best else dict(start)
             try:
                 for row, entry in bench.results(name, params, seed).items():
                     # What has no randomness has the same figures whatever the seed.

@@ -6,14 +6,14 @@ Matrix products only; a multiply-add is two.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hsnn_core.schema import Schema
+from hsnn_train.flops import counted
 from hsnn_train.hsnn import HSNN
 from hsnn_train.recipe import ModelConfig, Recipe
 
@@ -69,8 +69,8 @@ def _count(schema_json: str, shape: str) -> ModelFlops:
     with torch.device("meta"):
         model = HSNN(schema, cardinality, config.monns(), config.index_config()).eval()
         users, items = schema.layout("user"), schema.layout("item")
-        user = _counted(lambda: model.user_tower(*_inputs(users.dense_width, users.ids_width)))
-        item = _counted(lambda: model.item_tower(*_inputs(items.dense_width, items.ids_width)))
+        user = counted(lambda: model.user_tower(*_inputs(users.dense_width, users.ids_width)))
+        item = counted(lambda: model.item_tower(*_inputs(items.dense_width, items.ids_width)))
         pairs = []
         for layer in range(1, model.layers + 1):
             one, two = (_scored(model, layer, candidates) for candidates in (1, 2))
@@ -93,10 +93,4 @@ def _scored(model: HSNN, layer: int, candidates: int) -> int:
     node = torch.ones(1, candidates, model.item_widths[layer - 1])
     cross = _inputs(model.cross_dense_width, model.cross_ids_width, candidates)
     previous = torch.ones(1, candidates, (layer - 1) * model.tasks) if layer > 1 else None
-    return _counted(lambda: model.score(layer, user, node, *cross, previous))
-
-
-def _counted(run: Callable[[], object]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
+    return counted(lambda: model.score(layer, user, node, *cross, previous))

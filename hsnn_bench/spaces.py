@@ -64,7 +64,7 @@ _OURS: dict[str, Knob] = {
     "train.batch_size": Choice((256, 512, 1024)),
     "train.weight_decay": Real(1e-6, 1e-1, log=True),
 }
-_OURS_START = {"train.lr": 2e-3, "train.epochs": 4, "train.batch_size": 512, "train.weight_decay": 1e-4}
+_OURS_START = {"train.lr": 3e-3, "train.epochs": 10, "train.batch_size": 512, "train.weight_decay": 1e-6}
 
 
 def _flat(preset: str) -> Method:

@@ -137,12 +137,15 @@ def train_and_evaluate(
     trainer = Trainer(recipe, dataset, run, resume=resume, warm=warm)
     model = trainer.train()
     try:
-        if len(dataset.valid):
+        if trainer.calibrated:
+            print("calibrated before")
+        elif len(dataset.valid):
             batches = evaluation_batches(dataset, recipe)
             values = ev.pointwise(
                 model, batches, dataset.valid, trainer.state, recipe.train.seed, progress="calibrate"
             )
             ev.calibrate(model, values)
+            trainer.calibrated = True
             trainer.save()
         else:
             print("not calibrated: the split leaves no impressions for valid")

@@ -21,7 +21,7 @@ from .i2if import I2IF, Crossings, Postings, Query
 from .index import HierarchicalIndex
 
 # <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache and
-# below the size from which the allocator asks the system anew; 65,536 pairs took 1.5 times as long per pair.
+# below the size from which the allocator asks the system anew; larger calls take longer per pair.
 PAIRS_PER_CALL = 8192
 
 

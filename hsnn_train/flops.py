@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsnn_core.schema import Schema
 
-from .hsnn import cross_layout
-from .monn import MoNN
+from .monn import MoNN, cross_layout
 from .presets import PAPER_FEATURES, PAPER_FLOPS_RATIO, PRESETS, MoNNConfig
 from .trunk import Trunk
 
@@ -54,19 +53,20 @@ def count(config: MoNNConfig, schema: Schema, node: bool = False) -> Flops:
             i = torch.zeros(1, candidates, monn.item_width)
             x = torch.zeros(1, candidates, cross.dense_width) if cross.specs else None
             xi = torch.zeros(1, candidates, cross.ids_width, dtype=torch.int32) if cross.specs else None
-            return _counted(lambda: monn.logits(u, i, monn.interact(u, i, x, xi)))
+            return counted(lambda: monn.logits(u, i, monn.interact(u, i, x, xi)))
 
         pair = scored(2) - scored(1)  # what one more node costs; the rest of scored(1) is the user's
         return Flops(
-            _counted(lambda: monn.user_tower(*trunk.users(dense(user.dense_width), ids(user.ids_width))))
+            counted(lambda: monn.user_tower(*trunk.users(dense(user.dense_width), ids(user.ids_width))))
             + scored(1)
             - pair,
-            _counted(lambda: monn.item_tower(*trunk.items(dense(item.dense_width), ids(item.ids_width)))),
+            counted(lambda: monn.item_tower(*trunk.items(dense(item.dense_width), ids(item.ids_width)))),
             pair,
         )
 
 
-def _counted(run: Callable[[], object]) -> int:
+def counted(run: Callable[[], object]) -> int:
+    """FLOPs of the matrix products of a call."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())

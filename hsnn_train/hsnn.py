@@ -23,7 +23,7 @@ from hsnn_core.features import Encoded
 from hsnn_core.schema import Schema
 
 from .lti import LearnToIndex, LTIOutput
-from .monn import CrossLayout, MoNN
+from .monn import MoNN, cross_layout
 from .overarch import InnerProduct
 from .presets import MoNNConfig
 from .trunk import Trunk
@@ -397,13 +397,3 @@ class HSNN(nn.Module):
 def _normalised(embeddings: Tensor) -> Tensor:
     """(..., nx, d) -> mean over nx, layer-normalised (..., d)."""
     return F.layer_norm(embeddings.mean(-2), (embeddings.shape[-1],))
-
-
-def cross_layout(schema: Schema) -> CrossLayout:
-    """CrossLayout of a schema: in declaration order, `matches` ids per interaction in the item feature's space."""
-    specs = []
-    start = 0
-    for spec in schema.interactions:
-        specs.append((schema.feature(spec.item).space, start, start + spec.matches))
-        start += spec.matches
-    return CrossLayout(tuple(specs))

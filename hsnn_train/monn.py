@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hsnn_core.schema import Schema
+
 from .mol import MoLOverArch
 from .overarch import DHENOverArch, InnerProduct
 from .presets import MoNNConfig
@@ -36,6 +38,16 @@ class CrossLayout:
     @property
     def ids_width(self) -> int:
         return self.specs[-1][2] if self.specs else 0
+
+
+def cross_layout(schema: Schema) -> CrossLayout:
+    """CrossLayout of a schema: in declaration order, `matches` ids per interaction in the item feature's space."""
+    specs = []
+    start = 0
+    for spec in schema.interactions:
+        specs.append((schema.feature(spec.item).space, start, start + spec.matches))
+        start += spec.matches
+    return CrossLayout(tuple(specs))
 
 
 class InteractionTower(nn.Module):

@@ -21,7 +21,7 @@ from hsnn_train.data.dataset import Examples
 
 from . import losses
 from .batches import BatchMaker, IndexState, Pool, users_of
-from .hsnn import HSNN, Embedded, HSNNOutput, Pairs
+from .hsnn import HSNN, HSNNOutput, Pairs
 from .recipe import TrainConfig
 from .teacher import Teacher
 
@@ -74,14 +74,14 @@ class Objective:
             free[:, 1 + t.negatives :] = 1.0
             soft = None if self.teacher is None else self.teacher.logits(rows, batch.candidates)
             parts |= self._distilled(
-                out, soft, lambda logits, teacher: losses.distil(logits, teacher, free, self.weights)
+                out.logits, soft, lambda logits, teacher: losses.distil(logits, teacher, free, self.weights)
             )
         index = None
         if out.embedded.lti is not None:
             of = batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks)
             chosen = [logits.gather(1, of) for logits in self.model.index_logits(out.embedded)]
             index = losses.layered(chosen, labels, labelled, self.weights)
-        parts |= self._structure(out, out.embedded, index, moment)
+        parts |= self._structure(out, index, moment)
         return parts, labelled.numel()
 
     # A log of positives alone: a pool for the two towers, and of it a few candidates for the MoNNs.
@@ -123,14 +123,15 @@ class Objective:
             soft_labels = None
             if self.teacher is not None:
                 soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.numpy()]) - offset.unsqueeze(-1)
-            of_last = HSNNOutput(out.monn, corrected, out.interactions, embedded)
             parts |= self._distilled(
-                of_last, soft_labels, lambda own, teacher: losses.distil_ranking(own, teacher, pairs.labelled)
+                corrected,
+                soft_labels,
+                lambda own, teacher: losses.distil_ranking(own, teacher, pairs.labelled),
             )
         index = None
         if embedded.lti is not None:
             index = torch.stack([over_pool(chain) for chain in model.index_logits(embedded)]).sum()
-        parts |= self._structure(out, embedded, index, moment)
+        parts |= self._structure(out, index, moment)
         return parts, pairs.of.numel()
 
     @torch.no_grad()
@@ -160,20 +161,18 @@ class Objective:
     # Both.
 
     def _distilled(
-        self, out: HSNNOutput, soft: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]
+        self, logits: list[Tensor], soft: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Weighted:
         """Eq. 2: a teacher's logits for all layers, or without one the last layer's for the layers above it."""
-        students = out.logits[:-1] if soft is None else out.logits
-        teacher = out.logits[-1] if soft is None else soft
+        students = logits[:-1] if soft is None else logits
+        teacher = logits[-1] if soft is None else soft
         if not students:
             return {}
         return {"distil": (self.train.distil, torch.stack([loss(own, teacher) for own in students]).sum())}
 
-    def _structure(
-        self, out: HSNNOutput, embedded: Embedded, index: Tensor | None, moment: Moment
-    ) -> Weighted:
+    def _structure(self, out: HSNNOutput, index: Tensor | None, moment: Moment) -> Weighted:
         """The pull between interaction towers (§3.2.3), and the index's losses under their warm-up (§3.2.4)."""
-        t, model = self.train, self.model
+        t, model, embedded = self.train, self.model, out.embedded
         parts: Weighted = {}
         if model.layers > 1:
             parts["pull"] = (t.interaction_pull, model.interaction_pull(out.interactions))

@@ -116,10 +116,15 @@ class Trainer:
         self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
         teacher = Teacher(Path(t.teacher), dataset, self.batches) if t.teacher else None
-        self.objective = Objective(self.model, self.batches, dataset.train, t, self._task_weights(), teacher)
+        weights = torch.tensor([task.weight for task in recipe.schema.tasks])
+        self.objective = Objective(self.model, self.batches, dataset.train, t, weights, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
+        self.calibrated = (
+            False  # and its ensembles are fitted to valid, once: another fit would round otherwise
+        )
         self.warm = warm
+        self._refreshed = -1  # the step of the last refresh
         self._order_of, self._order = -1, np.empty(0, np.int64)
         self.history: list[dict[str, Any]] = []
         self.state: IndexState
@@ -137,9 +142,6 @@ class Trainer:
             {"params": [p for p in trained if id(p) in trunks]},
             {"params": [p for p in trained if id(p) not in trunks]},
         ]
-
-    def _task_weights(self) -> Tensor:
-        return torch.tensor([task.weight for task in self.recipe.schema.tasks])
 
     def _kmeans_schedule(self) -> set[int]:
         """Steps at which codebooks are set by k-means: at the start, and where the item tower has settled, which for
@@ -169,6 +171,7 @@ class Trainer:
             "schema_hash": self.recipe.schema.hash,
             "step": self.step,
             "finished": self.finished,
+            "calibrated": self.calibrated,
             "examples": len(self.dataset.train),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -206,6 +209,7 @@ class Trainer:
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
         self.step = int(saved["step"])
         self.finished = bool(saved.get("finished", False))
+        self.calibrated = bool(saved.get("calibrated", False))
         self.history = list(saved["history"])
 
     # The loop.
@@ -221,7 +225,10 @@ class Trainer:
                    mininterval=0.5)  # fmt: skip
         with bar, _deterministic():
             if self.step == 0:
-                self._start_warm(bar)
+                kept = None if self.warm is None else self.warm.load(*self._first_phase)
+                if kept is not None:
+                    self.history, self.step = kept, self.init_step
+                    bar.update(self.step)
                 self._refresh(bar)
             with _interrupt_flag() as interrupted:
                 self.model.train()
@@ -240,12 +247,12 @@ class Trainer:
         """The steps that are left, with refreshes and checkpoints on the way."""
         seen, started = 0, time.monotonic()
         while self.step < self.steps:
-            if self.step and (
-                self.step in self.kmeans_steps or self.step % self.recipe.train.refresh_steps == 0
-            ):
+            every = self.recipe.train.refresh_steps
+            due = self.step in self.kmeans_steps or (self.step % every == 0 and not self._warming)
+            if due and self._refreshed != self.step:
                 self._refresh(bar)
-            if self.step and self.step == self.init_step:
-                self._keep_warm()
+            if self.warm is not None and self.step and self.step == self.init_step:
+                self.warm.keep(*self._first_phase, self.history)
             parts, pairs = self._one_step()
             seen += pairs
             self.step += 1
@@ -266,22 +273,14 @@ class Trainer:
             if self.step % self.recipe.train.checkpoint_steps == 0:
                 self.save()
 
-    def _warm_path(self) -> Path | None:
-        if self.warm is None:
-            return None
-        return self.warm.path(self.recipe, self.dataset, self.model, self.init_step)
+    @property
+    def _warming(self) -> bool:
+        """Whether only the item layer's two towers are trained yet, so that nothing reads the index."""
+        return bool(self.recipe.train.pool) and self.step < self.init_step
 
-    def _start_warm(self, bar: Any) -> None:
-        path = self._warm_path()
-        if self.warm is not None and path is not None and path.exists():
-            self.history = self.warm.load(path, self.model, self.optimizer)
-            self.step = self.init_step
-            bar.update(self.step)
-
-    def _keep_warm(self) -> None:
-        path = self._warm_path()
-        if self.warm is not None and path is not None and not path.exists():
-            self.warm.save(path, self.model, self.optimizer, self.history)
+    @property
+    def _first_phase(self) -> tuple[Recipe, Dataset, HSNN, torch.optim.Optimizer, int]:
+        return self.recipe, self.dataset, self.model, self.optimizer, self.init_step
 
     def alpha(self) -> float | None:
         """Temperature of this step's soft assignment; None while hard codes are used."""
@@ -301,13 +300,13 @@ class Trainer:
         rows = np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
         trunk, rest = self.optimizer.param_groups
         rest["lr"] = t.lr * self._lr_factor()
-        trunk["lr"] = rest["lr"] * (t.trunk_lr if t.pool and self.step >= self.init_step else 1.0)
+        trunk["lr"] = rest["lr"] * (t.trunk_lr if t.pool and not self._warming else 1.0)
         # Dropout and candidates are a function of (seed, step).
         torch.manual_seed(t.seed * 1_000_003 + self.step)
         moment = Moment(
             self.alpha(),
             warmup_at(self.step, self.init_step, int(t.warmup * (self.steps - self.init_step))),
-            warm=bool(t.pool) and (self.step < self.init_step or self.model.two_tower_only),
+            warm=self._warming,
         )
         parts, pairs = self.objective(rows, self.state, moment, step_rng(t.seed, self.step))
         if not torch.isfinite(parts["loss"]):
@@ -327,8 +326,8 @@ class Trainer:
         alone and once for the whole model."""
         step, steps = self.step, self.steps
         if self.recipe.train.pool:
-            first = step < self.init_step
-            step, steps = (step, self.init_step) if first else (step - self.init_step, steps - self.init_step)
+            start, end = (0, self.init_step) if self._warming else (self.init_step, self.steps)
+            step, steps = step - start, end - start
         warm = max(1, steps // 20)
         if step < warm:
             return (step + 1) / warm
@@ -340,6 +339,7 @@ class Trainer:
     def _refresh(self, bar: Any, final: bool = False) -> None:
         """Re-assign the corpus; before that, k-means or the reset of dead codewords where they are due."""
         bar.set_description("train: index")
+        self._refreshed = self.step
         lti, t = self.model.lti, self.recipe.train
         v = None if lti is None else index_vectors(self.model, self.dataset.items)
         if lti is not None and v is not None and not final:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hsnn_core.files import written_aside
@@ -29,15 +29,60 @@ class WarmStarts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, recipe: Recipe, dataset: Dataset, model: HSNN, steps: int) -> Path | None:
-        """Where the warm start of such a run is kept; None when it has no such phase or several trunks."""
+    def load(
+        self, recipe: Recipe, dataset: Dataset, model: HSNN, optimizer: torch.optim.Optimizer, steps: int
+    ) -> list[dict[str, Any]] | None:
+        """Put the kept first phase of ``steps`` steps in place; returns its history, None when there is none."""
+        path = self._path(recipe, dataset, model, steps)
+        if path is None or not path.exists():
+            return None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        whole = optimizer.state_dict()
+        for name, (parameter, number) in _two_towers(model, optimizer).items():
+            parameter.data.copy_(saved["parameters"][name])
+            if name in saved["optimizer"]:
+                whole["state"][number] = saved["optimizer"][name]
+        optimizer.load_state_dict(whole)
+        history: list[dict[str, Any]] = saved["history"]
+        return history
+
+    def keep(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        model: HSNN,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        history: list[dict[str, Any]],
+    ) -> None:
+        """Keep the two towers, their optimiser state and their losses, where no other run has."""
+        path = self._path(recipe, dataset, model, steps)
+        if path is None or path.exists():
+            return
+        found = _two_towers(model, optimizer)
+        state = optimizer.state_dict()["state"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as f:
+            torch.save(
+                {
+                    "parameters": {name: parameter.detach() for name, (parameter, _) in found.items()},
+                    "optimizer": {
+                        name: state[number] for name, (_, number) in found.items() if number in state
+                    },
+                    "history": [row for row in history if "retrieval" in row],
+                },
+                f,
+            )
+
+    def _path(self, recipe: Recipe, dataset: Dataset, model: HSNN, steps: int) -> Path | None:
+        """Where such a phase is kept; None when the run has none, or several trunks."""
         if not recipe.train.pool or len(model.trunks) > 1:
             return None
         train = dataset.train
         content = hashlib.sha256()
         for array in (train.users.dense, train.users.ids, train.item_row, train.labels, dataset.items.ids,
                       dataset.items.dense, dataset.item_keys):  # fmt: skip
-            content.update(array.tobytes())
+            content.update(np.ascontiguousarray(array).data)
         key = {
             "schema": recipe.schema.hash,
             "data": content.hexdigest(),
@@ -51,45 +96,14 @@ class WarmStarts:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"warm-{name}.pt"
 
-    def save(
-        self, path: Path, model: HSNN, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]
-    ) -> None:
-        """Keep the two towers, their optimiser state and the history of the first phase."""
-        state = optimizer.state_dict()["state"]
-        numbers = {id(p): number for number, p in enumerate(_trained(optimizer))}
-        modules = _two_towers(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as f:
-            torch.save(
-                {
-                    "modules": {name: module.state_dict() for name, module in modules.items()},
-                    "optimizer": {
-                        f"{name}.{key}": state[numbers[id(p)]]
-                        for name, module in modules.items()
-                        for key, p in module.named_parameters()
-                    },
-                    "history": [row for row in history if "retrieval" in row],
-                },
-                f,
-            )
 
-    def load(self, path: Path, model: HSNN, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        """Put a kept first phase in place; returns its history."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        whole = optimizer.state_dict()
-        numbers = {id(p): number for number, p in enumerate(_trained(optimizer))}
-        for name, module in _two_towers(model).items():
-            module.load_state_dict(saved["modules"][name])
-            for key, p in module.named_parameters():
-                whole["state"][numbers[id(p)]] = saved["optimizer"][f"{name}.{key}"]
-        optimizer.load_state_dict(whole)
-        history: list[dict[str, Any]] = saved["history"]
-        return history
-
-
-def _two_towers(model: HSNN) -> Mapping[str, torch.nn.Module]:
-    return {"trunk": model.trunk(model.layers), "dot": model.layer(model.layers).dot}
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _two_towers(model: HSNN, optimizer: torch.optim.Optimizer) -> dict[str, tuple[torch.nn.Parameter, int]]:
+    """What the first phase trains, by name, with the optimiser's number of it."""
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {id(p): number for number, p in enumerate(in_order)}
+    modules = {"trunk": model.trunk(model.layers), "dot": model.layer(model.layers).dot}
+    return {
+        f"{name}.{key}": (p, numbers[id(p)])
+        for name, module in modules.items()
+        for key, p in module.named_parameters()
+    }

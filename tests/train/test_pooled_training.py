@@ -1,0 +1,135 @@
+"""Training against a pool: the losses' formulas, the log-Q correction, shared warm starts, Platt's calibration."""
+
+import numpy as np
+import pytest
+import torch
+
+from hsnn_core.errors import SchemaError
+from hsnn_train import losses
+from hsnn_train.batches import CandidateSampler, step_rng
+from hsnn_train.evaluate import platt
+from hsnn_train.trainer import Trainer, make_batches
+from hsnn_train.warm import WarmStarts
+
+POOLED = {"pool": 40, "negatives": 5, "hard": 3, "unlabelled": 0, "init_at": 0.5, "max_steps": 12}
+
+
+def test_pooled_softmax_is_the_corrected_log_softmax_of_the_positive():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]]).unsqueeze(-1)
+    log_inclusion = torch.log(torch.tensor([0.5, 1.0, 0.25]))
+    positive, weights = torch.tensor([2, 0]), torch.tensor([[1.0], [0.0]])
+    corrected = np.exp(np.array([1.0, 2.0, 0.5])) / np.array([0.5, 1.0, 0.25])
+    expected = -np.log(corrected[2] / corrected.sum()) / 2  # the second user's label is 0
+    assert losses.pooled_softmax(logits, positive, log_inclusion, weights).item() == pytest.approx(expected)
+
+
+def test_sampled_softmax_leaves_out_what_is_not_labelled():
+    logits = torch.tensor([[[1.0], [2.0], [9.0]]])
+    labels = torch.tensor([[[1.0], [0.0], [0.0]]])
+    labelled = torch.tensor([[1.0, 1.0, 0.0]])
+    expected = -np.log(np.e / (np.e + np.e**2))
+    assert losses.sampled_softmax(logits, labels, labelled, torch.ones(1)).item() == pytest.approx(expected)
+
+
+def test_ranking_distillation_is_least_at_the_teacher_and_gives_it_no_gradient():
+    teacher = torch.tensor([[[0.3], [1.2], [-0.5]]], requires_grad=True)
+    labelled = torch.ones(1, 3)
+    own = teacher.detach() + 2.0  # a constant more is the same ranking
+    entropy = torch.distributions.Categorical(logits=teacher.detach()[0, :, 0]).entropy().item()
+    assert losses.distil_ranking(own, teacher, labelled).item() == pytest.approx(entropy, rel=1e-5)
+    other = torch.zeros(1, 3, 1, requires_grad=True)
+    loss = losses.distil_ranking(other, teacher, labelled)
+    assert loss.item() > entropy
+    loss.backward()
+    assert teacher.grad is None
+    target = torch.softmax(teacher.detach()[..., 0], -1)
+    assert losses.match(own[..., 0], target).item() == pytest.approx(entropy, rel=1e-5)
+
+
+def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(dataset, make_recipe):
+    maker = make_batches(dataset, make_recipe(train=POOLED))
+    rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[:16]
+    pools = [maker.pool(dataset.train, rows, 20, step_rng(0, step)) for step in range(400)]
+    own = dataset.train.item_row[rows]
+    for pool in pools[:5]:
+        assert np.array_equal(pool.rows[pool.positive], own)
+        assert np.all(np.diff(pool.rows) > 0)
+    drawn = CandidateSampler(dataset.item_counts, make_recipe().train.negative_power, everything=False)
+    absent = np.setdiff1d(drawn.rows, own)  # in the pool by its 20 draws alone
+    seen = np.mean([np.isin(absent, pool.rows) for pool in pools], axis=0)
+    share = drawn.share[np.searchsorted(drawn.rows, absent)]
+    np.testing.assert_allclose(seen, 1 - (1 - share) ** 20, atol=0.09)
+    everything = maker.pool(dataset.train, rows, 10_000, step_rng(0, 0))
+    assert np.array_equal(everything.rows, drawn.rows)
+    assert not everything.log_inclusion.any()
+
+
+def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_recipe, tmp_path):
+    folder = WarmStarts(tmp_path / "warm")
+
+    def trained(name, layers, warm):
+        depth = len(layers) - 1
+        model = {"layers": layers, "codebooks": [5] * depth, "dropout": 0.2}
+        recipe = make_recipe(model=model, search={"widths": [3] * depth}, train=POOLED)
+        return Trainer(recipe, dataset, tmp_path / name, progress=False, warm=warm)
+
+    trained("first", ["cpu_s"], folder).train()
+    assert len(list((tmp_path / "warm").iterdir())) == 1
+    for layers in (["cpu_s", "cpu_xs"], ["cpu_m", "cpu_s", "cpu_s"]):
+        alone = trained("alone", layers, None)
+        plain = alone.train().state_dict()
+        shared = trained("shared", layers, folder)
+        got = shared.train().state_dict()
+        assert all(torch.equal(got[name], plain[name]) for name in plain)
+        assert [row["step"] for row in shared.history if "supervised" in row] == [
+            row["step"] for row in alone.history if "supervised" in row
+        ]
+    assert len(list((tmp_path / "warm").iterdir())) == 1
+
+
+def test_an_interrupted_pooled_run_ends_where_an_uninterrupted_one_does(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(model={"dropout": 0.2}, train=POOLED | {"checkpoint_steps": 4})
+    whole = Trainer(recipe, dataset, tmp_path / "whole", progress=False).train().state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", _stop_after(Trainer._one_step, 9))
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            Trainer(recipe, dataset, tmp_path / "cut", progress=False).train()
+    resumed = Trainer(recipe, dataset, tmp_path / "cut", resume=True, progress=False).train().state_dict()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def _stop_after(step, count):
+    done = 0
+
+    def one(trainer):
+        nonlocal done
+        done += 1
+        if done > count:
+            raise RuntimeError("pulled the plug")
+        return step(trainer)
+
+    return one
+
+
+def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=20_000) * 2
+    y = (rng.random(20_000) < 1 / (1 + np.exp(-(z - 1)))).astype(np.float64)
+    scale, shift = platt(3 * z + 5, y)  # what is true is z - 1
+    assert scale == pytest.approx(1 / 3, rel=0.05)
+    assert 3 * shift + 5 * 3 * scale == pytest.approx(-3, abs=0.25)
+    assert np.mean(1 / (1 + np.exp(-(scale * (3 * z + 5) + shift)))) == pytest.approx(y.mean(), abs=1e-6)
+    assert platt(-z, y)[0] > 0, "the order is kept even where it is wrong"
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"pool": 10, "negatives": 0}, "train.pool: is for logs of positives alone"),
+        ({"pool": 10, "negatives": 2, "unlabelled": 1}, "expected 0 beside train.pool"),
+        ({"hard": 1, "negatives": 2}, "train.hard: got 1, expected at most"),
+    ],
+)
+def test_settings_of_a_pool_that_make_no_sense_are_named(make_recipe, train, message):
+    with pytest.raises(SchemaError, match=message):
+        make_recipe(train={"unlabelled": 0} | train)
