@@ -32,10 +32,17 @@ class ServerProcess:
     started: int
 
     def alive(self) -> bool:
-        with suppress(ChildProcessError):  # started by another process: theirs to reap
-            os.waitpid(self.pid, os.WNOHANG)
+        self._reap()
         status = _status(self.pid)
         return status is not None and status.started == self.started and not status.dead
+
+    def _reap(self) -> bool:
+        """Whether nothing is left for this process to reap: a server that is dead stays in the system's table until
+        its last thread has ended and its parent has asked."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+        except ChildProcessError:  # reaped, or started by another process: theirs to reap
+            return True
 
     def children(self) -> list[int]:
         """The living processes of the group besides the leader."""
@@ -59,7 +66,9 @@ class ServerProcess:
             if self.alive() or self.children():
                 with suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
-            if not wait_until(lambda: not self.alive() and not self.children(), _KILL_SECONDS):
+            if not wait_until(
+                lambda: self._reap() and not self.alive() and not self.children(), _KILL_SECONDS
+            ):
                 raise ServerError(
                     f"server process {self.pid} outlives SIGKILL; see its state in /proc/{self.pid}"
                 )
