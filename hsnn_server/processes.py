@@ -39,9 +39,12 @@ class ServerProcess:
     def _reap(self) -> bool:
         """Whether nothing is left for this process to reap: a server that is dead stays in the system's table until
         its last thread has ended and its parent has asked."""
+        status = _status(self.pid)
+        if status is None or status.started != self.started:
+            return True
         try:
             return os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
-        except ChildProcessError:  # reaped, or started by another process: theirs to reap
+        except ChildProcessError:  # started by another process: theirs to reap
             return True
 
     def children(self) -> list[int]:
