@@ -5,8 +5,10 @@ both features share an id space, or *through items*, when the user's ids are ite
 those items that count. Per candidate there are three dense crossings and the ids that matched:
 
     0  number of the item's terms that matched
-    1  share of the user's total count that lies on matched terms (0 without any)
+    1  share of the user's total weight that lies on matched terms (0 without any)
     2  share of the item's terms that matched (0 without any)
+
+A term weighs as often as the user has it; in an interaction that fades, its occurrences lose weight with age.
 
 Two plans give the same bits: `probe` looks the user up from the candidates' forward lists (few candidates),
 `walk` runs over the postings of the user's terms (all nodes of a layer). Both only collect integers; one
@@ -27,6 +29,8 @@ from .features import Encoded, FeatureTransform, without_gaps, without_repeats
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
 
 DENSE_PER_INTERACTION = 3
+# Weight of a sequence's most recent occurrence where the interaction fades: whole numbers, so that sums are exact.
+FRESH = 256
 # Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
 TABLE_ENTRIES = 1 << 20
 
@@ -49,10 +53,10 @@ class IdSlot(NamedTuple):
 
 class Terms(NamedTuple):
     """The users' terms in one interaction: ``terms`` (B, M) int32 ascending and different within a user, 0
-    beyond; ``counts`` (B, M) int32 their occurrences; ``totals`` (B,) int64."""
+    beyond; ``weights`` (B, M) int32 of their occurrences, summed; ``totals`` (B,) int64."""
 
     terms: np.ndarray
-    counts: np.ndarray
+    weights: np.ndarray
     totals: np.ndarray
 
 
@@ -79,12 +83,12 @@ class PostingList(NamedTuple):
     cells: np.ndarray
     terms_of_cell: np.ndarray
 
-    def find(self, terms: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in ``terms`` of those asked for that are there, and their counts."""
+    def find(self, terms: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in ``terms`` of those asked for that are there, and their weights."""
         at = np.searchsorted(self.terms, terms)
         there = np.flatnonzero(at < len(self.terms))
         there = there[self.terms[at[there]] == terms[there]]
-        return at[there], counts[there]
+        return at[there], weights[there]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +187,14 @@ class I2IF:
                 f"interaction {spec.interaction.name!r}: user ids {ids.min()}..{ids.max()}, expected 0.."
                 f"{limit - 1}; encode users with the transform of this snapshot"
             )
-        if spec.interaction.through:
-            positions = np.where(ids < ID_FIRST, -1, self.position_of_id[ids])
-            terms = self.forward[spec.interaction.name][positions]
-            terms[positions < 0] = ID_PADDING
-            return _counted(terms.reshape(len(ids), -1))
-        return _counted(np.where(ids < ID_FIRST, ID_PADDING, ids))
+        weights = _occurrence_weights(ids, spec.interaction.fade)
+        if not spec.interaction.through:
+            return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
+        positions = np.where(ids < ID_FIRST, -1, self.position_of_id[ids])
+        terms = self.forward[spec.interaction.name][positions]  # (B, S, L)
+        terms[positions < 0] = ID_PADDING
+        spread = np.broadcast_to(weights[:, :, None], terms.shape)
+        return _summed(terms.reshape(len(ids), -1), spread.reshape(len(ids), -1))
 
     def probe(self, query: Query, positions: np.ndarray) -> Crossings:
         """Crossings of each user with positions (B, C) of its own, from the forward lists."""
@@ -204,7 +210,7 @@ class I2IF:
                 asked = row + users.terms[part]
                 wanted = forward[positions[part]]  # (b, C, L)
                 try:
-                    table[asked] = users.counts[part]
+                    table[asked] = users.weights[part]
                     hits = table[row[:, :, None] + wanted].ravel()
                 finally:  # out of memory, say: this thread's next users must not find these ones' terms
                     table[asked] = 0
@@ -224,12 +230,12 @@ class I2IF:
         crossings = self._empty(batch, len(postings.positions))
         for number, (users, inverted) in enumerate(zip(query.terms, postings.lists)):
             for user in range(batch):
-                at, counts = inverted.find(users.terms[user], users.counts[user])
+                at, weights = inverted.find(users.terms[user], users.weights[user])
                 lengths = inverted.ptr[at + 1] - inverted.ptr[at]
                 before = lengths.cumsum() - lengths
                 entries = np.repeat(inverted.ptr[at] - before, lengths) + np.arange(lengths.sum())
                 hits = np.zeros(len(inverted.terms_of_cell), dtype=np.int32)
-                hits[inverted.cells[entries]] = np.repeat(counts, lengths)
+                hits[inverted.cells[entries]] = np.repeat(weights, lengths)
                 part = slice(user, user + 1)
                 self._fill(
                     crossings,
@@ -252,9 +258,9 @@ class I2IF:
         positions: np.ndarray,
         totals: np.ndarray,
     ) -> None:
-        """Turn the counts of one interaction into the crossings of the users ``part`` (b of them).
+        """Turn the weights of one interaction into the crossings of the users ``part`` (b of them).
 
-        ``hits`` (b*C*L,): how often the user has the term of that cell; ``terms`` (b*C*L,); ``positions``
+        ``hits`` (b*C*L,): the user's weight of the term of that cell; ``terms`` (b*C*L,); ``positions``
         (b, C); ``totals`` (b,). Integers until the one division, so equal hits give equal bits.
         """
         pairs, slot = positions.size, self.id_slots[number]
@@ -316,10 +322,23 @@ def _forward_list(spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndar
     return lists
 
 
-def _counted(terms: np.ndarray) -> Terms:
-    """terms (B, n) with zeros anywhere -> each user's different terms and their counts."""
+def _occurrence_weights(ids: np.ndarray, fade: float) -> np.ndarray:
+    """(B, S) int32: what every position of ids (B, S), padded at the end, weighs; 1 without fading, else at least 1 and
+    `FRESH` times fade to the power of the age, which is 0 at the last position."""
+    if fade == 1.0:
+        return np.ones(ids.shape, np.int32)
+    by_age = np.maximum(1, np.round(FRESH * fade ** np.arange(ids.shape[1]))).astype(np.int32)
+    length = (ids != ID_PADDING).sum(axis=1, keepdims=True)
+    return by_age[np.maximum(length - 1 - np.arange(ids.shape[1]), 0)]
+
+
+def _summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
+    """terms (B, n) with zeros anywhere, weights (B, n) -> each user's different terms and their summed weights."""
     batch, width = terms.shape
-    ordered = np.sort(terms, axis=1)
+    order = np.argsort(terms, axis=1, kind="stable")
+    ordered = np.take_along_axis(terms, order, axis=1)
+    running = np.zeros((batch, width + 1), np.int32)
+    np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1, out=running[:, 1:])
     first = ordered > ID_PADDING
     first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
     user, column = np.nonzero(first)
@@ -330,10 +349,10 @@ def _counted(terms: np.ndarray) -> Terms:
     different = first.sum(axis=1)
     place = np.arange(len(user)) - (different.cumsum() - different)[user]
     shape = (batch, int(different.max(initial=0)))
-    found, counts = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    found, sums = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
     found[user, place] = ordered[user, column]
-    counts[user, place] = ends - column
-    return Terms(found, counts, counts.sum(axis=1, dtype=np.int64))
+    sums[user, place] = running[user, ends] - running[user, column]
+    return Terms(found, sums, sums.sum(axis=1, dtype=np.int64))
 
 
 def _inverted(lists: np.ndarray) -> PostingList:

@@ -56,7 +56,8 @@ class Feature:
 
     ``dim`` and ``default`` belong to dense features. The others turn keys of ``type`` into ids: ``encoding``
     with ``size`` (number of values; 0 for the item space), at most ``length`` ids per row. ``derive_from``
-    names the task whose earlier positives fill a history; ``same_as`` the feature whose id space is shared.
+    names the task whose earlier positives fill a history, or from whose positives in train an item's neighbours are
+    found; ``same_as`` the feature whose id space is shared.
     """
 
     name: str
@@ -107,7 +108,8 @@ class Task:
 class Interaction:
     """A crossing of a user feature with an item feature (I2IF), returning at most ``matches`` ids.
 
-    ``through``: the user's ids are items, and it is the terms of those items that are matched.
+    ``through``: the user's ids are items, and it is the terms of those items that are matched. ``fade``: what an
+    occurrence in the user's sequence weighs relative to the one after it; 1: all weigh the same.
     """
 
     name: str
@@ -115,6 +117,12 @@ class Interaction:
     item: str
     matches: int
     through: bool
+    fade: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as written in a schema file."""
+        entry: dict[str, Any] = {"user": self.user, "item": self.item, "matches": self.matches}
+        return entry if self.fade == 1.0 else entry | {"fade": self.fade}
 
 
 @dataclass(frozen=True)
@@ -197,9 +205,7 @@ class Schema:
             "keys": keys,
             "tasks": [{"name": t.name, "weight": t.weight, "rank": t.rank} for t in self.tasks],
             "features": {owner: {f.name: f.to_dict() for f in self.features_of(owner)} for owner in OWNERS},
-            "interactions": {
-                i.name: {"user": i.user, "item": i.item, "matches": i.matches} for i in self.interactions
-            },
+            "interactions": {i.name: i.to_dict() for i in self.interactions},
         }
 
     def to_json(self) -> str:

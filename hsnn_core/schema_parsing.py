@@ -22,7 +22,7 @@ KINDS: dict[str, Kind] = {"dense": "dense", "sparse": "sparse", "sequence": "seq
 TYPES: dict[str, KeyType] = {"int": "int", "string": "string"}
 SETTINGS = {
     "dense": ("kind", "dim", "default"),
-    "sparse": ("kind", *ENCODINGS, "type", "max", "same_as"),
+    "sparse": ("kind", *ENCODINGS, "type", "max", "same_as", "from"),
     "sequence": ("kind", *ENCODINGS, "type", "length", "same_as", "from"),
 }
 
@@ -150,8 +150,15 @@ def _feature(
     derive_from = entry.get("from")
     if derive_from is not None:
         _choice(f"{path}.from", derive_from, {task.name: task.name for task in tasks})
-        if owner != "user" or encoding != "item":
-            raise SchemaError(f"{path}.from: only a user's sequence `of: item` can be derived from a task")
+        if (
+            encoding != "item"
+            or (owner, kind) not in (("user", "sequence"), ("item", "sparse"))
+            or name == ITEM_SPACE
+        ):
+            raise SchemaError(
+                f"{path}.from: only a user's sequence `of: item` (a history) and an item's sparse feature `of: item` "
+                "(its neighbours) can be derived from a task"
+            )
     return Feature(
         name,
         owner,
@@ -211,7 +218,7 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
         path = f"interactions.{name}"
         _name(path, name)
         entry = _mapping(path, entry)
-        _known(path, entry, ("user", "item", "matches"))
+        _known(path, entry, ("user", "item", "matches", "fade"))
         user, item = (_side(path, owner, entry.get(owner), features) for owner in OWNERS)
         through = user.space != item.space
         if through and user.space != ITEM_SPACE:
@@ -226,7 +233,14 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
                 f"{path}.matches: got {matches}, expected at most {item.length}, the ids that a row of "
                 f"{item.name} has"
             )
-        found.append(Interaction(name, user.name, item.name, matches, through))
+        fade = _number(f"{path}.fade", entry.get("fade", 1.0))
+        if not 0 < fade <= 1:
+            raise SchemaError(f"{path}.fade: got {fade}, expected a number above 0, at most 1")
+        if fade < 1 and user.kind != "sequence":
+            raise SchemaError(
+                f"{path}.fade: {user.name} is no sequence, so nothing in it is older; leave it out"
+            )
+        found.append(Interaction(name, user.name, item.name, matches, through, fade))
     return tuple(found)
 
 

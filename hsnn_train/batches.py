@@ -5,6 +5,7 @@ Everything random is a function of (seed, step), so a resumed run draws what an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hsnn_core.features import Encoded
-from hsnn_core.i2if import I2IF
+from hsnn_core.i2if import I2IF, Crossings
 from hsnn_core.index import HierarchicalIndex
 from hsnn_train.data.dataset import Dataset, Examples
 
@@ -84,17 +85,24 @@ class BatchMaker:
 
     Args:
         dataset: features are already encoded.
-        i2if: crossings with forward lists in item-table row order, or None without interactions.
+        i2ifs: crossings with forward lists in item-table row order: those of every fold of the data set, then those
+            that serve; empty without interactions.
         layers: N.
         negatives, unlabelled: sampled candidates per example, with label 0 and without label.
         power: see `CandidateSampler`.
     """
 
     def __init__(
-        self, dataset: Dataset, i2if: I2IF | None, layers: int, negatives: int, unlabelled: int, power: float
+        self,
+        dataset: Dataset,
+        i2ifs: Sequence[I2IF],
+        layers: int,
+        negatives: int,
+        unlabelled: int,
+        power: float,
     ) -> None:
         self.items = dataset.items
-        self.i2if = i2if
+        self.i2ifs = i2ifs
         self.layers = layers
         self.negatives = negatives
         self.unlabelled = unlabelled
@@ -117,7 +125,8 @@ class BatchMaker:
         labelled = np.zeros(candidates.shape, np.float32)
         labelled[:, : 1 + self.negatives] = 1.0
         labelled[:, 1:] *= sampled != own[:, None]  # a draw of the positive itself is no negative
-        return self.assemble(users_of(examples, rows), candidates, state, labels, labelled)
+        users = users_of(examples, rows)
+        return self.assemble(users, candidates, state, labels, labelled, examples.fold[rows])
 
     def pool(self, examples: Examples, rows: np.ndarray, size: int, rng: np.random.Generator) -> Pool:
         """The positives of examples ``rows`` (B,) and ``size`` draws by popularity among the items with a training
@@ -139,10 +148,11 @@ class BatchMaker:
         state: IndexState,
         labels: np.ndarray,
         labelled: np.ndarray,
+        fold: np.ndarray,
     ) -> Batch:
         """Batch of users (B rows) and candidate item rows (B, C)."""
         distinct, of = np.unique(candidates, return_inverse=True)
-        pairs = self.pairs(users, distinct, of.reshape(candidates.shape), state, labels, labelled)
+        pairs = self.pairs(users, distinct, of.reshape(candidates.shape), state, labels, labelled, fold)
         return Batch(self.sides(users, distinct, state), pairs)
 
     def sides(self, users: Encoded, rows: np.ndarray, state: IndexState) -> Sides:
@@ -170,17 +180,18 @@ class BatchMaker:
         state: IndexState,
         labels: np.ndarray,
         labelled: np.ndarray,
+        fold: np.ndarray,
     ) -> Pairs:
-        """The pairs of users (B rows) and items ``rows[of]`` (B, C), with the crossings of every layer's node."""
+        """The pairs of users (B rows) and items ``rows[of]`` (B, C), with the crossings of every layer's node by the
+        forward lists of the users' folds (B,), -1 for those that serve."""
         candidates = rows[of]
         cross_dense: list[Tensor | None] = [None] * self.layers
         cross_ids: list[Tensor | None] = [None] * self.layers
-        if self.i2if is not None:
-            query = self.i2if.query(users.ids)
+        if self.i2ifs:
             per_layer = [state.representative[layer][candidates] for layer in range(self.layers - 1)]
-            for layer, positions in enumerate([*per_layer, candidates]):
-                dense, ids = self.i2if.probe(query, positions)
-                cross_dense[layer], cross_ids[layer] = torch.from_numpy(dense), torch.from_numpy(ids)
+            for layer, found in enumerate(self._crossings(users.ids, [*per_layer, candidates], fold)):
+                cross_dense[layer] = torch.from_numpy(found.dense)
+                cross_ids[layer] = torch.from_numpy(found.ids)
         return Pairs(
             of=torch.from_numpy(np.ascontiguousarray(of, dtype=np.int64)),
             cross_dense=tuple(cross_dense),
@@ -188,6 +199,27 @@ class BatchMaker:
             labels=torch.from_numpy(labels),
             labelled=torch.from_numpy(labelled),
         )
+
+    def _crossings(
+        self, user_ids: np.ndarray, layers: Sequence[np.ndarray], fold: np.ndarray
+    ) -> list[Crossings]:
+        """Of users (B, S) with positions (B, C) per layer, each user by its fold's lists."""
+        out: list[Crossings] = []
+        for number in np.unique(fold):
+            rows = np.flatnonzero(fold == number)
+            i2if = self.i2ifs[number]
+            query = i2if.query(user_ids[rows])
+            found = [i2if.probe(query, positions[rows]) for positions in layers]
+            if len(rows) == len(user_ids):
+                return found
+            if not out:
+                out = [
+                    Crossings(*(np.empty((len(user_ids), *part.shape[1:]), part.dtype) for part in crossings))
+                    for crossings in found
+                ]
+            for whole, part in zip(out, found):
+                whole.dense[rows], whole.ids[rows] = part
+        return out
 
 
 def users_of(examples: Examples, rows: np.ndarray) -> Encoded:

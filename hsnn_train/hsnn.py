@@ -9,6 +9,7 @@ Letters: B users, C candidates per user, R distinct items of a batch, T tasks, U
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,6 +80,7 @@ class Embedded(NamedTuple):
     items: tuple[Tensor, ...]  # per layer (R, E_l): of the item's node, at layer N its own
     lti: LTIOutput | None
     v: Tensor  # (R, e)
+    chain: Tensor  # (R, e), the hard codewords of v summed over the index layers, without gradient
 
 
 class HSNNOutput(NamedTuple):
@@ -223,6 +225,13 @@ class HSNN(nn.Module):
         for trunk in self._trunks():
             trunk.set_items(torch.from_numpy(np.array(items.ids)), torch.from_numpy(counts > 0))
 
+    def fix_temperature(self, temperature: float) -> None:
+        """Set the temperature of every layer's inner product, and leave the item layer's there: one that is learnt
+        grows ever sharper, and what it is sure of is the training set (docs/log.md)."""
+        for number in range(1, self.layers + 1):
+            self.layer(number).dot.log_scale.data.fill_(-math.log(temperature))
+        self.layer(self.layers).dot.log_scale.requires_grad_(False)
+
     @property
     def two_tower_only(self) -> bool:
         """One layer of inner products: there is nothing to train but the two towers."""
@@ -322,6 +331,7 @@ class HSNN(nn.Module):
         users = self.user_tower(sides.user_dense, sides.user_ids)
         fields, v = self.trunk(self.layers).items(sides.item_dense, sides.item_ids)
         chains = self._hard_chains(sides.paths)
+        whole = chains[-1].detach() if chains else torch.zeros_like(v)
         lti: LTIOutput | None = None
         if self.lti is not None and alpha is not None:
             lti = self.lti(v, alpha)
@@ -334,7 +344,7 @@ class HSNN(nn.Module):
                 of_node = of_node + self.codeword_term[number - 1](chains[number - 1])
             items.append(of_node)
         items.append(self.layer(self.layers).item_tower(fields, v))
-        return Embedded(users, tuple(items), lti, v)
+        return Embedded(users, tuple(items), lti, v, whole)
 
     def score_pairs(self, embedded: Embedded, pairs: Pairs) -> HSNNOutput:
         """MoNNs and ensembles of all N layers over the pairs."""

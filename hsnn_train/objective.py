@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hsnn_train.data.dataset import Examples
 
@@ -110,9 +111,12 @@ class Objective:
         for_nodes = [model.pool_logits(embedded, layer) for layer in range(1, model.layers)]
         if for_nodes:
             parts["nodes"] = (t.softmax, torch.stack([over_pool(own) for own in for_nodes]).sum())
-            if t.distil:
-                soft = [losses.match(own[..., 0] - log_inclusion, proposal) for own in for_nodes]
-                parts["node_distil"] = (t.distil, torch.stack(soft).sum())
+            if t.node_distil:
+                # Softened, a node is worth what its best items are rather than what they are on average; times the
+                # heat, its gradient stays of one size (Hinton et al. 2015).
+                target = torch.softmax(logits[..., 0].detach() / t.heat - log_inclusion, dim=-1)
+                soft = [losses.match(own[..., 0] / t.heat - log_inclusion, target) for own in for_nodes]
+                parts["node_distil"] = (t.node_distil * t.heat, torch.stack(soft).sum())
         pairs, offset = self._candidates(rows, pool, proposal, state)
         out = model.score_pairs(embedded, pairs)
         corrected = [logits - offset.unsqueeze(-1) for logits in out.logits]
@@ -156,7 +160,8 @@ class Objective:
         offset = torch.from_numpy(pool.log_inclusion)[of] + torch.log(slots)
         offset = offset - math.log(t.negatives / len(self.batches.of_seen.rows))
         users = users_of(self.examples, rows)
-        return self.batches.pairs(users, pool.rows, of.numpy(), state, labels, labelled.numpy()), offset
+        fold = self.examples.fold[rows]
+        return self.batches.pairs(users, pool.rows, of.numpy(), state, labels, labelled.numpy(), fold), offset
 
     # Both.
 
@@ -183,4 +188,6 @@ class Objective:
                 weight * t.reconstruction, model.lti.reconstruction_loss(embedded.lti, embedded.v)
             )  # fmt: skip
             parts["balance"] = (weight * t.balance, model.lti.balance_loss(embedded.lti))
+            if t.commitment:
+                parts["commitment"] = (weight * t.commitment, F.mse_loss(embedded.v, embedded.chain))
         return parts

@@ -56,6 +56,7 @@ class TrainConfig:
 
     Attributes:
         pool: items that the two towers' sampled softmax runs over, for logs of positives only; 0: no such loss.
+        temperature: of the two towers' softmax over the pool; it is not learnt.
         softmax: weight of the sampled softmax losses beside the cross-entropy, where there is a pool.
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
         hard: how many of them are drawn from what the two towers put first, where there is a pool.
@@ -71,6 +72,9 @@ class TrainConfig:
             the warm-up off.
         max_alpha, alpha_exponent, alpha_until: Eq. 8, over that fraction of the steps after init_at; exponent 0
             switches the schedule off.
+        commitment: weight of the pull of item vectors towards their codewords, so that what is indexed clusters.
+        node_distil: weight with which node layers learn what the item layer's towers think of the pool, where there is
+            one; heat: by how much both sides are softened for it.
         balance: weight of the FLOPs regulariser; 0 switches it off.
         em_rounds: k-means rounds of method "em".
     """
@@ -83,6 +87,7 @@ class TrainConfig:
     seed: int = 1
     pool: int = 0
     softmax: float = 1.0
+    temperature: float = 0.07
     negatives: int = 0
     hard: int = 0
     unlabelled: int = 1
@@ -98,6 +103,9 @@ class TrainConfig:
     alpha_until: float = 0.8
     index_loss: float = 0.5
     reconstruction: float = 0.5
+    commitment: float = 0.0
+    node_distil: float = 0.1
+    heat: float = 1.0
     balance: float = 0.2
     interaction_pull: float = 0.1
     em_rounds: int = 3
@@ -250,6 +258,8 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         "index_loss",
         "reconstruction",
         "balance",
+        "commitment",
+        "node_distil",
         "trunk_lr",
         "weight_decay",
         "softmax",
@@ -270,8 +280,9 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
             f"train.hard: got {train.hard}, expected at most train.negatives ({train.negatives}), "
             "and 0 without train.pool"
         )
-    if train.lr <= 0:
-        raise SchemaError(f"train.lr: got {train.lr!r}, expected a number above 0")
+    for key in ("lr", "temperature", "heat"):
+        if not getattr(train, key) > 0:
+            raise SchemaError(f"train.{key}: got {getattr(train, key)!r}, expected a number above 0")
     if train.teacher and not ((train.unlabelled or train.pool) and train.distil):
         raise SchemaError(
             "train.teacher: has no effect without train.distil and either train.unlabelled or train.pool above 0"

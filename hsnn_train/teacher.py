@@ -25,7 +25,7 @@ class Teacher:
         check_inputs(path, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
         run = load_run(path)
         self.model, self.state, self.examples = run.model.eval(), run.index, dataset.train
-        self.batches = BatchMaker(dataset, student.i2if, run.model.layers, 0, 0, 0.0)
+        self.batches = BatchMaker(dataset, student.i2ifs, run.model.layers, 0, 0, 0.0)
 
     @torch.no_grad()
     def logits(self, rows: np.ndarray, candidates: np.ndarray) -> Tensor:
@@ -33,6 +33,8 @@ class Teacher:
         unlabelled = np.zeros(candidates.shape, np.float32)
         labels = np.zeros((*candidates.shape, self.model.tasks), np.float32)
         users = users_of(self.examples, rows)
-        batch = self.batches.assemble(users, candidates, self.state, labels, unlabelled)
+        batch = self.batches.assemble(
+            users, candidates, self.state, labels, unlabelled, self.examples.fold[rows]
+        )
         out: Tensor = self.model(batch, None).logits[-1]
         return out

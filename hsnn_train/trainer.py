@@ -59,20 +59,23 @@ class NotSaved(HsnnError):
     """The checkpoint could not be written; the one before is kept."""
 
 
-def rows_i2if(dataset: Dataset) -> I2IF | None:
-    """I2IF over item-table rows, for training; None when the schema has no interactions."""
+def rows_i2ifs(dataset: Dataset) -> list[I2IF]:
+    """I2IF over item-table rows: of every fold, then of what is served; empty when the schema has no interactions."""
     if not dataset.schema.interactions:
-        return None
+        return []
     position_of_id = np.full(dataset.transform.cardinality("item"), -1, np.int32)
     position_of_id[2:] = np.arange(len(dataset.item_keys), dtype=np.int32)
-    return I2IF.build(dataset.schema, dataset.transform, dataset.items, position_of_id)
+    return [
+        I2IF.build(dataset.schema, dataset.transform, items, position_of_id)
+        for items in (*dataset.folds, dataset.items)
+    ]
 
 
 def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """The batch maker of a recipe, as training and evaluation use it."""
     t = recipe.train
     return BatchMaker(
-        dataset, rows_i2if(dataset), len(recipe.model.layers), t.negatives, t.unlabelled, t.negative_power
+        dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, t.unlabelled, t.negative_power
     )
 
 
@@ -80,7 +83,7 @@ def evaluation_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """As training's, but negatives are uniform among the items with a training positive: what logits are calibrated
     for, whatever training drew."""
     t = recipe.train
-    return BatchMaker(dataset, rows_i2if(dataset), len(recipe.model.layers), t.negatives, 0, 0.0)
+    return BatchMaker(dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, 0, 0.0)
 
 
 class Trainer:
@@ -109,6 +112,8 @@ class Trainer:
         torch.manual_seed(t.seed)
         self.model: HSNN = make_model(recipe, dataset.transform)
         self.model.set_items(dataset.items, dataset.item_counts)
+        if t.pool:
+            self.model.fix_temperature(t.temperature)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=t.lr, weight_decay=t.weight_decay, foreach=True)
         self.batches = make_batches(dataset, recipe)
         self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))

@@ -103,7 +103,9 @@ class FieldEmbedder(nn.Module):
                 for s in sequences
             }
         )
-        self.fields = len(layout.dense_slots) + len(layout.slots) + len(sequences)
+        # An item's neighbours were found in labels: they are for crossings, which are made out of fold.
+        self.slots = [s for s in layout.slots if s.feature.owner == "user" or s.feature.derive_from is None]
+        self.fields = len(layout.dense_slots) + len(self.slots) + len(sequences)
 
     def forward(self, lookup: Lookup, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: list[Tensor] = []
@@ -111,7 +113,7 @@ class FieldEmbedder(nn.Module):
             for slot, linear in zip(self.layout.dense_slots, self.dense):
                 fields.append(linear(dense[:, slot.start : slot.stop]))
         if ids is not None:
-            for slot in self.layout.slots:
+            for slot in self.slots:
                 own = ids[:, slot.start : slot.stop]
                 if slot.feature.kind == "sequence":
                     own = _trimmed(own)
@@ -169,10 +171,17 @@ class Lookup(nn.Module):
         return out
 
     def sequence(self, slot: Slot, ids: Tensor) -> Tensor:
-        """As `ids`, with the attributes of the items that the ids stand for."""
-        out = self.ids(slot, ids)
+        """As `ids`, with the attributes of the items that the ids stand for. Most positions are padding or repeat an
+        item, so outside of a traced graph every item is looked up once."""
         if slot.feature.space != "item" or not self.attributes:
-            return out
+            return self.ids(slot, ids)
+        if torch.jit.is_tracing() or ids.is_meta:
+            return self._items(slot, ids)
+        distinct, place = torch.unique(ids, return_inverse=True)
+        return self._items(slot, distinct.unsqueeze(-1)).squeeze(-2)[place]
+
+    def _items(self, slot: Slot, ids: Tensor) -> Tensor:
+        out = self.ids(slot, ids)
         known = self.item_ids[ids.to(torch.int64)]  # type: ignore[index]
         for attribute in self.attributes:
             own = known[..., attribute.start : attribute.stop]

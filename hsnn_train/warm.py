@@ -20,7 +20,7 @@ from .hsnn import HSNN
 from .recipe import Recipe
 
 #: of `train:`, what the first phase reads
-READ = ("batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "negative_power")
+READ = ("batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negative_power")
 
 
 class WarmStarts:
@@ -106,4 +106,5 @@ def _two_towers(model: HSNN, optimizer: torch.optim.Optimizer) -> dict[str, tupl
         f"{name}.{key}": (p, numbers[id(p)])
         for name, module in modules.items()
         for key, p in module.named_parameters()
+        if p.requires_grad
     }

@@ -14,7 +14,7 @@ and either may add
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hsnn_core.schema import KEY_MISSING, Feature, Schema
 
 from .columns import column, missing_rows, wire_rows
 from .history import Histories
+from .neighbours import FOLDS, fold_of, neighbours
 from .splits import NAMES, TRAIN, Split
 from .tables import TABLES, Log, LogTables, check_tables, load_tables
 
@@ -38,7 +39,8 @@ class Examples:
     """S impressions in order of time.
 
     users: encoded user features as of each impression; item_row (S,) int32 row of the item table; labels
-    (S, T) float32; time (S,) int64; user_key (S,) int64.
+    (S, T) float32; time (S,) int64; user_key (S,) int64; fold (S,) int8: which of `Dataset.folds` is to be seen with
+    it, -1 for none.
     """
 
     users: Encoded
@@ -46,6 +48,7 @@ class Examples:
     labels: np.ndarray
     time: np.ndarray
     user_key: np.ndarray
+    fold: np.ndarray
 
     def __len__(self) -> int:
         return len(self.item_row)
@@ -55,7 +58,8 @@ class Examples:
 class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
 
-    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task;
+    items: V encoded rows; folds: the same rows with neighbours found without the users of fold 0, 1, ..., empty when
+    no feature of an item is derived; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task;
     item_first_time (V,) int64: time of the item's first impression in any split, the largest int64 without one.
     raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
     would carry them. earlier: (split, rows (R,)) -> per example the int32 item rows of its whole history, the
@@ -66,6 +70,7 @@ class Dataset:
     schema: Schema
     transform: FeatureTransform
     items: Encoded
+    folds: tuple[Encoded, ...]
     item_keys: np.ndarray
     item_counts: np.ndarray
     item_first_time: np.ndarray
@@ -166,14 +171,18 @@ def build_dataset(
     order = np.argsort(log.time, kind="stable")
     rows_of = [order[parts[order] == part] for part in range(len(NAMES))]
 
-    item_raw = _item_rows(schema, log)
+    neighbours = _Neighbours(schema, log, rows_of[TRAIN])
+    item_raw = _item_rows(schema, log) | neighbours.raw(None)
     transform = FeatureTransform.fit(schema, users.to_fit(rows_of[TRAIN]), item_raw, log.item_keys)
     with tqdm(total=len(order), desc="encode", unit="row", delay=1.0, disable=not progress) as bar:
         train, valid, test = (_encode(transform, users, log, rows, bar) for rows in rows_of)
+    if neighbours.features:
+        train = replace(train, fold=fold_of(log.group[rows_of[TRAIN]]))
     return Dataset(
         schema,
         transform,
         transform.encode_items(item_raw),
+        tuple(transform.encode_items(item_raw | raw) for raw in neighbours.folds()),
         log.item_keys,
         np.bincount(train.item_row[train.labels[:, 0] > 0], minlength=len(log.item_keys)),
         _first_times(log),
@@ -249,6 +258,32 @@ class _UserFeatures:
         return found | {name: values[user_row] for name, values in self.of_user.items()}
 
 
+class _Neighbours:
+    """Item features derived from the train positives (``rows`` of the log)."""
+
+    def __init__(self, schema: Schema, log: Log, rows: np.ndarray) -> None:
+        self.features = [f for f in schema.item_features if f.derive_from is not None]
+        self.tasks = [task.name for task in schema.tasks]
+        self.log, self.rows = log, rows
+
+    def raw(self, without: int | None) -> dict[str, np.ndarray]:
+        """Wire arrays (V, L) by feature name, of all groups or ``without`` those of a fold."""
+        found = {}
+        for feature in self.features:
+            log, rows = self.log, self.rows
+            rows = rows[log.labels[rows, self.tasks.index(str(feature.derive_from))] > 0]
+            if without is not None:
+                rows = rows[fold_of(log.group[rows]) != without]
+            items = len(log.item_keys)
+            nearest = neighbours(log.group[rows], log.time[rows], log.item_row[rows], items, feature.length)
+            found[feature.name] = np.where(nearest < 0, KEY_MISSING, log.item_keys[nearest])
+        return found
+
+    def folds(self) -> list[dict[str, np.ndarray]]:
+        """`raw` without fold 0, 1, ...; empty when no feature is derived."""
+        return [self.raw(fold) for fold in range(FOLDS)] if self.features else []
+
+
 def _first_times(log: Log) -> np.ndarray:
     first = np.full(len(log.item_keys), np.iinfo(np.int64).max)
     np.minimum.at(first, log.item_row, log.time)
@@ -260,6 +295,8 @@ def _item_rows(schema: Schema, log: Log) -> dict[str, np.ndarray]:
     tables, where = log.tables, log.tables.where("items")
     raw = {}
     for feature in schema.item_features:
+        if feature.derive_from is not None:
+            continue
         own = feature.encoding == "item" and feature.kind == "sparse" and feature.length == 1
         if own and feature.name not in tables.items.column_names:
             raw[feature.name] = log.item_keys[:, None]
@@ -282,5 +319,6 @@ def _encode(
         dense[chunk], ids[chunk] = encoded.dense, encoded.ids
         bar.update(len(encoded))
     return Examples(
-        Encoded(dense, ids), log.item_row[rows], log.labels[rows], log.time[rows], log.user_key[rows]
-    )
+        Encoded(dense, ids), log.item_row[rows], log.labels[rows], log.time[rows], log.user_key[rows],
+        np.full(len(rows), -1, np.int8),
+    )  # fmt: skip

@@ -20,7 +20,9 @@ X = KEY_MISSING
 
 def world(items: np.ndarray, categories: np.ndarray) -> tuple[Schema, FeatureTransform, I2IF]:
     """The example's schema over items with keys (V,) and categories (V, 4); position = row."""
-    schema = Schema.from_dict(ads())
+    declared = ads()
+    declared["interactions"]["seen"]["fade"] = 0.8
+    schema = Schema.from_dict(declared)
     raw = {"item": items[:, None], "category": categories}
     transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, raw, items)
     position_of_id = np.full(transform.cardinality("item"), -1, np.int32)
@@ -43,10 +45,11 @@ def test_by_hand():
     topics, seen, likes = query.terms
     # Through items: 20 counts twice, so categories 2 (ids +2), 3 and 4 twice, and 10 adds 1 and 2.
     assert topics.terms.tolist() == [[3, 4, 5, 6], [0, 0, 0, 0]]
-    assert topics.counts.tolist() == [[1, 3, 2, 2], [0, 0, 0, 0]]
+    assert topics.weights.tolist() == [[1, 3, 2, 2], [0, 0, 0, 0]]
     assert topics.totals.tolist() == [8, 0]
+    # The history's ages are 3, 2, 1, 0, their weights 131, 164, 205, 256: item 20 has the first and the last.
     assert seen.terms.tolist() == [[2, 3], [0, 0]]
-    assert seen.counts.tolist() == [[1, 2], [0, 0]]
+    assert seen.weights.tolist() == [[164, 387], [0, 0]]
     assert likes.terms.tolist() == [[4, 6], [0, 0]]
 
     assert (i2if.dense_width, i2if.ids_width) == (9, 7)
@@ -59,9 +62,9 @@ def test_by_hand():
     f = np.float32
     assert found.dense.tolist() == [
         [
-            # topics: matched, share of count, share of terms | seen | likes
-            [2, f(4 / 8), 1, 1, f(1 / 3), 1, 1, f(1 / 2), f(1 / 2)],
-            [3, f(7 / 8), 1, 1, f(2 / 3), 1, 2, 1, f(2 / 3)],
+            # topics: matched, share of weight, share of terms | seen | likes
+            [2, f(4 / 8), 1, 1, f(164 / 551), 1, 1, f(1 / 2), f(1 / 2)],
+            [3, f(7 / 8), 1, 1, f(387 / 551), 1, 2, 1, f(2 / 3)],
             [0, 0, 0, 0, 0, 0, 0, 0, 0],
         ],
         [[0] * 9] * 3,
@@ -87,16 +90,20 @@ def slow_crossings(i2if: I2IF, user_ids: np.ndarray, positions: np.ndarray) -> C
     for number, (spec, slot) in enumerate(zip(i2if.specs, i2if.id_slots)):
         lists = i2if.forward[spec.interaction.name]
         for user, row in enumerate(user_ids[:, spec.user].tolist()):
-            known = [value for value in row if value > 1]
+            row = [value for value in row if value > 0]
+            fade = spec.interaction.fade
+            weights = [1 if fade == 1 else max(1, round(256 * fade**age)) for age in range(len(row))][::-1]
+            known = [(value, weight) for value, weight in zip(row, weights) if value > 1]
             if spec.interaction.through:
-                held = [i2if.position_of_id[value] for value in known]
-                known = [int(term) for at in held if at >= 0 for term in lists[at] if term > 0]
+                held = [(i2if.position_of_id[value], weight) for value, weight in known]
+                known = [(int(term), w) for at, w in held if at >= 0 for term in lists[at] if term > 0]
+            total = sum(weight for _, weight in known)
             for column, position in enumerate(positions[user]):
                 terms = [int(term) for term in lists[position] if term > 0]
-                hits = [term for term in terms if term in known]
+                hits = [term for term in terms if term in dict(known)]
                 dense[user, column, 3 * number : 3 * number + 3] = [
                     len(hits),
-                    sum(known.count(term) for term in hits) / max(len(known), 1),
+                    sum(weight for term, weight in known if term in hits) / max(total, 1),
                     len(hits) / max(len(terms), 1),
                 ]
                 capped = hits[: spec.interaction.matches]

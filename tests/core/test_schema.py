@@ -232,7 +232,18 @@ def at(path: str, value):
             at("features.user.country.type", "float"),
             "features.user.country.type: got 'float', expected one of int,",
         ),
-        (at("features.user.country.from", "click"), "features.user.country.from: unknown sparse setting"),
+        (
+            at("features.user.country.from", "click"),
+            "features.user.country.from: only a user's sequence `of: item`",
+        ),
+        (
+            at("interactions.likes.fade", 0.5),
+            "interactions.likes.fade: likes is no sequence, so nothing in it is older",
+        ),
+        (
+            at("interactions.seen.fade", 0.0),
+            "interactions.seen.fade: got 0.0, expected a number above 0, at most 1",
+        ),
         (
             at("features.item.shelf.type", "string"),
             "features.item.shelf.type: got string, expected int with range",

@@ -81,7 +81,7 @@ def test_training_forward_with_hard_codes_equals_serving_scores(world, dataset):
     candidates = np.array([[5, 9, 60, 5], [0, 119, 7, 33]])
     users = type(dataset.train.users)(dataset.train.users.dense[rows], dataset.train.users.ids[rows])
     batch = batches.assemble(
-        users, candidates, state, np.zeros((2, 4, 2), np.float32), np.ones((2, 4), np.float32)
+        users, candidates, state, np.zeros((2, 4, 2), np.float32), np.ones((2, 4), np.float32), np.full(2, -1)
     )
     with torch.inference_mode():
         trained = model(batch, None)
@@ -108,7 +108,12 @@ def test_upper_layers_see_the_representative_not_the_item(world, dataset):
     a, b = np.flatnonzero(node == crowded)[:2]
     users = type(dataset.train.users)(dataset.train.users.dense[:1], dataset.train.users.ids[:1])
     batch = batches.assemble(
-        users, np.array([[a, b]]), state, np.zeros((1, 2, 2), np.float32), np.ones((1, 2), np.float32)
+        users,
+        np.array([[a, b]]),
+        state,
+        np.zeros((1, 2, 2), np.float32),
+        np.ones((1, 2), np.float32),
+        np.full(1, -1),
     )
     with torch.inference_mode():
         out = model(batch, None)

@@ -133,3 +133,48 @@ def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
 def test_settings_of_a_pool_that_make_no_sense_are_named(make_recipe, train, message):
     with pytest.raises(SchemaError, match=message):
         make_recipe(train={"unlabelled": 0} | train)
+
+
+def losses_of(trainer, step):
+    """The parts of the step's loss in a pooled run that stands there."""
+    trainer.step = step
+    trainer.model.train()
+    return trainer._one_step()[0]
+
+
+def test_only_a_learnt_index_pulls_its_items_and_only_after_the_first_phase(dataset, make_recipe, tmp_path):
+    def trainer(index):
+        recipe = make_recipe(
+            model={"index": index}, train=POOLED | {"commitment": 0.5, "warmup": 0.0, "node_distil": 1.0}
+        )
+        made = Trainer(recipe, dataset, tmp_path / index, progress=False)
+        made._refresh(Bar())
+        return made
+
+    joint = trainer("joint")
+    assert "commitment" not in losses_of(joint, 0)
+    joint._refresh(Bar())
+    parts = losses_of(joint, joint.init_step)
+    assert parts["commitment"].item() > 0
+    assert parts["node_distil"].item() > 0
+    assert "commitment" not in losses_of(trainer("kmeans"), 8)
+
+
+class Bar:
+    def set_description(self, text):
+        pass
+
+
+def test_the_temperature_of_the_item_layer_stays(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(model={"layers": ["cpu_s", "cpu_s"], "codebooks": [5]},
+                         search={"widths": [3]}, train=POOLED | {"temperature": 0.2})  # fmt: skip
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    given = torch.full((2,), -np.log(0.2), dtype=torch.float32)
+    assert torch.allclose(trainer.model.layer(1).dot.log_scale, given)
+    model = trainer.train()
+    assert torch.allclose(model.layer(2).dot.log_scale, given)
+    assert not torch.allclose(model.layer(1).dot.log_scale, given), (
+        "centroids are shorter: a node layer learns its own"
+    )
+    with pytest.raises(SchemaError, match=r"train.temperature: got 0.0, expected a number above 0"):
+        make_recipe(train=POOLED | {"temperature": 0.0})

@@ -172,7 +172,7 @@ def emptied(dataset, split, rows=0):
     """The data set with only the first rows of a split."""
     part = getattr(dataset, split)
     users = type(part.users)(part.users.dense[:rows], part.users.ids[:rows])
-    fields = {name: getattr(part, name)[:rows] for name in ("item_row", "labels", "time", "user_key")}
+    fields = {name: getattr(part, name)[:rows] for name in ("item_row", "labels", "time", "user_key", "fold")}
     return replace(dataset, **{split: type(part)(users=users, **fields)})
 
 
