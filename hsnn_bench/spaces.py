@@ -62,9 +62,9 @@ _OURS: dict[str, Knob] = {
     "train.lr": Real(3e-4, 1e-2, log=True),
     "train.epochs": Whole(2, 20, log=True),
     "train.batch_size": Choice((256, 512, 1024)),
-    "train.weight_decay": Real(1e-6, 1e-1, log=True),
+    "train.temperature": Real(0.05, 0.3, log=True),
 }
-_OURS_START = {"train.lr": 3e-3, "train.epochs": 10, "train.batch_size": 512, "train.weight_decay": 1e-6}
+_OURS_START = {"train.lr": 3e-3, "train.epochs": 9, "train.batch_size": 512, "train.temperature": 0.12}
 
 
 def _flat(preset: str) -> Method:
