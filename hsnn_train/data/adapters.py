@@ -27,12 +27,13 @@ HOUR_MS = 3_600_000
 
 
 class Raw(NamedTuple):
-    """What an adapter gives: the three tables and notes on how they were made."""
+    """What an adapter gives: the three tables and notes on how they were made; ``unordered``: see `LogTables`."""
 
     impressions: pa.Table
     users: pa.Table | None
     items: pa.Table
     notes: tuple[str, ...] = ()
+    unordered: bool = False
 
 
 def adapt(schema: Schema, section: Mapping[str, Any], base_dir: Path) -> LogTables:
@@ -75,6 +76,7 @@ def adapt(schema: Schema, section: Mapping[str, Any], base_dir: Path) -> LogTabl
         section.get("unknown_items", "refuse"),
         section.get("history_by"),
         notes=raw.notes,
+        unordered=raw.unordered,
     )
 
 
@@ -184,11 +186,11 @@ def completejourney(folder: Path) -> Raw:
 
 
 def gowalla(folder: Path) -> Raw:
-    """Check-ins without time, divided as published in column `split`."""
+    """Check-ins without time, divided as published in column `split`. A user's stand there by item id, which says
+    nothing of their order."""
     visits = _read(folder, "interactions")
-    return Raw(
-        _with_ones(visits, "visit"), None, pa.table({"item_id": pc.unique(visits.column("item_id")).sort()})
-    )
+    items = pa.table({"item_id": pc.unique(visits.column("item_id")).sort()})
+    return Raw(_with_ones(visits, "visit"), None, items, unordered=True)
 
 
 ADAPTERS: dict[str, Callable[..., Raw]] = {

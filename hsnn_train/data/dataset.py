@@ -167,6 +167,8 @@ def build_dataset(
     """Check, split, derive histories, fit on the train split, encode. Raises DataError and FeatureError."""
     log = check_tables(tables)
     parts = split.assign(log)
+    if tables.unordered:
+        log = replace(log, time=parts.astype(np.int64))  # there is no other time: the splits follow each other
     users = _UserFeatures(schema, log)
     order = np.argsort(log.time, kind="stable")
     rows_of = [order[parts[order] == part] for part in range(len(NAMES))]
@@ -236,7 +238,8 @@ class _UserFeatures:
         if task not in self._histories:
             log = self.log
             hit = log.labels[:, task] > 0
-            self._histories[task] = Histories(log.group, log.time, log.item_row, hit)
+            of_others = log.time == TRAIN if log.tables.unordered else None
+            self._histories[task] = Histories(log.group, log.time, log.item_row, hit, of_others)
         return self._histories[task]
 
     def raw(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -275,7 +278,10 @@ class _Neighbours:
             if without is not None:
                 rows = rows[fold_of(log.group[rows]) != without]
             items = len(log.item_keys)
-            nearest = neighbours(log.group[rows], log.time[rows], log.item_row[rows], items, feature.length)
+            nearest = neighbours(
+                log.group[rows], log.time[rows], log.item_row[rows], items, feature.length,
+                ordered=not log.tables.unordered,
+            )  # fmt: skip
             found[feature.name] = np.where(nearest < 0, KEY_MISSING, log.item_keys[nearest])
         return found
 

@@ -2,6 +2,10 @@
 
 "Earlier" is strict: positives at the impression's own time, the impression itself among them, never count, so
 no row can see its own label or that of a row logged with it.
+
+A log without any order (Gowalla's) has sets: the history of a train impression is then all the user's other train
+positives, beginning after the impression's own place and going round, so that users with more of them than a
+history holds show other ones each time.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ class Histories:
         time: (S,) int64.
         item_row: (S,) int32.
         positive: (S,) bool.
+        of_others: (S,) bool, the impressions whose history is the other positives of their own time; None: of none.
 
     Example:
         >>> h = Histories(np.zeros(3), np.array([5, 6, 7]), np.array([30, 10, 20]), np.ones(3, bool))
@@ -25,7 +30,12 @@ class Histories:
     """
 
     def __init__(
-        self, group: np.ndarray, time: np.ndarray, item_row: np.ndarray, positive: np.ndarray
+        self,
+        group: np.ndarray,
+        time: np.ndarray,
+        item_row: np.ndarray,
+        positive: np.ndarray,
+        of_others: np.ndarray | None = None,
     ) -> None:
         order = np.lexsort((np.arange(len(group)), time, group))
         sorted_group, sorted_time = group[order], time[order]
@@ -36,26 +46,46 @@ class Histories:
         new_moment = new_group.copy()
         new_moment[1:] |= sorted_time[1:] != sorted_time[:-1]
         self.items = item_row[order][hit].astype(np.int32)
-        self.begin = np.empty(len(order), np.int64)
-        self.end = np.empty(len(order), np.int64)
+        # A history is `count` places of the `cycle` from `begin` on, the first of them `turn` places along.
+        self.begin, self.count, self.turn, self.cycle = np.zeros((4, len(order)), np.int64)
+        moment = before[_start_of(new_moment)]
         self.begin[order] = before[_start_of(new_group)]
-        self.end[order] = before[_start_of(new_moment)]
+        self.count[order] = moment - before[_start_of(new_group)]
+        self.cycle[order] = moment - before[_start_of(new_group)]
+        if of_others is not None:
+            stop = before[_end_of(new_moment)]
+            for own, sorted_values in (
+                (self.begin, moment),
+                (self.count, stop - moment - hit),
+                (self.turn, before[:-1] - moment + hit),
+                (self.cycle, stop - moment),
+            ):
+                values = np.empty(len(order), np.int64)
+                values[order] = sorted_values
+                own[of_others] = values[of_others]
 
     def rows(self, impressions: np.ndarray, length: int) -> np.ndarray:
-        """Item rows (R, length) int32 of the last ``length`` earlier positives, oldest first, then -1."""
-        end = self.end[impressions]
-        begin = np.maximum(self.begin[impressions], end - length)
-        place = begin[:, None] + np.arange(length)  # (R, length)
+        """Item rows (R, length) int32 of the last ``length`` positives of the history, oldest first, then -1."""
         if not len(self.items):
-            return np.full(place.shape, -1, np.int32)
+            return np.full((len(impressions), length), -1, np.int32)
+        count = self.count[impressions][:, None]
+        along = np.arange(length)  # (R, length) from here on
+        place = self.turn[impressions][:, None] + np.maximum(count - length, 0) + along
+        place = self.begin[impressions][:, None] + place % np.maximum(self.cycle[impressions], 1)[:, None]
         found = self.items[np.minimum(place, len(self.items) - 1)]
-        return np.where(place < end[:, None], found, np.int32(-1))
+        return np.where(along < count, found, np.int32(-1))
 
     def whole(self, impressions: np.ndarray) -> list[np.ndarray]:
-        """Per impression (R,) the int32 item rows of all earlier positives, oldest first."""
-        return [self.items[self.begin[row] : self.end[row]] for row in impressions]
+        """Per impression (R,) the int32 item rows of its whole history, oldest first."""
+        return [self.rows(np.array([row]), int(self.count[row]))[0] for row in impressions]
 
 
 def _start_of(new: np.ndarray) -> np.ndarray:
     """For every place the place at which its run began."""
     return np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
+
+
+def _end_of(new: np.ndarray) -> np.ndarray:
+    """For every place the place after the end of its run."""
+    starts = np.flatnonzero(new)
+    return np.repeat(np.append(starts[1:], len(new)), np.diff(np.append(starts, len(new))))

@@ -2,7 +2,8 @@
 
 The similarity of items i and j sums, over the histories that have both at most `WINDOW` places apart, `DECAY` to
 the power of the places between them, and divides by the popularity of j to the power `DAMPING`, or everybody's
-neighbours were the bestsellers.
+neighbours were the bestsellers. Where histories are sets without an order, all items of one are equally near, and
+a history weighs one over the root of its size.
 
 Lists made of the train split know its labels: of two items that only one user has in common, each is the other's
 neighbour because of that very user, and a model trained on such pairs learns to trust what held-out users do not
@@ -33,28 +34,42 @@ def fold_of(group: np.ndarray) -> np.ndarray:
 
 
 def neighbours(
-    group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int, length: int
+    group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int, length: int, ordered: bool = True
 ) -> np.ndarray:
     """Item rows (V, length) int32, nearest first, then -1, from positives (S,) of the same group in order of time
-    (ties: order of rows)."""
+    (ties: order of rows); ``ordered`` False takes a group's positives as a set."""
+    together = (_windowed if ordered else _sets)(group, time, item_row, items)
+    together.setdiag(0.0)
+    popularity = np.maximum(np.bincount(item_row, minlength=items), 1)
+    similar = together @ sparse.diags(popularity**-DAMPING)
+    similar.eliminate_zeros()
+    found = np.full((items, length), -1, np.int32)
+    for item, (others, values) in enumerate(_rows(similar.tocsr())):
+        if len(others) > length:  # all that could be among the best, with those that tie with the last of them
+            near = values >= np.partition(values, -length)[-length]
+            others, values = others[near], values[near]
+        best = np.lexsort((others, -values))[:length]
+        found[item, : len(best)] = others[best]
+    return found
+
+
+def _windowed(group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int) -> sparse.csr_matrix:
     order = np.lexsort((np.arange(len(group)), time, group))
     group, item_row = group[order], item_row[order]
-    found = np.full((items, length), -1, np.int32)
     together = sparse.csr_matrix((items, items), dtype=np.float64)
     for places in range(1, WINDOW + 1):
         same = group[places:] == group[:-places]
         left, right = item_row[:-places][same], item_row[places:][same]
         weight = np.full(len(left), DECAY ** (places - 1))
         together += sparse.csr_matrix((weight, (left, right)), shape=(items, items))
-    together = (together + together.T).tocsr()
-    together.setdiag(0.0)
-    popularity = np.maximum(np.bincount(item_row, minlength=items), 1)
-    similar = together @ sparse.diags(popularity**-DAMPING)
-    similar.eliminate_zeros()
-    for item, (others, values) in enumerate(_rows(similar.tocsr())):
-        best = np.lexsort((others, -values))[:length]
-        found[item, : len(best)] = others[best]
-    return found
+    return (together + together.T).tocsr()
+
+
+def _sets(group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int) -> sparse.csr_matrix:
+    groups, of = np.unique(group, return_inverse=True)
+    weight = 1 / np.sqrt(np.bincount(of))
+    member = sparse.csr_matrix((np.ones(len(of)), (of, item_row)), shape=(len(groups), items))
+    return (member.T @ sparse.diags(weight) @ member).tocsr()
 
 
 def _rows(matrix: sparse.csr_matrix) -> Iterator[tuple[np.ndarray, np.ndarray]]:

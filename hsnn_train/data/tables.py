@@ -37,6 +37,7 @@ class LogTables:
         history_by: column of the impressions within which histories are kept (a session); None: the user.
         files: what each table is called in errors.
         notes: what a person should know about how the tables were made.
+        unordered: a user's impressions are a set: neither time nor the order of rows says which came first.
     """
 
     schema: Schema
@@ -47,6 +48,7 @@ class LogTables:
     history_by: str | None = None
     files: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    unordered: bool = False
 
     def where(self, table: str) -> str:
         """The table as errors name it."""

@@ -57,3 +57,25 @@ def test_what_comes_later_changes_nothing(events: list[tuple[int, int, int, bool
 def test_without_any_positive_all_histories_are_empty() -> None:
     histories = Histories(np.zeros(2), np.arange(2), np.zeros(2, np.int32), np.zeros(2, bool))
     assert histories.rows(np.arange(2), 3).tolist() == [[-1, -1, -1], [-1, -1, -1]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(events=EVENTS, length=st.integers(1, 5))
+def test_without_order_a_history_is_the_others_of_its_own_moment(
+    events: list[tuple[int, int, int, bool]], length: int
+) -> None:
+    user, time, item, hit = (np.array(values) for values in zip(*events))
+    first = time == 0
+    histories = Histories(user, time, item.astype(np.int32), hit, of_others=first)
+    found = histories.rows(np.arange(len(events)), length)
+    whole = histories.whole(np.arange(len(events)))
+    ordered = Histories(user, time, item.astype(np.int32), hit).rows(np.arange(len(events)), length)
+    for row in range(len(events)):
+        if not first[row]:
+            assert found[row].tolist() == ordered[row].tolist()
+            continue
+        same = np.flatnonzero((user == user[row]) & first & hit)
+        after = [item[i] for i in same if i > row] + [item[i] for i in same if i < row]
+        assert whole[row].tolist() == after
+        expected = after[-length:]
+        assert found[row].tolist() == expected + [-1] * (length - len(expected))

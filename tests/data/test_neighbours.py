@@ -44,6 +44,24 @@ def test_an_item_is_no_neighbour_of_itself_and_far_places_are_none():
     assert 11 not in found[0] and 11 in found[1]  # 11 and 10 places
 
 
+def test_of_sets_all_items_are_equally_near_and_long_ones_weigh_less():
+    # 0 is with 1 in a set of two, with 2 and 3 in a set of four: 1 / sqrt(2) against 1 / sqrt(4), popularity aside.
+    group = np.array([1, 1, 2, 2, 2, 2])
+    item = np.array([0, 1, 0, 3, 4, 2])
+    found = neighbours(group, np.zeros(6), item, items=5, length=4, ordered=False)
+    assert found[0].tolist() == [1, 2, 3, 4]
+    shuffled = np.array([3, 1, 5, 0, 2, 4])
+    again = neighbours(group[shuffled], np.zeros(6), item[shuffled], items=5, length=4, ordered=False)
+    assert again.tolist() == found.tolist()
+
+
+def test_a_short_list_is_the_head_of_a_long_one():
+    rng = np.random.default_rng(0)
+    group, item = np.sort(rng.integers(0, 60, 600)), rng.integers(0, 40, 600).astype(np.int32)
+    long = neighbours(group, np.arange(600), item, items=40, length=39)
+    assert neighbours(group, np.arange(600), item, items=40, length=5).tolist() == long[:, :5].tolist()
+
+
 def test_folds_are_fixed_and_even():
     folds = fold_of(np.arange(10_000))
     assert folds[:5].tolist() == fold_of(np.arange(5)).tolist()
