@@ -130,7 +130,7 @@ def train_and_evaluate(
     an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C. ``warm``: see
     `Trainer`."""
     from hsnn_train import evaluate as ev
-    from hsnn_train.plots import node_occupancy, training_curves
+    from hsnn_train.plots import index_over_training, node_occupancy, training_curves
     from hsnn_train.trainer import Interrupted, Trainer, evaluation_batches
 
     began = time.monotonic()
@@ -151,6 +151,7 @@ def train_and_evaluate(
             print("not calibrated: the split leaves no impressions for valid")
         trained = time.monotonic()
         print(f"plot: {training_curves(trainer.history, run / 'plots' / 'training.png')}")
+        print(f"plot: {index_over_training(trainer.history, run / 'plots' / 'index.png')}")
         print(f"plot: {node_occupancy(trainer.state, run / 'plots' / 'occupancy.png')}")
         if not evaluate:
             return {}

@@ -16,7 +16,6 @@ from hsnn_train.data.dataset import Dataset, Examples
 from .batches import BatchMaker, IndexState, step_rng
 from .checkpoint import without_nan
 from .hsnn import HSNN, LayerEnsemble
-from .lti import index_health
 from .metrics import calibration, normalised_entropy
 from .recipe import Recipe
 from .refresh import index_vectors
@@ -125,12 +124,8 @@ def health_report(model: HSNN, dataset: Dataset, state: IndexState, alpha: float
     if model.lti is None:
         return []
     v = torch.from_numpy(index_vectors(model, dataset.items))
-    with torch.inference_mode():
-        soft = model.lti.eval()(v, alpha).mapping
     rows = []
-    for layer, size in enumerate(model.lti.sizes, start=1):
-        hard = torch.from_numpy(state.paths[:, layer - 1].astype(np.int64))
-        health = index_health(hard, size, soft[layer - 1])
+    for layer, health in enumerate(model.lti.health(v, state.paths, alpha), start=1):
         nodes = len(np.unique(state.paths[:, :layer], axis=0))
         rows.append({"layer": layer, **asdict(health), "occupancy": health.occupancy, "nodes": nodes,
                      "collapsed": health.collapsed})  # fmt: skip

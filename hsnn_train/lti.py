@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +90,19 @@ class LearnToIndex(nn.Module):
                 kept.copy_(kept * 0.99 + fresh * 0.01 if bool(self.scale_seen) else fresh)
                 self.scale_seen.fill_(True)  # type: ignore[operator]
         return LTIOutput(affinity, embedding, quantised, mapping)
+
+    @torch.no_grad()
+    def health(self, v: Tensor, paths: np.ndarray, alpha: float | None) -> list[IndexHealth]:
+        """IndexHealth per layer of the corpus v (V, d) under the hard ``paths`` (V, N-1), compared with where the
+        soft chain of this alpha ends; None, without a soft chain, compares nothing. Tracks no scale."""
+        training = self.training
+        self.eval()
+        soft = [None] * len(self.sizes) if alpha is None else self(v, alpha).mapping
+        self.train(training)
+        return [
+            index_health(torch.from_numpy(paths[:, layer].astype(np.int64)), size, soft[layer])
+            for layer, size in enumerate(self.sizes)
+        ]
 
     def reconstruction_loss(self, out: LTIOutput, v: Tensor) -> Tensor:
         """Eq. 7 with q = the sum over all N-1 index layers; mean over items and over the d components (a sum

@@ -29,6 +29,29 @@ def training_curves(history: Sequence[dict[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def index_over_training(history: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Per index layer, at every refresh: the share of codewords in effective use (perplexity over their number), and
+    the share of items whose soft chain, which trains the codebooks, ends at another codeword than the hard one."""
+    rows = [row for row in history if "l1_codewords" in row]
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    steps = [row["step"] for row in rows]
+    layer = 1
+    while rows and f"l{layer}_codewords" in rows[0]:
+        used = [row[f"l{layer}_perplexity"] / row[f"l{layer}_codewords"] for row in rows]
+        apart = [row[f"l{layer}_disagreement"] for row in rows]
+        color = f"C{layer - 1}"
+        axis.plot(steps, used, color=color, marker="o", label=f"layer {layer}: effective codewords")
+        axis.plot(
+            steps, apart, color=color, marker="x", ls="--", label=f"layer {layer}: soft and hard differ"
+        )
+        layer += 1
+    axis.set(xlabel="step", ylabel="share", ylim=(-0.02, 1.02), title="The index over training")
+    axis.grid(alpha=0.3)
+    if rows:
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def node_occupancy(state: IndexState, path: Path) -> Path:
     """Items per node, sorted, one curve per index layer; a flat curve is a balanced index."""
     figure, axis = plt.subplots(figsize=(8, 4.5))

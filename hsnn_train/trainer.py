@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +33,9 @@ from .checkpoint import (
     save_inputs,
     without_nan,
 )
+from .guards import deterministic, interrupt_flag
 from .hsnn import HSNN
-from .lti import alpha_at, index_health, warmup_at
+from .lti import alpha_at, warmup_at
 from .objective import Moment, Objective
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, reset_optimizer_rows, residual_kmeans
@@ -126,7 +124,7 @@ class Trainer:
         self.step = 0
         self.finished = False  # the last step is done and the index is final
         self.calibrated = (
-            False  # and its ensembles are fitted to valid, once: another fit would round otherwise
+            False  # and its ensembles are fitted to valid, once: a second fit would round otherwise
         )
         self.warm = warm
         self._refreshed = -1  # the step of the last refresh
@@ -228,14 +226,14 @@ class Trainer:
             return self.model.eval()
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress,
                    mininterval=0.5)  # fmt: skip
-        with bar, _deterministic():
+        with bar, deterministic():
             if self.step == 0:
                 kept = None if self.warm is None else self.warm.load(*self._first_phase)
                 if kept is not None:
                     self.history, self.step = kept, self.init_step
                     bar.update(self.step)
                 self._refresh(bar)
-            with _interrupt_flag() as interrupted:
+            with interrupt_flag() as interrupted:
                 self.model.train()
                 self._loop(bar, interrupted)
                 self._refresh(bar, final=True)
@@ -355,49 +353,17 @@ class Trainer:
                 for codebook, dead in zip(lti.codebook, lti.revive(torch.from_numpy(v), generator)):
                     reset_optimizer_rows(self.optimizer, codebook, dead)
         self.state, _ = refresh(self.model, self.dataset.items, self.dataset.item_keys, v)
-        if lti is not None:
+        if lti is not None and v is not None:
             row: dict[str, Any] = {"step": self.step}
-            for layer, size in enumerate(lti.sizes, start=1):
-                health = index_health(torch.from_numpy(self.state.paths[:, layer - 1].astype(np.int64)), size)
-                row |= {f"l{layer}_{k}": value for k, value in asdict(health).items() if k != "disagreement"}
+            for layer, health in enumerate(
+                lti.health(torch.from_numpy(v), self.state.paths, self.alpha()), start=1
+            ):
+                row |= {f"l{layer}_{k}": value for k, value in asdict(health).items()}
                 if health.collapsed and self.step > self.init_step:
                     tqdm.write(
                         f"warning: step {self.step}: codebook {layer} has collapsed: items live in effectively "
-                        f"{health.perplexity:.1f} of {size} codewords; raise train.balance or lower train.max_alpha"
+                        f"{health.perplexity:.1f} of {health.codewords} codewords; raise train.balance or lower "
+                        "train.max_alpha"
                     )
             self.history.append(row)
         bar.set_description("train")
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Torch's deterministic kernels: with several threads the default backward of an index adds in any order."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM (a container that is stopped) set a flag that the loop reads between steps, so a step is
-    never half done; a second one raises KeyboardInterrupt."""
-    hit = False
-
-    def handle(signum: int, frame: Any) -> None:
-        nonlocal hit
-        if hit:
-            raise KeyboardInterrupt
-        hit = True
-
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield lambda: hit
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: hit
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

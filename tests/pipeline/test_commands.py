@@ -26,7 +26,7 @@ def test_a_run_directory_holds_everything(shop):
         "metrics.json",
     ):
         assert (run / name).stat().st_size > 0, name
-    for plot in ("training.png", "occupancy.png"):
+    for plot in ("training.png", "index.png", "occupancy.png"):
         assert (run / "plots" / plot).read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((run / "metrics.json").read_text())
     assert {row["layer"] for row in metrics["pointwise"]} == {1, 2, 3}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,3 +175,16 @@ def test_a_reborn_codeword_starts_with_fresh_moments():
     reset_optimizer_rows(optimizer, codebook, torch.tensor([1]))
     for name in ("exp_avg", "exp_avg_sq"):
         assert (optimizer.state[codebook][name].abs().sum(1) > 0).tolist() == [True, False, True]
+
+
+def test_health_compares_the_hard_paths_with_where_the_soft_chain_ends():
+    lti = LearnToIndex((2, 2), 2, 1)
+    lti.set_codebooks([torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[-1.5, 0.0], [1.5, 0.0]])])
+    v = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0], [5.0, 0.0]])
+    paths = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    # alpha 0: every soft chain's first step is the mean codeword (2, 0), so the second layer follows v - (2, 0).
+    first, second = lti.health(v, paths, 0.0)
+    assert first.disagreement == 0.0  # the first layer's distances are those of the hard chain
+    assert second.disagreement == 0.5  # items 1 and 2 end at the other codeword
+    assert [h.disagreement for h in lti.health(v, paths, None)] == [0.0, 0.0]
+    assert lti.training and not bool(lti.scale_seen)

@@ -1,0 +1,45 @@
+"""What the training loop runs under: torch's deterministic kernels, and signals that wait for the end of a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Torch's deterministic kernels: with several threads the default backward of an index adds in any order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM (a container that is stopped) set a flag that the loop reads between steps, so a step is
+    never half done; a second one raises KeyboardInterrupt."""
+    hit = False
+
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield lambda: hit
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: hit
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
