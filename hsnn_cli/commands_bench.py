@@ -95,6 +95,20 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--figure", default="recall@100", help="what is maximised (default: %(default)s)")
     tune.set_defaults(run_command=run_tune)
 
+    throughput = kinds.add_parser(
+        "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,
+        description="Trains the recipe's model with the index learnt jointly and with a k-means index, turn by turn; "
+        "writes docs/results/throughput-<data>.{json,md}.",
+        epilog="examples:\n  hsnn bench throughput --data beauty\n"
+        "  hsnn bench throughput --data ml-100k --steps 200 --rounds 3",
+    )  # fmt: skip
+    _data(throughput)
+    throughput.add_argument("--steps", type=int, default=60, metavar="N",
+                            help="of one training (default: %(default)s)")  # fmt: skip
+    throughput.add_argument("--rounds", type=int, default=5, metavar="N",
+                            help="pairs of trainings (default: %(default)s)")  # fmt: skip
+    throughput.set_defaults(run_command=run_throughput)
+
 
 def _data(command: Any) -> None:
     command.add_argument(
@@ -148,6 +162,15 @@ def run_baselines(options: argparse.Namespace) -> None:
         command=command,
     )
     print(f"report: {baselines.RESULTS / f'baselines-{Path(options.data).stem}.md'}")
+
+
+def run_throughput(options: argparse.Namespace) -> None:
+    """hsnn bench throughput."""
+    from hsnn_bench import throughput
+
+    report = throughput.run_throughput(options.data, options.steps, options.rounds)
+    path = throughput.RESULTS / f"throughput-{report['data']}.md"
+    print(f"{path.read_text()}\nreport: {path}")
 
 
 def run_tune(options: argparse.Namespace) -> None:
