@@ -3,9 +3,10 @@
 "Earlier" is strict: positives at the impression's own time, the impression itself among them, never count, so
 no row can see its own label or that of a row logged with it.
 
-A log without any order (Gowalla's) has sets: the history of a train impression is then all the user's other train
-positives, beginning after the impression's own place and going round, so that users with more of them than a
-history holds show other ones each time.
+A log without any order (Gowalla's) has sets: the history of a train impression is then the user's other train
+positives. They stand in an order drawn once, since rows may be sorted by what they are to predict; where there are more
+than a history holds, it has those before the impression's own place, going round, so that every impression shows
+others. What is shown keeps the drawn order: begun at the impression's own place it would tell which one is missing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Histories:
         positive: np.ndarray,
         of_others: np.ndarray | None = None,
     ) -> None:
-        order = np.lexsort((np.arange(len(group)), time, group))
+        self.sets = of_others is not None
+        places = np.random.default_rng(0).permutation(len(group)) if self.sets else np.arange(len(group))
+        order = np.lexsort((places, time, group))
         sorted_group, sorted_time = group[order], time[order]
         hit = positive[order]
         before = np.concatenate([[0], np.cumsum(hit)])  # (S + 1,) positives before each place in the order
@@ -65,13 +68,16 @@ class Histories:
                 own[of_others] = values[of_others]
 
     def rows(self, impressions: np.ndarray, length: int) -> np.ndarray:
-        """Item rows (R, length) int32 of the last ``length`` positives of the history, oldest first, then -1."""
+        """Item rows (R, length) int32 of the last ``length`` positives of the history, oldest first, then -1; of a set,
+        in the order drawn."""
         if not len(self.items):
             return np.full((len(impressions), length), -1, np.int32)
         count = self.count[impressions][:, None]
         along = np.arange(length)  # (R, length) from here on
         place = self.turn[impressions][:, None] + np.maximum(count - length, 0) + along
         place = self.begin[impressions][:, None] + place % np.maximum(self.cycle[impressions], 1)[:, None]
+        if self.sets:
+            place = np.sort(np.where(along < count, place, len(self.items)), axis=1)
         found = self.items[np.minimum(place, len(self.items) - 1)]
         return np.where(along < count, found, np.int32(-1))
 

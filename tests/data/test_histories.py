@@ -64,18 +64,32 @@ def test_without_any_positive_all_histories_are_empty() -> None:
 def test_without_order_a_history_is_the_others_of_its_own_moment(
     events: list[tuple[int, int, int, bool]], length: int
 ) -> None:
-    user, time, item, hit = (np.array(values) for values in zip(*events))
+    user, time, _, hit = (np.array(values) for values in zip(*events))
+    item = np.arange(len(events), dtype=np.int32)  # every row its own item, so that none can hide another
     first = time == 0
-    histories = Histories(user, time, item.astype(np.int32), hit, of_others=first)
-    found = histories.rows(np.arange(len(events)), length)
-    whole = histories.whole(np.arange(len(events)))
-    ordered = Histories(user, time, item.astype(np.int32), hit).rows(np.arange(len(events)), length)
-    for row in range(len(events)):
-        if not first[row]:
-            assert found[row].tolist() == ordered[row].tolist()
-            continue
-        same = np.flatnonzero((user == user[row]) & first & hit)
-        after = [item[i] for i in same if i > row] + [item[i] for i in same if i < row]
-        assert whole[row].tolist() == after
-        expected = after[-length:]
-        assert found[row].tolist() == expected + [-1] * (length - len(expected))
+    histories = Histories(user, time, item, hit, of_others=first)
+    every = np.arange(len(events))
+    found, whole = histories.rows(every, length), histories.whole(every)
+    for row in every:
+        own = (user == user[row]) & hit & ((time == 0) & (item != row) if first[row] else time < time[row])
+        assert sorted(whole[row]) == np.flatnonzero(own).tolist()
+        shown = found[row][found[row] >= 0].tolist()
+        assert len(shown) == min(length, own.sum()) and set(shown) <= set(whole[row])
+        assert (found[row][len(shown) :] == -1).all()
+
+
+def test_the_order_of_a_set_tells_nothing_of_the_missing_one() -> None:
+    rows = 12
+    histories = Histories(
+        np.zeros(rows),
+        np.zeros(rows),
+        np.arange(rows, dtype=np.int32),
+        np.ones(rows, bool),
+        np.ones(rows, bool),
+    )
+    drawn = histories.items.tolist()
+    assert drawn != sorted(drawn)  # the table's order is gone
+    for length in (rows - 1, 4):
+        shown = histories.rows(np.arange(rows), length).tolist()
+        assert all(row == sorted(row, key=drawn.index) for row in shown)
+        assert len({tuple(row) for row in shown}) == rows  # of long sets every impression shows others
