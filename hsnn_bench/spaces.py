@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
     "two_tower": _flat("cpu_xs"),
     "mol": _flat("cpu_mol"),
     "flat": _flat("cpu_s"),
-    "hsnn": Method(_OURS, _OURS_START, {"model.layers": ["cpu_l", "cpu_m", "cpu_s"]}, ours=True),
+    "hsnn": Method(_OURS, _OURS_START, ours=True),
 }
 
 
