@@ -63,6 +63,7 @@ class TableOptions:
         rows: comma-separated rows or blocks; None for all.
         jobs: workers at a time; None for one per usable core.
         overrides: SECTION.KEY=VALUE, on the recipe that all rows start from.
+        train: whether to train what is missing; without it the report is of what is there.
         results, work: folders of the report and of the runs.
     """
 
@@ -73,6 +74,7 @@ class TableOptions:
     rows: str | None = None
     jobs: int | None = None
     overrides: Sequence[str] = ()
+    train: bool = True
     results: Path = Path("docs/results")
     work: Path = Path("runs/bench")
 
@@ -114,7 +116,7 @@ def run_table(options: TableOptions) -> dict[str, Any]:
         f"{len({job.folder for job in jobs.values()})} models, {ready} of them are done"
     )
     try:
-        failures = run_jobs(list(jobs.values()), parallel)
+        failures = run_jobs(list(jobs.values()), parallel) if options.train else []
     except KeyboardInterrupt:
         print(f"\nthe workers have left their checkpoints in {options.work}; the same command goes on")
         raise

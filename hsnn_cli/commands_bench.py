@@ -54,6 +54,8 @@ def add_commands(commands: Any) -> None:
                            "unknown name lists the known ones")  # fmt: skip
         table.add_argument("--jobs", type=int, metavar="N",
                            help="workers at a time, one thread each (default: one per usable core)")  # fmt: skip
+        table.add_argument("--report-only", action="store_true",
+                           help="train nothing: a report of the models that --work has")  # fmt: skip
         table.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                            help="change the recipe that all rows start from; may be repeated")  # fmt: skip
         table.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
@@ -134,6 +136,7 @@ def run_table(options: argparse.Namespace) -> None:
             rows=options.rows,
             jobs=options.jobs,
             overrides=tuple(options.overrides),
+            train=not options.report_only,
             results=options.results,
             work=options.work,
         )

@@ -53,6 +53,15 @@ def test_a_failing_worker_fails_the_command_after_the_report(table2, monkeypatch
     assert "**Missing: HSNN + JOIM w/ EM, seed 1**: no disk" in page
 
 
+def test_a_report_of_what_is_there_trains_nothing(table2, monkeypatch, tmp_path):
+    arguments, _ = table2
+    monkeypatch.setattr(workers, "WORKER", (sys.executable, "-c", "raise SystemExit('no worker may start')"))
+    there = [*arguments, "--rows", "sil,em", "--report-only", "--results", str(tmp_path)]
+    assert main(there) == 0
+    page = (tmp_path / "table2-synthetic.md").read_text()
+    assert "HSNN w/ SIL" in page and "**Missing: HSNN + JOIM w/ EM, seed 1**: not trained yet" in page
+
+
 def test_cost_and_widths_of_trained_runs(table2):
     from hsnn_cli.commands_training import load_data
     from hsnn_train.checkpoint import load_run
