@@ -202,6 +202,8 @@ def _write_config(
     for add, tensors in ((config.input.add, inputs), (config.output.add, outputs)):
         for tensor, (kind, *dims) in tensors.items():
             add(name=tensor, data_type=_TYPES[kind], dims=dims)
+    if backend == "python":
+        config.dynamic_batching.SetInParent()
     for key, value in (parameters or {}).items():
         config.parameters[key].string_value = value
     (root / name / "config.pbtxt").write_text(text_format.MessageToString(config))
