@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,10 @@ class TritonPythonModel:
             )
         version = int(args["model_version"])
         if config.mode == "bls":
-            runner = BlsRunner(version, layers)
+            runner = BlsRunner(version, bundle.manifest["models"])
             self._retriever = Retriever(bundle, runner, runner.within)
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, layers))
+            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
         self._schema_hash = config.schema_hash
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
@@ -164,8 +164,8 @@ def _check_own_core() -> None:
         )
 
 
-def _onnx_runner(version: int, layers: int) -> OnnxRunner:
+def _onnx_runner(version: int, models: Mapping[str, Any]) -> OnnxRunner:
     repository = HERE.parent.parent
-    models = ["hsnn_user_tower", *(f"hsnn_scorer_l{layer}" for layer in range(1, layers + 1))]
-    user_tower, *scorers = [repository / model / str(version) / "model.onnx" for model in models]
+    named = [models["user_tower"], *models["scorers"]]
+    user_tower, *scorers = [repository / model / str(version) / "model.onnx" for model in named]
     return OnnxRunner(user_tower, scorers)

@@ -146,7 +146,11 @@ def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
         max_k=MAX_K,
         buckets=[[], [8, 16], [16, 32]],
         engine="onnxruntime",
-        models={"user_tower": "", "item_tower": "", "scorers": [""] * LAYERS},
+        models={
+            "user_tower": "hsnn_user_tower",
+            "item_tower": "hsnn_item_tower",
+            "scorers": [f"hsnn_scorer_l{layer}" for layer in range(1, LAYERS + 1)],
+        },
     )
     for source in ORCHESTRATOR.glob("*.py"):
         shutil.copy(source, snapshot.version_directory)
