@@ -1,4 +1,4 @@
-"""hsnn bench serving: what a request costs in Triton."""
+"""hsnn bench serving | capacity: what a request costs in Triton, and how many it takes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,39 @@ def add_kinds(kinds: Any) -> None:
                          help="workers of the orchestrators (default: %(default)s)")  # fmt: skip
     _results(serving)
     serving.set_defaults(run_command=run_serving)
+
+    capacity = kinds.add_parser(
+        "capacity", help="the highest load at which a latency percentile holds, and overload", formatter_class=FORMAT,
+        description="Find with perf_analyzer the highest load, closed loop and Poisson arrivals, at which a percentile "
+        "stays within a limit; then p99 / p50 at 70% of it, and who is answered and refused at three times as much. "
+        "Works against any Triton that serves the run's schema, or starts one from a repository.",
+        epilog="examples:\n  hsnn bench capacity runs/ads --repository repo\n"
+        "  hsnn bench capacity runs/ads --repository repo --latency-ms 20 --percentile 99\n"
+        "  hsnn bench capacity runs/ads --url triton.example:8001 --metrics-url triton.example:8002",
+    )  # fmt: skip
+    capacity.add_argument("run", type=Path, help="run directory; its test impressions are the requests")
+    where = capacity.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--repository", type=Path, help="start a local Triton on the newest snapshot of this repository"
+    )
+    where.add_argument("--url", metavar="HOST:PORT", help="gRPC of a running Triton")
+    capacity.add_argument("--metrics-url", metavar="HOST:PORT",
+                         help="metrics of that Triton; without it the server's own counts are left out")  # fmt: skip
+    capacity.add_argument("--latency-ms", type=float, default=20.0, metavar="MS",
+                         help="the limit (default: %(default)s)")  # fmt: skip
+    capacity.add_argument(
+        "--percentile", type=int, default=99, help="50, 90, 95 or 99 (default: %(default)s)"
+    )
+    capacity.add_argument("--k", type=int, default=1000,
+                         help="items per request, at most the recipe's max_k (default: %(default)s)")  # fmt: skip
+    capacity.add_argument("--requests", type=int, default=5000, metavar="N",
+                         help="distinct requests at most (default: %(default)s)")  # fmt: skip
+    capacity.add_argument("--seconds", type=float, default=10.0, metavar="S",
+                         help="how long a level is measured, about (default: %(default)s)")  # fmt: skip
+    capacity.add_argument("--perf-analyzer", type=Path, metavar="FILE",
+                         help="the binary (default: in PATH, else that of `make perf_analyzer`)")  # fmt: skip
+    _results(capacity)
+    capacity.set_defaults(run_command=run_capacity)
 
 
 def _results(command: Any) -> None:
@@ -73,3 +106,35 @@ def run_serving(options: argparse.Namespace) -> None:
     paths = write_report(report, options.results)
     print(render(report))
     print(f"report: {paths[1]}")
+
+
+def run_capacity(options: argparse.Namespace) -> None:
+    """hsnn bench capacity."""
+    from contextlib import nullcontext
+
+    from hsnn_bench.capacity import own_server
+    from hsnn_bench.capacity import run_capacity as run
+    from hsnn_bench.capacity_report import render, write_report
+    from hsnn_bench.perf_analyzer import find
+
+    _at_least_one(options, "k", "requests", "latency_ms", "seconds")
+    tool = find(options.perf_analyzer)
+    where = f"--repository {options.repository}" if options.repository else f"--url {options.url}"
+    command = _typed(
+        options, f"hsnn bench capacity {options.run} {where}", metrics_url=None, latency_ms=20.0, percentile=99,
+        k=1000, requests=5000, seconds=10.0,
+    )  # fmt: skip
+
+    def server() -> Any:
+        if options.repository is None:
+            return nullcontext((options.url, options.metrics_url))
+        return own_server(options.repository)
+
+    report = run(
+        options.run, server, tool, k=options.k, latency_ms=options.latency_ms, percentile=options.percentile,
+        requests=options.requests, seconds=options.seconds, command=command,
+    )  # fmt: skip
+    paths = write_report(report, options.results)
+    print()
+    print(render(report))
+    print(f"report: {paths[2]}")

@@ -16,7 +16,7 @@ from hsnn_core.errors import HsnnError, Overloaded
 
 # Mean deviations of the service time that must fit in as well: into the time of a request that arrives, and of
 # one that has waited. The second is less, so that what was let in is seldom dropped.
-_ON_ARRIVAL, _AFTER_WAITING = 3.0, 1.0
+_ON_ARRIVAL, _AFTER_WAITING = 4.0, 1.0
 
 
 class QueueFull(Overloaded):
