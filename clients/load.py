@@ -78,9 +78,11 @@ def serialise(
     requests: Iterable[Mapping[str, np.ndarray]],
     k: int | None = None,
     deadline: float | None = None,
+    widths: Sequence[int] | None = None,
 ) -> list[bytes]:
     """One ready message per request, each the wire tensors (B, ...) of its users, see `encode.UserEncoder`.
-    ``deadline``: seconds that the server is told, None for none."""
+    ``k``, ``widths``: as in `RetrievalClient.retrieve`; ``deadline``: seconds that the server is told, None: no
+    deadline."""
     datatypes = {numpy: wire for wire, numpy in DTYPES.items()}
     messages = []
     for tensors in requests:
@@ -93,6 +95,8 @@ def serialise(
         message.parameters["schema_hash"].string_param = model.schema.hash
         if k is not None:
             message.parameters["k"].int64_param = k
+        if widths is not None:
+            message.parameters["widths"].string_param = ",".join(map(str, widths))
         if deadline is not None:
             message.parameters["timeout"].int64_param = int(deadline * 1e6)
         messages.append(message.SerializeToString())

@@ -122,7 +122,7 @@ def run_capacity(
         target = Target(url, served.model.name, inputs, k, run.schema.hash)
         distinct = len(set(serialise(served.model, each_user(wire), k=k)))
         say(f"{distinct:,} distinct requests of {run_dir}, k {k}, to {served.model.name} at {url}")
-        _warm_up(served, asked)
+        warm_up(served, wire, k)
         before = scrape(metrics)
         closed = search_closed(tool, target, asked, say)
         open_levels, capacity = search_open(tool, target, asked, closed, say)
@@ -278,12 +278,13 @@ def _best(closed: list[Level], asked: Asked) -> dict[str, Any]:
     }
 
 
-def _warm_up(served: Served, asked: Asked) -> None:
+def warm_up(served: Served, wire: Mapping[str, np.ndarray], k: int) -> None:
+    """Ask some requests that are not counted."""
     with RetrievalClient(served.url, timeout=60.0, model=served.model.name) as client:
-        for number, user in enumerate(each_user(asked.wire)):
+        for number, user in enumerate(each_user(wire)):
             if number == _WARM_UP:
                 return
-            client.retrieve(WireUsers(user), k=asked.k)
+            client.retrieve(WireUsers(user), k=k)
 
 
 def _say(say: Callable[[str], None], asked: Asked, level: Level) -> Level:

@@ -51,12 +51,20 @@ class Measured:
 
 
 def run_serving(
-    run_dir: Path, k: int, requests: int, rounds: int, recall_requests: int, workers: int, command: str
+    run_dir: Path,
+    k: int,
+    requests: int,
+    rounds: int,
+    recall_requests: int,
+    workers: int,
+    widths: tuple[int, ...] | None,
+    command: str,
 ) -> dict[str, Any]:
     """Build the peers of a run, serve and measure them; returns the report (see `serving_report.write_report`).
 
     ``k``: items per request, cut to what the run allows; ``requests``: distinct test requests; ``rounds``: of BLOCK
-    requests per model; ``recall_requests``: how many of them recall is taken over. Raises DataError when the test
+    requests per model; ``recall_requests``: how many of them recall is taken over; ``workers``,
+    ``widths``: see `build_peers`. Raises DataError when the test
     split has no requests, and what `build_peers` raises.
     """
     run = load_run(run_dir)
@@ -68,7 +76,7 @@ def run_serving(
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
     with tempfile.TemporaryDirectory(prefix=".serving-", dir=run_dir) as folder:
         repository = Path(folder) / "repository"
-        peers = build_peers(run, dataset, repository, k, workers)
+        peers = build_peers(run, dataset, repository, k, workers, widths)
         names = [name for peer in peers for name in (*peer.networks, peer.model)]
         with TritonServer(repository, models=names) as server:
             idle = _idle_cpu(server)
@@ -95,7 +103,7 @@ def measure(
         messages = {}
         for peer in peers:
             with RetrievalClient(server.urls.grpc, timeout=30, model=peer.model) as client:
-                messages[peer.model] = serialise(client.connect(), each_user(wire), k=k)
+                messages[peer.model] = serialise(client.connect(), each_user(wire), k=k, widths=peer.widths)
         for peer in peers:
             for message in messages[peer.model][:WARM_UP]:
                 call(message, timeout=60)
@@ -138,7 +146,7 @@ def _ask(
         for number, user in enumerate(each_user(wire)):
             if number == count:
                 break
-            (hits,) = client.retrieve(WireUsers(user), k=k)
+            (hits,) = client.retrieve(WireUsers(user), k=k, widths=peer.widths)
             found.append(np.array([hit.item_id for hit in hits], np.int64))
     return found
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Peer:
 
     ``model``: its name in Triton; ``label``: for people; ``exported``: whose scores its answers are compared with
     (None: echo); ``settings``: of its search; ``networks``: Triton models to load before it; ``task``: the one it
-    ranks by, None: all by their ranks."""
+    ranks by, None: all by their ranks; ``widths``: of its beam, None: its own."""
 
     model: str
     label: str
@@ -63,12 +63,16 @@ class Peer:
     settings: dict[str, Any]
     networks: tuple[str, ...] = ()
     task: int | None = None
+    widths: tuple[int, ...] | None = None
 
 
-def build_peers(run: Run, dataset: Dataset, repository: Path, k: int, workers: int) -> list[Peer]:
+def build_peers(
+    run: Run, dataset: Dataset, repository: Path, k: int, workers: int, widths: tuple[int, ...] | None
+) -> list[Peer]:
     """Write all peers into ``repository`` (empty or new) and return them, in the order of the report.
 
-    ``k``: items of a request; ``workers``: of the orchestrators. Raises PublishError when the run is not exported,
+    ``k``: items of a request; ``workers``: of the orchestrators; ``widths``: of the HSNN's beam, None: its own.
+    Raises PublishError when the run is not exported,
     DataError when the export's items are not the run's, or an inner product does not give a two-tower's logits.
     """
     exported = open_export(run.path)
@@ -90,7 +94,10 @@ def build_peers(run: Run, dataset: Dataset, repository: Path, k: int, workers: i
     ):
         networks = _add_snapshot(repository, source, f"{prefix}_", modes, options)
         for model, mode in modes.items():
-            peers.append(_peer_of(model, source, networks if mode == "bls" else (), layers))
+            peer = _peer_of(model, source, networks if mode == "bls" else (), layers)
+            if widths is not None and prefix == "hsnn":
+                peer = replace(peer, widths=widths, settings=peer.settings | {"widths": list(widths)})
+            peers.append(peer)
     for kind in _TWINS:
         peers.append(_add_ebr(repository, two_tower, dataset, kind, k))
     _add_sources(repository, "echo", bundle)

@@ -1,10 +1,14 @@
-"""hsnn bench serving | capacity: what a request costs in Triton, and how many it takes."""
+"""hsnn bench serving | capacity | soak: what a request costs in Triton, how many it takes, and for how long."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+from hsnn_core.errors import RequestError
+
+from .commands_serving import widths_of
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -27,6 +31,8 @@ def add_kinds(kinds: Any) -> None:
                          help="rounds of 10 requests per model (default: %(default)s)")  # fmt: skip
     serving.add_argument("--recall-requests", type=int, default=100, metavar="N",
                          help="requests that recall is taken over (default: %(default)s)")  # fmt: skip
+    serving.add_argument("--widths", help="nodes that the HSNN keeps after each layer but the last, like 16,128 "
+                         "(default: the export's)")  # fmt: skip
     serving.add_argument("--workers", type=int, default=2, metavar="N",
                          help="workers of the orchestrators (default: %(default)s)")  # fmt: skip
     _results(serving)
@@ -65,6 +71,27 @@ def add_kinds(kinds: Any) -> None:
     _results(capacity)
     capacity.set_defaults(run_command=run_capacity)
 
+    soak = kinds.add_parser(
+        "soak", help="memory of a loaded server over time", formatter_class=FORMAT,
+        description="Serve a repository, load it with a share of its capacity for a long time, and report how its "
+        "memory and its /dev/shm grow. The capacity is that of `hsnn bench capacity`'s report.",
+        epilog="examples:\n  hsnn bench soak runs/ads --repository repo --capacity 120\n"
+        "  hsnn bench soak runs/ads --repository repo --capacity 120 --minutes 30 --load 0.8",
+    )  # fmt: skip
+    soak.add_argument("run", type=Path, help="run directory; its test impressions are the requests")
+    soak.add_argument("--repository", type=Path, required=True, help="model repository to serve")
+    soak.add_argument("--capacity", type=float, required=True, metavar="RATE", help="requests a second")
+    soak.add_argument("--load", type=float, default=0.8, help="share of the capacity (default: %(default)s)")
+    soak.add_argument("--minutes", type=float, default=30.0, help="how long (default: %(default)s)")
+    soak.add_argument("--latency-ms", type=float, default=100.0, metavar="MS",
+                      help="deadline of each request (default: %(default)s)")  # fmt: skip
+    soak.add_argument("--k", type=int, default=1000,
+                      help="items per request, at most the recipe's max_k (default: %(default)s)")  # fmt: skip
+    soak.add_argument("--requests", type=int, default=5000, metavar="N",
+                      help="distinct requests at most (default: %(default)s)")  # fmt: skip
+    _results(soak)
+    soak.set_defaults(run_command=run_soak)
+
 
 def _results(command: Any) -> None:
     command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
@@ -72,8 +99,6 @@ def _results(command: Any) -> None:
 
 
 def _at_least_one(options: argparse.Namespace, *names: str) -> None:
-    from hsnn_core.errors import RequestError
-
     for name in names:
         value = getattr(options, name)
         if value < 1:
@@ -96,12 +121,14 @@ def run_serving(options: argparse.Namespace) -> None:
     from hsnn_bench.serving_report import render, write_report
 
     _at_least_one(options, "k", "requests", "rounds", "recall_requests", "workers")
+    widths = widths_of(options.widths)
     command = _typed(
         options, f"hsnn bench serving {options.run}", k=1000, requests=1000, rounds=30, recall_requests=100,
-        workers=2,
+        workers=2, widths=None,
     )  # fmt: skip
     report = run(
-        options.run, options.k, options.requests, options.rounds, options.recall_requests, options.workers, command
+        options.run, options.k, options.requests, options.rounds, options.recall_requests, options.workers,
+        None if widths is None else tuple(widths), command,
     )  # fmt: skip
     paths = write_report(report, options.results)
     print(render(report))
@@ -136,5 +163,29 @@ def run_capacity(options: argparse.Namespace) -> None:
     )  # fmt: skip
     paths = write_report(report, options.results)
     print()
+    print(render(report))
+    print(f"report: {paths[2]}")
+
+
+def run_soak(options: argparse.Namespace) -> None:
+    """hsnn bench soak."""
+    from hsnn_bench.soak import render, write_report
+    from hsnn_bench.soak import run_soak as run
+
+    _at_least_one(options, "k", "requests")
+    for name in ("capacity", "load", "minutes", "latency_ms"):
+        if not getattr(options, name) > 0:
+            raise RequestError(
+                f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected a number > 0"
+            )
+    command = _typed(
+        options, f"hsnn bench soak {options.run} --repository {options.repository} --capacity {options.capacity:g}",
+        load=0.8, minutes=30.0, latency_ms=100.0, k=1000, requests=5000,
+    )  # fmt: skip
+    report = run(
+        options.run, options.repository, capacity=options.capacity, load=options.load, minutes=options.minutes,
+        k=options.k, latency_ms=options.latency_ms, requests=options.requests, command=command,
+    )  # fmt: skip
+    paths = write_report(report, options.results)
     print(render(report))
     print(f"report: {paths[2]}")
