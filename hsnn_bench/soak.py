@@ -158,8 +158,8 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         f"First and last are means over a tenth of the time each, after the first {SETTLED:.0%} of it. Sent "
         f"{asked['sent']:,}; answered {asked['answered']:,}, refused {asked['refused']:,}, expired "
-        f"{asked['expired']:,}, failed {asked['failed']:,}; p50 / p99 {asked['p50_ms']:.2f} / {asked['p99_ms']:.2f} ms; the server used "
-        f"{report['cpu_cores']:.2f} cores.",
+        f"{asked['expired']:,}, failed {asked['failed']:,}; p50 / p99 {asked['p50_ms']:.2f} / "
+        f"{asked['p99_ms']:.2f} ms; the server used {report['cpu_cores']:.2f} cores.",
     ]
     return "\n".join(lines) + "\n"
 
