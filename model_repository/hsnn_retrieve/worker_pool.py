@@ -17,6 +17,8 @@ from hsnn_core.errors import HsnnError, Overloaded
 # Mean deviations of the service time that must fit in as well: into the time of a request that arrives, and of
 # one that has waited. The second is less, so that what was let in is seldom dropped.
 _ON_ARRIVAL, _AFTER_WAITING = 4.0, 1.0
+# What Triton takes to hand the request over and to return the answer, which is not measured in here.
+_WAY_SECONDS = 0.001
 
 
 class QueueFull(Overloaded):
@@ -123,7 +125,7 @@ class WorkerPool:
             mean = users / len(self._waiting) if self._waiting else 1.0
             wait = self._times.seconds(self._workers, 1) * mean * places / self._workers
         busy = min(self._workers, self._busy + len(self._waiting) + 1)
-        needed = wait + self._times.seconds(busy, job.users, _ON_ARRIVAL)
+        needed = wait + self._times.seconds(busy, job.users, _ON_ARRIVAL) + _WAY_SECONDS
         if needed <= left:
             return None
         if free > 0:
@@ -137,7 +139,8 @@ class WorkerPool:
         kept: deque[Job] = deque()
         for job in self._waiting:
             left = job.deadline.seconds_left()
-            needed = self._times.seconds(min(self._workers, self._busy + 1), job.users, _AFTER_WAITING)
+            busy = min(self._workers, self._busy + 1)
+            needed = self._times.seconds(busy, job.users, _AFTER_WAITING) + _WAY_SECONDS
             if needed <= left:
                 kept.append(job)
             else:
