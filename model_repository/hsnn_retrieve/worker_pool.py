@@ -110,9 +110,10 @@ class WorkerPool:
     def _refusal(self, job: Job) -> HsnnError | None:
         """Why ``job`` cannot be taken in; None when it can. Call with the lock."""
         if self._busy + len(self._waiting) >= self._workers + self._room:
+            running, waiting = self._counts()
             return QueueFull(
-                f"{self._busy} requests are running and {len(self._waiting)} are waiting, which is all this "
-                "server takes; send fewer at a time or add servers (config parameters workers, queue)"
+                f"{running} requests are running and {waiting} are waiting, which is all this server takes; send "
+                "fewer at a time or add servers (config parameters workers, queue)"
             )
         if (left := job.deadline.seconds_left()) <= 0:
             return job.deadline.exceeded()
@@ -150,11 +151,17 @@ class WorkerPool:
         return lost
 
     def _unmeetable(self, left: float, needed: float) -> DeadlineUnmeetable:
+        running, waiting = self._counts()
         return DeadlineUnmeetable(
-            f"the request has {left * 1000:.1f} ms left, but with {self._busy} running and {len(self._waiting)} "
-            f"waiting it would need about {needed * 1000:.1f} ms; ask another server, allow a longer timeout, or "
-            "send fewer at a time"
+            f"the request has {left * 1000:.1f} ms left, but with {running} running and {waiting} waiting it would "
+            f"need about {needed * 1000:.1f} ms; ask another server, allow a longer timeout, or send fewer at a time"
         )
+
+    def _counts(self) -> tuple[int, int]:
+        """Requests running and waiting; one that a free worker is about to take is running."""
+        taken = self._busy + len(self._waiting)
+        running = min(self._workers, taken)
+        return running, taken - running
 
     @staticmethod
     def _refuse(lost: list[tuple[Job, HsnnError]]) -> None:
