@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup perf_analyzer clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# NVIDIA's load generator, for `hsnn bench capacity`: the newest one that runs on glibc 2.36, with the CUDA runtime it is
+# linked to, apart from the packages of $(VENV). It also needs libb64.so.0d: apt-get install libb64-0d.
+perf_analyzer: setup
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(VENV)/perf_analyzer \
+	  tritonclient==2.51.0 nvidia-cuda-runtime-cu12
+	$(BIN)/python -c 'from hsnn_bench.perf_analyzer import find; print(find().binary)'
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache

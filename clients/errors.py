@@ -7,7 +7,14 @@ import time
 
 from tritonclient.utils import InferenceServerException
 
-from hsnn_core.errors import DeadlineExceeded, HsnnError, RequestError, SchemaMismatch, ServerError
+from hsnn_core.errors import (
+    DeadlineExceeded,
+    HsnnError,
+    Overloaded,
+    RequestError,
+    SchemaMismatch,
+    ServerError,
+)
 
 # The orchestrator starts its messages with the class of its error: "FeatureError: age: got NaN ...".
 _OURS = (
@@ -16,6 +23,7 @@ _OURS = (
     "SchemaMismatch",
     "DeadlineExceeded",
     "QueueFull",
+    "DeadlineUnmeetable",
     "SearchError",
     "ServerError",
 )
@@ -32,6 +40,8 @@ def translate(error: InferenceServerException, url: str, model: str, timeout: fl
         return SchemaMismatch(text)
     if status == "INVALID_ARGUMENT":
         return RequestError(text)
+    if kind in ("QueueFull", "DeadlineUnmeetable"):
+        return Overloaded(text)
     if kind == "DeadlineExceeded":
         return DeadlineExceeded(text)
     if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
@@ -71,8 +81,8 @@ class Patience:
     """Time left for one call and whether a failed attempt may be repeated.
 
     Repeated is only what cannot have done harm and may well go better at once: a retrieval changes nothing on
-    the server, so a lost or refused connection is tried again while time remains. A full queue is not:
-    repeating would feed the overload.
+    the server, so a lost or refused connection is tried again while time remains. A request refused
+    for want of time or room is not: repeating would feed the overload.
     """
 
     def __init__(self, url: str, model: str, timeout: float, retries: int) -> None:

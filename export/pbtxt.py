@@ -82,6 +82,9 @@ def orchestrator_config(
         config.output.add(name=name, data_type=_type(datatype), dims=dims)
     # One instance: one live index, and the worker pool overlaps requests.
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    # No delay and no queue policy: only, what has arrived is handed over together. One by one, `execute` is the
+    # bottleneck of refusing at overload, and requests would wait in front of it, out of admission's sight.
+    config.dynamic_batching.SetInParent()
     parameters = {
         "schema": schema.to_json(),
         "schema_hash": schema.hash,

@@ -79,10 +79,23 @@ def approximate(
     When no setting reaches ``target`` on the tuning requests, the one of the best recall is taken. Raises
     DataError for another name and for other shapes.
     """
+    _check(items, queries, k)
+    index, settings = tuned_index(name, items, tuning, k, target, seed)
+    found, valid, microseconds, scored = _answer(index, queries, k, partial(_search, name, settings))
+    recall = search_recall(found, valid, *_exact(items, queries, k))
+    share = scored / (len(queries.vectors) * len(items))
+    if name == "ivf":
+        share += settings["nlist"] / len(items)
+    return Twin(name, settings, recall, microseconds, share, found, valid)
+
+
+def tuned_index(
+    name: str, items: np.ndarray, tuning: Queries, k: int, target: float = 0.95, seed: int = 1
+) -> tuple[Any, dict[str, int]]:
+    """The Faiss index of `approximate` and its settings, those of the search included ("nprobe", "efSearch")."""
     if name not in ("ivf", "hnsw"):
         raise DataError(f"Faiss index {name!r}: expected ivf or hnsw")
     _check(items, tuning, k)
-    _check(items, queries, k)
     exact = _exact(items, tuning, k)
     tried: list[tuple[bool, float, float, Any, dict[str, int]]] = []
     for index, ladder in _ivfs(items, seed) if name == "ivf" else _graphs(items, k):
@@ -94,13 +107,7 @@ def approximate(
                 break  # a wider search of this index is only slower
     reached = [entry for entry in tried if entry[0]]
     chosen = min(reached, key=lambda entry: entry[2]) if reached else max(tried, key=lambda entry: entry[1])
-    index, settings = chosen[3], chosen[4]
-    found, valid, microseconds, scored = _answer(index, queries, k, partial(_search, name, settings))
-    recall = search_recall(found, valid, *_exact(items, queries, k))
-    share = scored / (len(queries.vectors) * len(items))
-    if name == "ivf":
-        share += settings["nlist"] / len(items)
-    return Twin(name, settings, recall, microseconds, share, found, valid)
+    return chosen[3], chosen[4]
 
 
 def _ivfs(items: np.ndarray, seed: int) -> Iterator[tuple[Any, list[dict[str, int]]]]:

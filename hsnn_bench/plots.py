@@ -39,7 +39,7 @@ def recall_against_cost(report: dict[str, Any], path: Path) -> Path:
     _scatter(paper, [point for point in printed if point[1] is not None])
     paper.set(xlabel="infra cost relative to Two Tower XS (log scale)", ylabel="recall gain over XS (%)",
               title="as the paper prints it")  # fmt: skip
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _scatter(axis: Any, points: Sequence[tuple[dict[str, Any], float, float, float | None]]) -> None:
@@ -75,7 +75,7 @@ def recall_against_share(sweeps: dict[str, list[dict[str, Any]]], title: str, pa
         axis.set(xlabel="items scored per request (%)", ylabel=label, xlim=(0, None), title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def ne_bars(report: dict[str, Any], path: Path) -> Path:
@@ -95,10 +95,11 @@ def ne_bars(report: dict[str, Any], path: Path) -> Path:
         axis.set(ylabel=f"NE, {report['tasks'][0]} (axis is cut)", title=f"{report['data']}, {block}")
         axis.tick_params(axis="x", labelrotation=20, labelsize=8)
         axis.grid(alpha=0.3, axis="y")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write the figure as a PNG and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     drawn = io.BytesIO()

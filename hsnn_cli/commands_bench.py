@@ -1,10 +1,12 @@
-"""hsnn bench: the paper's tables on a data set, external baselines, tuning."""
+"""hsnn bench: the paper's tables on a data set, external baselines, tuning; what serving costs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+from . import commands_bench_serving
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -30,11 +32,11 @@ SOME_ROWS = {"table1": "xs,ebr,recipe", "table2": "ladder", "table3": "no-balanc
 def add_commands(commands: Any) -> None:
     """Register bench."""
     bench = commands.add_parser(
-        "bench", help="the paper's tables on a data set, baselines, tuning", formatter_class=FORMAT,
+        "bench", help="the paper's tables on a data set, baselines, tuning; cost of serving", formatter_class=FORMAT,
         description="The paper's Tables 1 to 3 on a data set, the comparison with external baselines, and the tuning "
-        "that all methods share. Writes docs/results; needs the extra `bench`.",
+        "that all methods share; what a request costs in Triton. Writes docs/results; needs the extra `bench`.",
         epilog="examples:\n  hsnn bench table1 --data beauty\n  hsnn bench baselines --data beauty\n"
-        "  hsnn bench tune --data beauty --method two_tower --method als",
+        "  hsnn bench tune --data beauty --method two_tower --method als\n  hsnn bench serving runs/ads",
     )  # fmt: skip
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="WHAT")
     for name, text in TABLES.items():
@@ -96,6 +98,7 @@ def add_commands(commands: Any) -> None:
     )
     tune.add_argument("--figure", default="recall@100", help="what is maximised (default: %(default)s)")
     tune.set_defaults(run_command=run_tune)
+    commands_bench_serving.add_kinds(kinds)
 
     throughput = kinds.add_parser(
         "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,

@@ -42,6 +42,10 @@ def add_commands(commands: Any) -> None:
     publish.add_argument("--repository", type=Path, required=True, help="model repository; made when missing")
     publish.add_argument("--mode", choices=("bls", "in_process"), default=None,
                          help="how networks are called (default: the repository's, else bls)")  # fmt: skip
+    publish.add_argument("--workers", type=int, metavar="N", help="requests that run at once; in process on a CPU as "
+                         "many as there are cores (default: the repository's, else 4)")  # fmt: skip
+    publish.add_argument("--queue", type=int, metavar="N",
+                         help="requests that may wait (default: the repository's, else 64)")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -104,8 +108,8 @@ def run_publish(options: argparse.Namespace) -> None:
     from export.publish import current_options, publish
 
     serving = current_options(options.repository)
-    if options.mode is not None:
-        serving = replace(serving, mode=options.mode)
+    given = {name: getattr(options, name) for name in ("mode", "workers", "queue")}
+    serving = replace(serving, **{name: value for name, value in given.items() if value is not None})
     version = publish(options.run, options.repository, options=serving)
     print(f"published: version {version} in {options.repository}")
     print(f"serve it with: hsnn serve --repository {options.repository}")

@@ -42,6 +42,10 @@ class ServerError(HsnnError):
     """The server could not start, or failed to answer."""
 
 
+class Overloaded(ServerError):
+    """The server refused at once: it has too much to do. Asking it again makes that worse; ask another one."""
+
+
 class RequestError(HsnnError):
     """A request is malformed; sending it again cannot help."""
 

@@ -114,6 +114,12 @@ class TritonServer:
         return self._running().process.pid
 
     @property
+    def pids(self) -> list[int]:
+        """Its processes at this moment: the server, and a stub per model instance."""
+        process = self._running().process
+        return [process.pid, *process.children()]
+
+    @property
     def region_prefix(self) -> str:
         """How the names of its regions in /dev/shm begin."""
         return self._running().region_prefix

@@ -168,9 +168,8 @@ def build_dataset(
     log = check_tables(tables)
     parts = split.assign(log)
     if tables.unordered:
-        log = replace(
-            log, time=parts.astype(np.int64)
-        )  # there is no other time: the splits follow each other
+        # There is no other time: the splits follow each other.
+        log = replace(log, time=parts.astype(np.int64))
     users = _UserFeatures(schema, log)
     order = np.argsort(log.time, kind="stable")
     rows_of = [order[parts[order] == part] for part in range(len(NAMES))]

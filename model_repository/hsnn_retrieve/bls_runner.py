@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import local
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -16,15 +17,17 @@ SCORER_OUTPUTS = ("monn", "logits")
 
 
 class BlsRunner:
-    """A ``Runner`` that calls hsnn_user_tower and hsnn_scorer_l1..lN of exactly ``version``.
+    """A ``Runner`` that calls user tower and scorers 1..N of exactly ``version``, by the names of the manifest's
+    ``models``.
 
     One call per layer for all users of the request. Shared by the worker threads: each sets its own request's
     deadline with ``within``, and every call is sent with the time that is left.
     """
 
-    def __init__(self, version: int, layers: int) -> None:
+    def __init__(self, version: int, models: Mapping[str, Any]) -> None:
         self._version = version
-        self._user_outputs = [f"user_l{layer}" for layer in range(1, layers + 1)]
+        self._user_tower, self._scorers = models["user_tower"], models["scorers"]
+        self._user_outputs = [f"user_l{layer}" for layer in range(1, len(self._scorers) + 1)]
         self._thread = local()
 
     @contextmanager
@@ -38,12 +41,12 @@ class BlsRunner:
 
     def user_tower(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """user_dense (B, Du) f32, user_ids (B, Su) i32 -> "user_l1".."user_lN": (B, U_l) f32."""
-        values = self._call("hsnn_user_tower", inputs, self._user_outputs)
+        values = self._call(self._user_tower, inputs, self._user_outputs)
         return dict(zip(self._user_outputs, values))
 
     def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Layer ``layer`` (from 1) on user (B, U_l), item (B, C, E_l), ... -> monn, logits (B, C, T) f32."""
-        monn, logits = self._call(f"hsnn_scorer_l{layer}", inputs, SCORER_OUTPUTS)
+        monn, logits = self._call(self._scorers[layer - 1], inputs, SCORER_OUTPUTS)
         return monn, logits
 
     def _call(self, model: str, inputs: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:

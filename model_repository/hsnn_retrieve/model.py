@@ -8,8 +8,10 @@ same version, or their ONNX graphs run in here.
 from __future__ import annotations
 
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
 from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
-from worker_pool import QueueFull, WorkerPool  # noqa: E402
+from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
 
 import hsnn_core  # noqa: E402
 from hsnn_core.bundle import Bundle  # noqa: E402
@@ -60,10 +62,10 @@ class TritonPythonModel:
             )
         version = int(args["model_version"])
         if config.mode == "bls":
-            runner = BlsRunner(version, layers)
+            runner = BlsRunner(version, bundle.manifest["models"])
             self._retriever = Retriever(bundle, runner, runner.within)
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, layers))
+            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
         self._schema_hash = config.schema_hash
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
@@ -75,28 +77,32 @@ class TritonPythonModel:
         for request in requests:
             call = _Call(request)
             self._metrics.started()
+            job = Job(call.users, call.deadline, partial(self._answer, call), partial(self._fail, call))
             try:
-                self._pool.submit(lambda call=call: self._answer(call))  # type: ignore[misc]
-            except QueueFull as error:
+                self._pool.submit(job)
+            except HsnnError as error:
                 self._fail(call, error)
 
     def finalize(self) -> None:
         self._pool.drain()
         self._metrics.close()
 
-    def _answer(self, call: _Call) -> None:
+    def _answer(self, call: _Call) -> float | None:
+        began = time.perf_counter()
         try:
             ask = decode_ask(call.parameters, self._default, self._max_k, self._schema_hash)
             result = self._retriever.retrieve(call.inputs, ask, call.deadline)
             call.send(answer_tensors(result))
         except Exception as error:  # whatever it is, it must reach this request's client and no other's
             self._fail(call, error)
-        else:
-            self._metrics.finished(
-                "ok",
-                call.deadline.seconds_since_start(),
-                [LayerUse(layer.microseconds / 1e6, int(layer.candidates.sum())) for layer in result.layers],
-            )
+            # A search that was cut off would have taken longer still; other failures say nothing of a search.
+            return time.perf_counter() - began if isinstance(error, DeadlineExceeded) else None
+        self._metrics.finished(
+            "ok",
+            call.deadline.seconds_since_start(),
+            [LayerUse(layer.microseconds / 1e6, int(layer.candidates.sum())) for layer in result.layers],
+        )
+        return time.perf_counter() - began
 
     def _fail(self, call: _Call, error: Exception) -> None:
         outcome, code = _meaning(error)
@@ -113,6 +119,7 @@ class _Call:
         # Triton's memory behind the inputs is only promised while ``execute`` runs.
         self.inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
         self.parameters: str = request.parameters()
+        self.users = max((len(values) for values in self.inputs.values()), default=1)
         self.deadline = Deadline(request.timeout())
         self._outputs = set(request.requested_output_names())
         self._sender = request.get_response_sender()
@@ -136,6 +143,8 @@ def _meaning(error: Exception) -> tuple[str, int]:
     codes = pb_utils.TritonError
     if isinstance(error, QueueFull):
         return "overload", codes.UNAVAILABLE
+    if isinstance(error, DeadlineUnmeetable):
+        return "unmeetable", codes.UNAVAILABLE
     if isinstance(error, DeadlineExceeded):
         return (
             "deadline",
@@ -155,8 +164,8 @@ def _check_own_core() -> None:
         )
 
 
-def _onnx_runner(version: int, layers: int) -> OnnxRunner:
+def _onnx_runner(version: int, models: Mapping[str, Any]) -> OnnxRunner:
     repository = HERE.parent.parent
-    models = ["hsnn_user_tower", *(f"hsnn_scorer_l{layer}" for layer in range(1, layers + 1))]
-    user_tower, *scorers = [repository / model / str(version) / "model.onnx" for model in models]
+    named = [models["user_tower"], *models["scorers"]]
+    user_tower, *scorers = [repository / model / str(version) / "model.onnx" for model in named]
     return OnnxRunner(user_tower, scorers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +26,18 @@ class Deadline:
 
     def __call__(self) -> None:
         if self._allowed and self._elapsed() >= self._allowed:
-            raise DeadlineExceeded(
-                f"the request took {self._elapsed() / 1000:.1f} ms so far, allowed are "
-                f"{self._allowed / 1000:.1f} ms; allow a longer timeout, or ask for smaller widths or k"
-            )
+            raise self.exceeded()
+
+    def exceeded(self) -> DeadlineExceeded:
+        """The error of a request whose time has passed."""
+        return DeadlineExceeded(
+            f"the request took {self._elapsed() / 1000:.1f} ms so far, allowed are "
+            f"{self._allowed / 1000:.1f} ms; allow a longer timeout, or ask for smaller widths or k"
+        )
+
+    def seconds_left(self) -> float:
+        """Infinite when there is no deadline, negative when it has passed."""
+        return (self._allowed - self._elapsed()) / 1e6 if self._allowed else math.inf
 
     def microseconds_left(self) -> int:
         """What a call made on behalf of the request may take; 0 when there is no deadline."""

@@ -15,8 +15,10 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-OUTCOMES = ("ok", "invalid", "deadline", "overload", "error")
+# Refused are "overload" (the queue was full) and "unmeetable" (its deadline could not be met).
+OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
 PERIOD = 0.25  # seconds between reports
+TIMED = 500  # answers per period whose times are reported, the first: more would keep the reporter busy
 SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 
 
@@ -29,15 +31,26 @@ class LayerUse:
 
 
 @dataclass(frozen=True)
-class _Finished:
-    outcome: str
+class _Timed:
     seconds: float
     layers: Sequence[LayerUse]
 
 
+class _Period:
+    """What happened since the last report; its size does not depend on the number of requests."""
+
+    def __init__(self, layers: int) -> None:
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.candidates = [0] * layers
+        self.timed: list[_Timed] = []
+
+
 class ServingMetrics:
     """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer},
-    hsnn_candidates_total{layer}, hsnn_requests_in_flight; each also labelled with the model's version."""
+    hsnn_candidates_total{layer}, hsnn_requests_in_flight; each also labelled with the model's version.
+
+    All requests are counted. Times are those of answers that were searched for (not of refusals, which take none),
+    of at most TIMED a period."""
 
     def __init__(self, version: int, layers: int) -> None:
         labels = {"version": str(version)}
@@ -76,7 +89,8 @@ class ServingMetrics:
         self._in_flight = self._metric("in_flight", labels)
         self._lock = Lock()
         self._running = 0
-        self._events: list[_Finished] = []
+        self._layers = layers
+        self._period = _Period(layers)
         self._closing = Event()
         self._reporter = Thread(target=self._report, name="hsnn-metrics", daemon=True)
         self._reporter.start()
@@ -90,7 +104,11 @@ class ServingMetrics:
         """A request was answered; ``outcome`` is one of OUTCOMES."""
         with self._lock:
             self._running -= 1
-            self._events.append(_Finished(outcome, seconds, layers))
+            self._period.outcomes[outcome] += 1
+            for number, layer in enumerate(layers):
+                self._period.candidates[number] += layer.candidates
+            if outcome not in ("overload", "unmeetable") and len(self._period.timed) < TIMED:
+                self._period.timed.append(_Timed(seconds, layers))
 
     def close(self) -> None:
         """Report what is left and stop."""
@@ -105,23 +123,21 @@ class ServingMetrics:
         while not last:
             last = self._closing.wait(PERIOD)
             with self._lock:
-                events, self._events = self._events, []
+                period, self._period = self._period, _Period(self._layers)
             try:
-                self._apply(events)
+                self._apply(period)
             except Exception as error:  # metrics must never take the requests down with them
                 pb_utils.Logger.log_warn(f"hsnn_retrieve: metrics were not reported: {error}")
 
-    def _apply(self, events: Sequence[_Finished]) -> None:
+    def _apply(self, period: _Period) -> None:
         self._in_flight.set(self._running)
-        for outcome, metric in self._requests.items():
-            if count := sum(event.outcome == outcome for event in events):
-                metric.increment(count)
-        for event in events:
-            self._seconds.observe(event.seconds)
-            for metric, layer in zip(self._layer_seconds, event.layers):
+        for outcome, count in period.outcomes.items():
+            if count:
+                self._requests[outcome].increment(count)
+        for number, count in enumerate(period.candidates):
+            if count:
+                self._candidates[number].increment(count)
+        for timed in period.timed:
+            self._seconds.observe(timed.seconds)
+            for metric, layer in zip(self._layer_seconds, timed.layers):
                 metric.observe(layer.seconds)
-        for number, metric in enumerate(self._candidates):
-            if count := sum(
-                event.layers[number].candidates for event in events if number < len(event.layers)
-            ):
-                metric.increment(count)

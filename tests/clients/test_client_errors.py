@@ -6,7 +6,14 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from clients.errors import Patience, translate
-from hsnn_core.errors import DeadlineExceeded, HsnnError, RequestError, SchemaMismatch, ServerError
+from hsnn_core.errors import (
+    DeadlineExceeded,
+    HsnnError,
+    Overloaded,
+    RequestError,
+    SchemaMismatch,
+    ServerError,
+)
 
 
 def failure(status: str, message: str) -> InferenceServerException:
@@ -32,7 +39,8 @@ def failure(status: str, message: str) -> InferenceServerException:
         ("CANCELLED", "DeadlineExceeded: the request took 3 ms", DeadlineExceeded, "the request took 3 ms"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "no answer from m at h:1 within 250 ms"),
         ("UNAVAILABLE", "connection refused", ServerError, "check that Triton runs there"),
-        ("UNAVAILABLE", "QueueFull: 4 requests are running", ServerError, "4 requests are running"),
+        ("UNAVAILABLE", "QueueFull: 4 requests are running", Overloaded, "4 requests are running"),
+        ("UNAVAILABLE", "DeadlineUnmeetable: the request has 3 ms", Overloaded, "the request has 3 ms"),
         ("NOT_FOUND", "Request for unknown model", ServerError, "publish a snapshot, load it"),
         ("INTERNAL", "ServerError: hsnn_scorer_l2 failed", ServerError, "hsnn_scorer_l2 failed"),
         ("INTERNAL", "ValueError: oh", ServerError, "m at h:1 failed with INTERNAL: ValueError: oh"),

@@ -244,6 +244,37 @@ def test_time_in_the_queue_counts(
     assert len(orchestrator.pb_utils.calls) == 4, "nothing was computed for the late one"
 
 
+def test_what_cannot_meet_its_deadline_is_refused_at_once(
+    orchestrator: Orchestrator, bls_hook: dict[str, Callable[[Any], None]]
+) -> None:
+    entered, go = Event(), Event()
+
+    def hold(_: Any) -> None:
+        entered.set()
+        assert go.wait(20)
+
+    bls_hook["before"] = lambda request: time.sleep(0.02)
+    orchestrator.start(workers=1, queue=4)
+    orchestrator.ask().sender.wait()  # takes at least 80 ms: four calls
+    bls_hook["before"] = hold
+    running = orchestrator.ask()
+    assert entered.wait(20)
+    patient, hurried = orchestrator.ask(timeout=60_000_000), orchestrator.ask(timeout=50_000)
+    assert hurried.sender.done.is_set(), "refused without waiting"
+    error = hurried.sender.wait().error()
+    assert error.code() == TritonError.UNAVAILABLE
+    assert error.message().startswith("DeadlineUnmeetable: the request has ")
+    assert "with 1 running and 1 waiting it would need about " in error.message()
+    go.set()
+    assert not running.sender.wait().has_error()
+    assert not patient.sender.wait().has_error()
+    orchestrator.model.finalize()
+    made = orchestrator.pb_utils.MetricFamily.made
+    counts = {metric.labels["outcome"]: metric.value for metric in made["hsnn_requests_total"]}
+    assert (counts["ok"], counts["unmeetable"]) == (3, 1)
+    assert len(made["hsnn_request_seconds"][0].observed) == 3, "a refusal takes no time"
+
+
 def test_a_failing_model_is_named(
     orchestrator: Orchestrator, bls_hook: dict[str, Callable[[Any], None]]
 ) -> None:
@@ -290,7 +321,7 @@ def test_metrics(orchestrator: Orchestrator) -> None:
     orchestrator.model.finalize()
     made = orchestrator.pb_utils.MetricFamily.made
     counts = {metric.labels["outcome"]: metric.value for metric in made["hsnn_requests_total"]}
-    assert counts == {"ok": 1, "invalid": 1, "deadline": 0, "overload": 0, "error": 0}
+    assert counts == {"ok": 1, "invalid": 1, "deadline": 0, "overload": 0, "unmeetable": 0, "error": 0}
     assert len(made["hsnn_request_seconds"][0].observed) == 2
     assert [len(metric.observed) for metric in made["hsnn_layer_seconds"]] == [1, 1, 1]
     first = made["hsnn_candidates_total"][0]

@@ -146,7 +146,11 @@ def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
         max_k=MAX_K,
         buckets=[[], [8, 16], [16, 32]],
         engine="onnxruntime",
-        models={"user_tower": "", "item_tower": "", "scorers": [""] * LAYERS},
+        models={
+            "user_tower": "hsnn_user_tower",
+            "item_tower": "hsnn_item_tower",
+            "scorers": [f"hsnn_scorer_l{layer}" for layer in range(1, LAYERS + 1)],
+        },
     )
     for source in ORCHESTRATOR.glob("*.py"):
         shutil.copy(source, snapshot.version_directory)
@@ -202,6 +206,8 @@ def _write_config(
     for add, tensors in ((config.input.add, inputs), (config.output.add, outputs)):
         for tensor, (kind, *dims) in tensors.items():
             add(name=tensor, data_type=_TYPES[kind], dims=dims)
+    if backend == "python":
+        config.dynamic_batching.SetInParent()
     for key, value in (parameters or {}).items():
         config.parameters[key].string_value = value
     (root / name / "config.pbtxt").write_text(text_format.MessageToString(config))

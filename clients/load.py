@@ -1,0 +1,181 @@
+"""An open-loop load generator: requests arrive as Poisson events at a rate, whatever the server does.
+
+perf_analyzer measures latency at a given load, but it takes an error for a failed measurement, so it cannot say what
+an overloaded server does with each request. This one keeps every request's fate. Requests are encoded and
+serialised before the clock starts, and answers are not parsed: sending one costs about a tenth of a
+millisecond, which matters where client and server share cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from hsnn_core.errors import RequestError, ServerError
+
+from .encode import DTYPES
+from .wire import OUTPUTS, ServedModel
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+OK, REFUSED, EXPIRED, FAILED = range(4)
+_PATIENCE = 5.0  # times the deadline (at least a second) that an answer is waited for, to see how late it is
+_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Fates:
+    """What became of n requests, in the order of their arrival.
+
+    Attributes:
+        seconds: how long requests were sent for.
+        slip: (n,) float64, seconds between when a request was due and when it was sent.
+        latency: (n,) float64, seconds from the sending to the answer, whatever it was.
+        outcome: (n,) int8: OK; REFUSED (at once, for want of room or time); EXPIRED (the server gave it up when
+            its time was over); FAILED (anything else, no answer included).
+        deadline: seconds that each was allowed.
+        failures: up to ten different messages of failed ones.
+    """
+
+    seconds: float
+    slip: np.ndarray
+    latency: np.ndarray
+    outcome: np.ndarray
+    deadline: float
+    failures: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.outcome)
+
+    @property
+    def answered_in_time(self) -> int:
+        return int(((self.outcome == OK) & self.in_time).sum())
+
+    @property
+    def refused_in_time(self) -> int:
+        """Refused or given up, and told so before the deadline."""
+        return int((np.isin(self.outcome, (REFUSED, EXPIRED)) & self.in_time).sum())
+
+    @property
+    def in_time(self) -> np.ndarray:
+        """(n,) bool."""
+        early: np.ndarray = self.latency <= self.deadline
+        return early
+
+    def counts(self) -> dict[str, int]:
+        """Requests by fate: answered, refused, expired, failed."""
+        names = ("answered", "refused", "expired", "failed")
+        return dict(zip(names, np.bincount(self.outcome, minlength=len(names)).tolist()))
+
+
+def serialise(
+    model: ServedModel,
+    requests: Iterable[Mapping[str, np.ndarray]],
+    k: int | None = None,
+    deadline: float | None = None,
+    widths: Sequence[int] | None = None,
+) -> list[bytes]:
+    """One ready message per request, each the wire tensors (B, ...) of its users, see `encode.UserEncoder`.
+    ``k``, ``widths``: as in `RetrievalClient.retrieve`; ``deadline``: seconds that the server is told, None: no
+    deadline."""
+    datatypes = {numpy: wire for wire, numpy in DTYPES.items()}
+    messages = []
+    for tensors in requests:
+        message = service_pb2.ModelInferRequest(model_name=model.name)
+        for tensor, values in tensors.items():
+            message.inputs.add(name=tensor, datatype=datatypes[values.dtype.type], shape=values.shape)
+            message.raw_input_contents.append(np.ascontiguousarray(values).tobytes())
+        for output in OUTPUTS:
+            message.outputs.add(name=output)
+        message.parameters["schema_hash"].string_param = model.schema.hash
+        if k is not None:
+            message.parameters["k"].int64_param = k
+        if widths is not None:
+            message.parameters["widths"].string_param = ",".join(map(str, widths))
+        if deadline is not None:
+            message.parameters["timeout"].int64_param = int(deadline * 1e6)
+        messages.append(message.SerializeToString())
+    return messages
+
+
+def each_user(tensors: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """A request (1, ...) for each of the users of wire tensors (R, ...)."""
+    for row in range(len(next(iter(tensors.values())))):
+        yield {name: values[row : row + 1] for name, values in tensors.items()}
+
+
+def poisson_load(
+    url: str, messages: Sequence[bytes], rate: float, seconds: float, deadline: float, seed: int = 1
+) -> Fates:
+    """Send messages in turn for ``seconds`` at ``rate`` a second with exponential gaps, and wait for the last answer.
+
+    The gaps depend on ``seed`` alone. Raises RequestError for a rate, a time or a deadline that is not above 0, and
+    ServerError when nobody listens at ``url``.
+    """
+    for name, value in (("rate", rate), ("seconds", seconds), ("deadline", deadline)):
+        if not value > 0:
+            raise RequestError(f"{name}: got {value!r}, expected a number > 0")
+    if not messages:
+        raise RequestError("messages: got none, expected at least one request to send")
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / rate, max(16, int(rate * seconds * 1.5) + 64))
+    due = gaps.cumsum()
+    return asyncio.run(_Load(url, messages, due[due < seconds], deadline).run(seconds))
+
+
+class _Load:
+    def __init__(self, url: str, messages: Sequence[bytes], due: np.ndarray, deadline: float) -> None:
+        self._url, self._messages, self._due, self._deadline = url, messages, due, deadline
+        self._slip, self._latency = np.zeros(len(due)), np.zeros(len(due))
+        self._outcome = np.full(len(due), FAILED, np.int8)
+        self._failures: dict[str, None] = {}
+
+    async def run(self, seconds: float) -> Fates:
+        options = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
+        async with grpc.aio.insecure_channel(self._url, options=options) as channel:
+            try:
+                await asyncio.wait_for(channel.channel_ready(), 5.0)
+            except TimeoutError:
+                raise ServerError(
+                    f"nobody answers at {self._url}; is it the gRPC address of a Triton?"
+                ) from None
+            call = channel.unary_unary(METHOD)
+            tasks = set()
+            began = time.perf_counter()
+            for number, due in enumerate(self._due):
+                # Yield even when late, or the answers of those under way would be seen late.
+                await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+                self._slip[number] = time.perf_counter() - began - due
+                task = asyncio.create_task(self._send(call, number))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            if tasks:
+                await asyncio.wait(tasks)
+        return Fates(seconds, self._slip, self._latency, self._outcome, self._deadline, tuple(self._failures))
+
+    async def _send(self, call: grpc.aio.UnaryUnaryMultiCallable, number: int) -> None:
+        patience = max(1.0, _PATIENCE * self._deadline)
+        sent = time.perf_counter()
+        try:
+            await call(self._messages[number % len(self._messages)], timeout=patience)
+            outcome = OK
+        except grpc.aio.AioRpcError as error:
+            outcome = self._meaning(error)
+        self._latency[number] = time.perf_counter() - sent
+        self._outcome[number] = outcome
+
+    def _meaning(self, error: grpc.aio.AioRpcError) -> int:
+        """The orchestrator starts its messages with the class of its error."""
+        kind = (error.details() or "").partition(":")[0]
+        if kind in ("QueueFull", "DeadlineUnmeetable"):
+            return REFUSED
+        if kind == "DeadlineExceeded":
+            return EXPIRED
+        if len(self._failures) < 10:
+            self._failures[f"{error.code().name}: {error.details()}"] = None
+        return FAILED

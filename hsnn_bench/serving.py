@@ -1,0 +1,216 @@
+"""What a request costs in Triton: the HSNN beside its peers in one server, asked by one client in turns.
+
+Every round asks every model a block of requests, so a machine that slows down slows all of them alike; the order of
+the models rotates. Latency is what the client waits for the answer's bytes (it does not parse them). CPU time is that
+of all processes of the server, read before and after a block. Recall is that of the served answers against
+scoring every item with the same model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tqdm import tqdm
+
+from clients.load import METHOD, each_user, serialise
+from clients.retrieval import RetrievalClient, WireUsers
+from hsnn_cli.commands_training import load_data
+from hsnn_cli.provenance import commit, machine
+from hsnn_core.bundle import Bundle
+from hsnn_core.errors import DataError
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.features import Encoded
+from hsnn_core.onnx_runner import OnnxRunner
+from hsnn_server.triton import TritonServer
+from hsnn_server.usage import cpu_seconds
+from hsnn_train.checkpoint import check_inputs, load_run
+from hsnn_train.metrics import search_recall
+
+from .serving_peers import Peer, build_peers
+
+BLOCK = 10  # requests of a model in a round
+WARM_UP = 20
+_SETTLE = 0.005  # seconds after a block for what a model does behind its answer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's rounds: ``milliseconds`` (rounds, BLOCK), what the client waited; ``cpu`` (rounds,) CPU
+    milliseconds per request."""
+
+    milliseconds: np.ndarray
+    cpu: np.ndarray
+
+
+def run_serving(
+    run_dir: Path,
+    k: int,
+    requests: int,
+    rounds: int,
+    recall_requests: int,
+    workers: int,
+    widths: tuple[int, ...] | None,
+    command: str,
+) -> dict[str, Any]:
+    """Build the peers of a run, serve and measure them; returns the report (see `serving_report.write_report`).
+
+    ``k``: items per request, cut to what the run allows; ``requests``: distinct test requests; ``rounds``: of BLOCK
+    requests per model; ``recall_requests``: how many of them recall is taken over; ``workers``,
+    ``widths``: see `build_peers`. Raises DataError when the test
+    split has no requests, and what `build_peers` raises.
+    """
+    run = load_run(run_dir)
+    dataset = load_data(run.recipe)
+    check_inputs(run_dir, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
+    wire, users = dataset.requests("test", requests)
+    if not len(users):
+        raise DataError(f"run {run_dir}: no request in its test split; change the recipe's split:")
+    k = min(k, run.recipe.search.max_k, len(run.item_ids))
+    with tempfile.TemporaryDirectory(prefix=".serving-", dir=run_dir) as folder:
+        repository = Path(folder) / "repository"
+        peers = build_peers(run, dataset, repository, k, workers, widths)
+        names = [name for peer in peers for name in (*peer.networks, peer.model)]
+        with TritonServer(repository, models=names) as server:
+            idle = _idle_cpu(server)
+            measured = measure(server, peers, wire, k, rounds)
+            answers = {peer.model: _ask(server, peer, wire, k, recall_requests) for peer in peers}
+    twins = _Twins(users, k, recall_requests)
+    rows = [_row(peer, measured[peer.model], twins.recall(peer, answers[peer.model])) for peer in peers]
+    return {
+        "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": commit(),
+        "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
+        "layers": list(run.recipe.model.layers), "requests": len(users), "rounds": rounds, "block": BLOCK,
+        "recall_requests": min(recall_requests, len(users)), "workers": workers, "idle_cpu_share": idle,
+        "rows": _ratios(rows),
+    }  # fmt: skip
+
+
+def measure(
+    server: TritonServer, peers: Sequence[Peer], wire: Mapping[str, np.ndarray], k: int, rounds: int
+) -> dict[str, Measured]:
+    """By model; see the module's text. ``wire``: wire tensors (R, ...) of the users to ask for, in turn."""
+    pids = server.pids
+    with grpc.insecure_channel(server.urls.grpc, [("grpc.max_receive_message_length", 64 << 20)]) as channel:
+        call = channel.unary_unary(METHOD)
+        messages = {}
+        for peer in peers:
+            with RetrievalClient(server.urls.grpc, timeout=30, model=peer.model) as client:
+                messages[peer.model] = serialise(client.connect(), each_user(wire), k=k, widths=peer.widths)
+        for peer in peers:
+            for message in messages[peer.model][:WARM_UP]:
+                call(message, timeout=60)
+        waited: dict[str, list[list[float]]] = {peer.model: [] for peer in peers}
+        cpu: dict[str, list[float]] = {peer.model: [] for peer in peers}
+        for number in tqdm(range(rounds), desc="serving", unit="round"):
+            for place in range(len(peers)):
+                model = peers[(place + number) % len(peers)].model
+                own = messages[model]
+                block = [own[(number * BLOCK + i) % len(own)] for i in range(BLOCK)]
+                before = cpu_seconds(pids)
+                waited[model].append([_milliseconds(call, message) for message in block])
+                time.sleep(_SETTLE)
+                cpu[model].append(1000 * (cpu_seconds(pids) - before) / BLOCK)
+    return {model: Measured(np.array(waited[model]), np.array(cpu[model])) for model in waited}
+
+
+def _milliseconds(call: Callable[..., Any], message: bytes) -> float:
+    began = time.perf_counter()
+    call(message, timeout=60)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _idle_cpu(server: TritonServer, seconds: float = 2.0) -> float:
+    """CPU seconds per second that the server uses while nobody asks."""
+    pids = server.pids
+    before = cpu_seconds(pids)
+    time.sleep(seconds)
+    return (cpu_seconds(pids) - before) / seconds
+
+
+def _ask(
+    server: TritonServer, peer: Peer, wire: Mapping[str, np.ndarray], k: int, count: int
+) -> list[np.ndarray]:
+    """Item ids per request, as many as came back; none for a model without retrieval."""
+    if peer.exported is None:
+        return []
+    found = []
+    with RetrievalClient(server.urls.grpc, timeout=60, model=peer.model) as client:
+        for number, user in enumerate(each_user(wire)):
+            if number == count:
+                break
+            (hits,) = client.retrieve(WireUsers(user), k=k, widths=peer.widths)
+            found.append(np.array([hit.item_id for hit in hits], np.int64))
+    return found
+
+
+class _Twins:
+    """Exhaustive top K of the models, each computed once."""
+
+    def __init__(self, users: Encoded, k: int, count: int) -> None:
+        self._users = Encoded(users.dense[:count], users.ids[:count])
+        self._k = k
+        self._known: dict[tuple[Path, int | None], tuple[np.ndarray, np.ndarray]] = {}
+
+    def recall(self, peer: Peer, answers: Sequence[np.ndarray]) -> float | None:
+        """Share of the model's own exhaustive top K that was served, mean over requests; None without retrieval."""
+        if peer.exported is None:
+            return None
+        key = (peer.exported.path, peer.task)
+        if key not in self._known:
+            self._known[key] = self._exhaustive(peer)
+        valid = np.array([len(row) for row in answers])
+        found = np.zeros((len(answers), self._k), np.int64)
+        for row, ids in zip(found, answers):
+            row[: len(ids)] = ids
+        best, best_valid = self._known[key]
+        return search_recall(found, valid, best, best_valid)
+
+    def _exhaustive(self, peer: Peer) -> tuple[np.ndarray, np.ndarray]:
+        assert peer.exported is not None
+        bundle = Bundle.open(peer.exported.bundle, verify=False)
+        graphs = [peer.exported.path / f"scorer_l{layer}.onnx" for layer in range(1, bundle.index.layers + 1)]
+        scorer = bundle.scorer(OnnxRunner(peer.exported.path / "user_tower.onnx", graphs))
+        rank = bundle.schema.rank
+        if peer.task is not None:  # Faiss ranks by one task alone
+            rank = np.eye(len(rank), dtype=np.float32)[peer.task]
+        ids, valid = [], []
+        for row in tqdm(range(len(self._users)), desc=f"exhaustive twin of {peer.label}", unit="request"):
+            user = Encoded(self._users.dense[row : row + 1], self._users.ids[row : row + 1])
+            found = exhaustive(bundle.index, scorer, user, self._k, rank)
+            ids.append(found.item_ids)
+            valid.append(found.valid)
+        return np.concatenate(ids), np.concatenate(valid)
+
+
+def _row(peer: Peer, measured: Measured, recall: float | None) -> dict[str, Any]:
+    waited = measured.milliseconds
+    return {
+        "model": peer.model, "label": peer.label, "settings": peer.settings, "recall": recall,
+        "latency_ms": {name: float(np.percentile(waited, q)) for name, q in (("p50", 50), ("p99", 99))}
+        | _spread(np.median(waited, axis=1)),
+        "cpu_ms": {"median": float(np.median(measured.cpu))} | _spread(measured.cpu),
+    }  # fmt: skip
+
+
+def _spread(rounds: np.ndarray) -> dict[str, float]:
+    """10th and 90th percentile over rounds."""
+    return {name: float(np.percentile(rounds, q)) for name, q in (("low", 10), ("high", 90))}
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with its CPU time and p50 relative to EBR-IVF's."""
+    base = next(row for row in rows if row["model"] == "ebr_ivf")
+    for row in rows:
+        row["against_ebr_ivf"] = {
+            "cpu": row["cpu_ms"]["median"] / base["cpu_ms"]["median"],
+            "p50": row["latency_ms"]["p50"] / base["latency_ms"]["p50"],
+        }
+    return rows

@@ -1,0 +1,211 @@
+"""Admission and the bounded queue by themselves, on a clock that tests set."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_snapshot import ORCHESTRATOR
+
+from hsnn_core.errors import DeadlineExceeded, HsnnError, Overloaded
+
+MODULES = ("request_decoding", "service_time", "worker_pool")
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The orchestrator's modules, which are no package: they are imported as Triton's stub does."""
+    monkeypatch.setattr(sys, "path", [str(ORCHESTRATOR), *sys.path])
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Request:
+    """A job that holds its worker until it is let go, and then says how long it took."""
+
+    def __init__(self, code: SimpleNamespace, clock: Clock, allowed: float | None, users: int = 1) -> None:
+        self.entered, self.go, self.done, self.seconds = Event(), Event(), Event(), 0.1
+        self.refused: list[HsnnError] = []
+        deadline = code.request_decoding.Deadline(int((allowed or 0) * 1e6), clock)
+        self.job = code.worker_pool.Job(users, deadline, self._run, self.refused.append)
+
+    def _run(self) -> float | None:
+        self.entered.set()
+        assert self.go.wait(20)
+        self.done.set()
+        return self.seconds
+
+    def finish(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.go.set()
+        assert self.done.wait(20)
+
+
+class World:
+    """A pool whose service time is known: one search alone takes 0.1 s, two at once 0.2 s each."""
+
+    def __init__(self, code: SimpleNamespace, workers: int, queue: int) -> None:
+        self.code, self.clock = code, Clock()
+        self.pool = code.worker_pool.WorkerPool(workers, queue, self.clock)
+        for busy in range(1, workers + 1):
+            for _ in range(60):
+                self.pool._times.add(busy, 1, 0.1 * busy)
+        self.asked: list[Request] = []
+
+    def ask(self, allowed: float | None = None, users: int = 1) -> Request:
+        request = Request(self.code, self.clock, allowed, users)
+        self.asked.append(request)
+        self.pool.submit(request.job)
+        return request
+
+    def run(self, count: int) -> list[Request]:
+        """So many requests that are at work."""
+        running = [self.ask() for _ in range(count)]
+        assert all(request.entered.wait(20) for request in running)
+        return running
+
+    def close(self) -> None:
+        for request in self.asked:
+            request.go.set()
+        self.pool.drain()
+
+
+@pytest.fixture
+def world(code: SimpleNamespace) -> Iterator[Any]:
+    made: list[World] = []
+
+    def make(workers: int, queue: int) -> World:
+        made.append(World(code, workers, queue))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_full_queue_refuses(world: Any) -> None:
+    full = world(1, 2)
+    full.run(1)
+    full.ask(), full.ask()
+    with pytest.raises(Overloaded, match="1 requests are running and 2 are waiting, which is all"):
+        full.ask()
+
+
+def test_without_a_deadline_only_room_counts(world: Any) -> None:
+    busy = world(1, 50)
+    busy.run(1)
+    assert not any(busy.ask().refused for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "allowed", "admitted"),
+    [(0, 0.15, False), (0, 0.25, True), (2, 0.35, False), (2, 0.45, True)],
+)
+def test_the_queue_ahead_counts(world: Any, waiting: int, allowed: float, admitted: bool) -> None:
+    """One worker at 0.1 s a search: a place is free after 0.1 s, and again 0.1 s later for each that waits."""
+    busy = world(1, 50)
+    busy.run(1)
+    for _ in range(waiting):
+        busy.ask()
+    if admitted:
+        busy.ask(allowed)
+    else:
+        with pytest.raises(
+            Overloaded, match=f"with 1 running and {waiting} waiting it would need about {waiting + 2}01.0 ms"
+        ):
+            busy.ask(allowed)
+
+
+def test_workers_that_share_cores_are_slower(world: Any) -> None:
+    pair = world(2, 50)
+    pair.run(1)
+    with pytest.raises(Overloaded, match="it would need about 201.0 ms"):
+        pair.ask(0.15)
+    pair.ask(0.25)
+
+
+def test_more_users_take_longer(world: Any) -> None:
+    idle = world(1, 5)
+    with pytest.raises(Overloaded, match="it would need about 401.0 ms"):
+        idle.ask(0.3, users=4)
+    idle.ask(0.5, users=4)
+
+
+def test_who_lost_the_chance_by_waiting_is_refused_before_the_time_is_over(world: Any) -> None:
+    busy = world(1, 50)
+    (running,) = busy.run(1)
+    late, patient = busy.ask(0.25), busy.ask(5.0)
+    busy.clock.now += 0.2
+    running.finish(0.1)
+    assert patient.entered.wait(20)
+    assert [type(error).__name__ for error in late.refused] == ["DeadlineUnmeetable"]
+    assert not late.entered.is_set()
+
+
+def test_the_next_arrival_refuses_them_too(world: Any) -> None:
+    busy = world(1, 50)
+    busy.run(1)
+    late, over = busy.ask(0.3), busy.ask(0.37)
+    busy.clock.now += 0.25
+    busy.ask()
+    assert [type(error).__name__ for error in late.refused] == ["DeadlineUnmeetable"]
+    assert not over.refused
+    busy.clock.now += 1
+    busy.ask()
+    assert [type(error) for error in over.refused] == [DeadlineExceeded]
+
+
+def test_an_estimate_that_refuses_everything_is_doubted(world: Any) -> None:
+    """Nothing is measured while all are refused: one slow search must not close the server for good."""
+    idle = world(1, 5)
+    refused = 0
+    while True:
+        try:
+            idle.ask(0.05)
+        except Overloaded:
+            refused += 1
+            assert refused < 200
+        else:
+            break
+    assert refused > 20
+
+
+def test_a_server_that_knows_nothing_refuses_nothing(code: SimpleNamespace) -> None:
+    times = code.service_time.ServiceTime(3)
+    assert times.seconds(3, 8, 3.0) == 0
+    times.add(1, 2, 0.4)
+    assert times.seconds(1, 1) == times.seconds(3, 1) == 0.2, (
+        "a level without measurements is as the one below"
+    )
+    assert times.seconds(2, 2, 1.0) == pytest.approx(0.6)
+    for _ in range(100):
+        times.add(2, 1, 0.5)
+    assert times.seconds(1, 1) == 0.2
+    assert times.seconds(2, 1) == pytest.approx(0.5)
+
+
+def test_the_estimate_follows_the_load(code: SimpleNamespace) -> None:
+    times = code.service_time.ServiceTime(1)
+    for _ in range(50):
+        times.add(1, 1, 0.010)
+    assert times.seconds(1, 1, 3.0) == pytest.approx(0.010, rel=0.01)
+    for _ in range(50):
+        times.add(1, 1, 0.020)
+    assert times.seconds(1, 1) == pytest.approx(0.020, rel=0.01)
+    for step in range(100):
+        times.add(1, 1, 0.010 if step % 2 else 0.030)
+    assert times.seconds(1, 1, 1.0) > times.seconds(1, 1) * 1.3, "unsteady times need more room"
