@@ -20,9 +20,9 @@ from .features import Encoded
 from .i2if import I2IF, Crossings, Postings, Query
 from .index import HierarchicalIndex
 
-# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache and
-# below the size from which the allocator asks the system anew; larger calls take longer per pair.
-PAIRS_PER_CALL = 8192
+# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache;
+# larger calls take longer per pair, smaller ones pay for the calls (docs/performance.md).
+PAIRS_PER_CALL = 1024
 
 
 class Runner(Protocol):
@@ -151,7 +151,8 @@ class LayerScorer:
                 block = self._embeddings[layer - 1][part].astype(np.float32, copy=False)
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
-                inputs["item"] = self._embeddings[layer - 1][nodes[:, part]].astype(np.float32, copy=False)
+                rows = np.take(self._embeddings[layer - 1], nodes[:, part], axis=0)
+                inputs["item"] = rows.astype(np.float32, copy=False)
             if walked is not None:
                 inputs |= {name: value[:, part] for name, value in walked.items()}
             else:
