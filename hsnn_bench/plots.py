@@ -98,6 +98,25 @@ def ne_bars(report: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def stages_of_ways(report: dict[str, Any], path: Path) -> Path:
+    """A bar per way: the medians of the search's stages, and what lies outside of the search."""
+    layers = len(report["index"])
+    names = ["user tower", *(f"layer {n}" for n in range(1, layers + 1)), "outside the search"]
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for place, given in enumerate(report["ways"].values()):
+        *stages, search = given["stages"]
+        parts = [*stages, max(0.0, given["microseconds"]["median"] - search)]
+        left = np.concatenate([[0.0], np.cumsum(parts)[:-1]])
+        for number, (part, start) in enumerate(zip(parts, left)):
+            axis.barh(place, part / 1000, left=start / 1000, color=f"C{number}",
+                      label=names[number] if place == 0 else None)  # fmt: skip
+    axis.set_yticks(range(len(report["ways"])), list(report["ways"]))
+    axis.invert_yaxis()
+    axis.set(xlabel=f"milliseconds per request, medians{' (simulated data)' if report['simulated'] else ''}")
+    axis.legend(fontsize=8, ncol=2)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from . import commands_bench_cost
+
 FORMAT = argparse.RawDescriptionHelpFormatter
 
 TABLES = {
@@ -37,6 +39,7 @@ def add_commands(commands: Any) -> None:
         "  hsnn bench tune --data beauty --method two_tower --method als",
     )  # fmt: skip
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    commands_bench_cost.add_kinds(kinds)
     for name, text in TABLES.items():
         table = kinds.add_parser(
             name, help=text, formatter_class=FORMAT,
