@@ -117,6 +117,40 @@ def stages_of_ways(report: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def cost_over_size(report: dict[str, Any], path: Path) -> Path:
+    """Left: milliseconds over the number of items, at the tuned widths; right: recall against milliseconds of all
+    widths that were measured, a line per corpus along its Pareto front."""
+    figure, (size, front) = plt.subplots(1, 2, figsize=(12, 4.4))
+    rows = report["sizes"]
+    items = [row["items"] for row in rows]
+    low, middle, high = (
+        [row["microseconds"][name] / 1000 for row in rows] for name in ("p10", "median", "p90")
+    )
+    size.plot(items, middle, "o-", color=PRUNED)
+    size.fill_between(items, low, high, color=PRUNED, alpha=0.2)
+    for row, ms in zip(rows, middle):
+        size.annotate(f"recall {row['search_recall']:.3f}", (row["items"], ms), xytext=(4, 6),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    size.set_xscale("log")
+    size.set_ylim(bottom=0)
+    size.set(
+        xlabel="items (log scale)", ylabel="milliseconds per request", title="simulated data, one thread"
+    )
+    for number, row in enumerate(rows):
+        best = sorted((p["ms"], p["recall"]) for p in row["points"] if p["best"])
+        others = [(p["ms"], p["recall"]) for p in row["points"] if not p["best"]]
+        if others:
+            front.plot(*zip(*others), ".", color=f"C{number}", alpha=0.35)
+        front.plot(*zip(*best), "o-", color=f"C{number}", label=f"{row['items']:,} items")
+    front.axhline(report["target_recall"], color="grey", linewidth=0.8)
+    front.set_xscale("log")
+    front.set(xlabel="milliseconds per request (log scale)", ylabel=f"search recall@{report['k']}")
+    front.legend(fontsize=8)
+    for axis in (size, front):
+        axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
