@@ -169,7 +169,9 @@ def build_dataset(
     log = check_tables(tables)
     parts = split.assign(log)
     if tables.unordered:
-        log = replace(log, time=parts.astype(np.int64))  # there is no other time: the splits follow each other
+        log = replace(
+            log, time=parts.astype(np.int64)
+        )  # there is no other time: the splits follow each other
     users = _UserFeatures(schema, log)
     order = np.argsort(log.time, kind="stable")
     rows_of = [order[parts[order] == part] for part in range(len(NAMES))]

@@ -45,7 +45,9 @@ def neighbours(
     similar.eliminate_zeros()
     found = np.full((items, length), -1, np.int32)
     for item, (others, values) in enumerate(_rows(similar.tocsr())):
-        if len(others) > length:  # all that could be among the best, with those that tie with the last of them
+        if (
+            len(others) > length
+        ):  # all that could be among the best, with those that tie with the last of them
             near = values >= np.partition(values, -length)[-length]
             others, values = others[near], values[near]
         best = np.lexsort((others, -values))[:length]
