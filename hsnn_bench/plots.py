@@ -16,6 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hsnn_core.files import write_bytes
 
+from .width_search import Point
+
 FLAT, PRUNED, EBR = "#4472a8", "#b5523b", "#5a8f5a"
 
 
@@ -148,6 +150,22 @@ def cost_over_size(report: dict[str, Any], path: Path) -> Path:
     front.legend(fontsize=8)
     for axis in (size, front):
         axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def recall_of_widths(points: Sequence[Point], chosen: Point, title: str, path: Path) -> Path:
+    """Recall against milliseconds of the widths that were measured, with the front and the choice."""
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    axis.plot([p.ms for p in points], [p.recall for p in points], ".", color=FLAT, alpha=0.5)
+    front = sorted((p.ms, p.recall) for p in points if p.best)
+    axis.plot(*zip(*front), "-", color=FLAT, label="Pareto front")
+    axis.plot(
+        chosen.ms, chosen.recall, "o", color=PRUNED, label=f"chosen: {', '.join(map(str, chosen.widths))}"
+    )
+    axis.set_xscale("log")
+    axis.set(xlabel="milliseconds per request (log scale)", ylabel="search recall", title=title)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
     return _save(figure, path)
 
 

@@ -1,8 +1,9 @@
 """Beam widths for a wanted search recall at the lowest cost, by measuring: what `hsnn tune` does.
 
-A grid of widths, every layer's a ladder of powers of two up to its nodes, is searched from cheap to dear. A request's
-exhaustive top K is found once; every grid point then costs one search per request. Points that share a request are
-measured side by side, so a machine that slows down slows all alike.
+A grid of widths, every layer's a ladder of powers of two up to its nodes, is looked over with few requests, and the
+points around the target are measured with all of them. A request's exhaustive top K is found once; a point then costs
+one search per request. In the measurement a request goes through all points before the next, so a machine that slows
+down slows all alike.
 """
 
 from __future__ import annotations
@@ -132,9 +133,9 @@ def find(
         raise SearchError(f"target recall {target_recall}, expected above 0 and at most 1")
     tops = exact_tops(index, scorer, users, k, rank, progress)
     few = Encoded(users.dense[:PILOT], users.ids[:PILOT])
-    pilot = measure(index, scorer, few, tops[:PILOT], k, rank, grid(index, k), progress)
+    pilot = _pilot(index, scorer, few, tops, k, rank, target_recall + MARGIN, progress)
     near = sorted((p for p in pilot if p.recall >= target_recall - MARGIN), key=lambda p: p.ms)[:FINALISTS]
-    front = [p for p in pilot if p.best]
+    front = [p for p in pilot if _on_front(p, pilot)]
     chosen = list(dict.fromkeys(p.widths for p in (*front, *near)))
     points = measure(index, scorer, users, tops, k, rank, chosen, progress)
     good = [p for p in points if p.recall >= target_recall and (target_ms is None or p.ms <= target_ms)]
@@ -149,6 +150,31 @@ def find(
             f"{closest.ms:.2f} ms; lower the target, or train a finer index"
         )
     return min(good, key=lambda p: p.ms), sorted(points, key=lambda p: p.ms)
+
+
+def _pilot(
+    index: HierarchicalIndex,
+    scorer: LayerScorer,
+    users: Encoded,
+    tops: Sequence[np.ndarray],
+    k: int,
+    rank: np.ndarray,
+    enough: float,
+    progress: bool,
+) -> list[Point]:
+    """The grid, a ladder of the last layer's widths at a time, each climbed until its recall is ``enough``: what is
+    above costs more and is not wanted."""
+    points: list[Point] = []
+    by_ladder = sorted(grid(index, k))
+    with tqdm(total=len(by_ladder), desc="pilot", unit="widths", disable=not progress) as bar:
+        for _, ladder in itertools.groupby(by_ladder, key=lambda widths: widths[:-1]):
+            reached = 0.0
+            for widths in ladder:
+                if reached < min(enough, 1.0):
+                    points += measure(index, scorer, users, tops, k, rank, [widths], progress=False)
+                    reached = points[-1].recall
+                bar.update()
+    return points
 
 
 def _on_front(point: Point, points: Sequence[Point]) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from export.stream_index import read_items
 from hsnn_bench import corpora, scale, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
+from hsnn_cli.main import main
 from hsnn_core.errors import DataError, SearchError
 from hsnn_core.exhaustive import exhaustive
-from hsnn_train.checkpoint import load_run
+from hsnn_train.checkpoint import load_recipe_of_run, load_run, set_widths
 from hsnn_train.data.synthetic import WorldConfig, grown_ads, simulate, world_of
 from hsnn_train.recipe import load_recipe
 from hsnn_train.trainer import Trainer
@@ -77,8 +79,8 @@ def test_the_cheapest_widths_of_the_wanted_recall_are_found():
     chosen, points = find(index, scorer, users, 20, RANK, 0.9, progress=False)
     assert chosen in points and chosen.recall >= 0.9
     assert all(point.ms >= chosen.ms for point in points if point.recall >= 0.9)
-    exact = next(point for point in points if point.widths == (index.nodes(1), index.nodes(2)))
-    assert exact.recall == 1.0 and exact.candidates[-1] == index.items
+    exact, _ = find(index, scorer, users, 20, RANK, 1.0, progress=False)
+    assert exact.recall == 1.0
     expected = exhaustive(index, scorer, users, 20, RANK)
     for row, top in enumerate(width_search.exact_tops(index, scorer, users, 20, RANK, progress=False)):
         np.testing.assert_array_equal(top, expected.item_ids[row])
@@ -157,3 +159,21 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
     assert page.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):
         corpora.corpus_files(load_run(folder), 10, tmp_path, progress=False)
+
+
+def test_hsnn_tune_writes_its_choice_into_the_run(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run[0], run)
+    before = (run / "recipe.yaml").read_text()
+    assert main(["tune", str(run), "--target-recall", "0.9", "--k", "10", "--requests", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "search recall@10 on" in out and "simulated data" in out and "chosen" in out
+    recipe = load_recipe_of_run(run)
+    assert f"search.widths {list(recipe.search.widths)}" in out
+    assert load_run(run).recipe == recipe
+    assert (run / "plots" / "widths.png").stat().st_size > 1000
+    set_widths(run, (4, 16))
+    assert (run / "recipe.yaml").read_text() == before
+    assert main(["tune", str(run), "--target-recall", "0.5", "--target-latency", "0.000001"]) == 1
+    assert "no widths reach recall 0.5 in 1e-06 ms" in capsys.readouterr().err
+    assert load_recipe_of_run(run).search.widths == (4, 16)
