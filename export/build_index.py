@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.utils
 import onnxruntime
 from tqdm import tqdm
 
@@ -23,12 +25,21 @@ SMALLEST_BUCKET = 64
 
 
 class OnnxItemTower:
-    """item_dense, item_ids -> item_l1..item_lN (R, E_l), index (R, d), by ONNX Runtime on the CPU."""
+    """item_dense, item_ids -> item_l1..item_lN (R, E_l), index (R, d), by ONNX Runtime on the CPU.
 
-    def __init__(self, path: Path) -> None:
+    ``outputs``: only these, from a graph cut down to them: ONNX Runtime computes every output of a graph, whichever
+    are asked for.
+    """
+
+    def __init__(self, path: Path, outputs: Sequence[str] | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph: str | bytes = str(path)
+        if outputs is not None:
+            model = onnx.load(path)
+            inputs = [value.name for value in model.graph.input]
+            graph = onnx.utils.Extractor(model).extract_model(inputs, list(outputs)).SerializeToString()
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.column_scorer import ColumnScorer, has_column_form
+from hsnn_train.hsnn import HSNN
+
 Datatype = Literal["FP32", "INT32"]
 DTYPES: dict[str, type[np.generic]] = {"FP32": np.float32, "INT32": np.int32}
 MODEL_PREFIX = "hsnn_"
@@ -110,8 +113,13 @@ class ServingGraph(nn.Module):
             for spec in self.signature.inputs
         ]
         with torch.inference_mode():
-            outputs = self(*tensors)
+            outputs = self.reference(tensors)
         return {spec.name: out.numpy() for spec, out in zip(self.signature.outputs, outputs, strict=True)}
+
+    def reference(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """What the graph has to compute: what it does, unless it is another form of the model's computation."""
+        outputs: tuple[Tensor, ...] = self(*tensors)
+        return outputs
 
 
 class UserTowerGraph(ServingGraph):
@@ -167,7 +175,10 @@ class ScorerGraph(ServingGraph):
         self.layer = layer
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        given = self.named(tensors)
+        return self.score(self.named(tensors))
+
+    def score(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's own scores of the named inputs."""
         return self.model.score(
             self.layer,
             given["user"],
@@ -176,6 +187,28 @@ class ScorerGraph(ServingGraph):
             given.get("cross_ids"),
             given.get("previous"),
         )
+
+
+class ColumnScorerGraph(ScorerGraph):
+    """`ScorerGraph` as `ColumnScorer` evaluates it. `run`, the reference of the parity gates, stays the model's own."""
+
+    def __init__(self, model: HSNN, layer: int) -> None:
+        super().__init__(model, layer)
+        self.columns = ColumnScorer(model, layer)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        given = self.named(tensors)
+        found: tuple[Tensor, Tensor] = self.columns(
+            given["user"],
+            given["item"],
+            given.get("cross_dense"),
+            given.get("cross_ids"),
+            given.get("previous"),
+        )
+        return found
+
+    def reference(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.score(self.named(tuple(tensors)))
 
 
 class AnchoredGraph(ServingGraph):
@@ -197,9 +230,16 @@ class AnchoredGraph(ServingGraph):
         return (*outputs, last)
 
 
+def scorer_graph(model: ServingModel, layer: int) -> ScorerGraph:
+    """The graph of ``layer`` (from 1), in the form that is quickest to run."""
+    if isinstance(model, HSNN) and has_column_form(model, layer):
+        return ColumnScorerGraph(model, layer)
+    return ScorerGraph(model, layer)
+
+
 def serving_graphs(model: ServingModel) -> list[ServingGraph]:
     """Every graph of a model, in the order in which they are published: towers, then scorers 1..N."""
-    scorers = [ScorerGraph(model, layer) for layer in range(1, model.layers + 1)]
+    scorers = [scorer_graph(model, layer) for layer in range(1, model.layers + 1)]
     graphs: list[ServingGraph] = [UserTowerGraph(model), ItemTowerGraph(model), *scorers]
     return [graph.eval() for graph in graphs]
 

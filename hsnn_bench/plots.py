@@ -16,6 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hsnn_core.files import write_bytes
 
+from .width_search import Point
+
 FLAT, PRUNED, EBR = "#4472a8", "#b5523b", "#5a8f5a"
 
 
@@ -95,6 +97,75 @@ def ne_bars(report: dict[str, Any], path: Path) -> Path:
         axis.set(ylabel=f"NE, {report['tasks'][0]} (axis is cut)", title=f"{report['data']}, {block}")
         axis.tick_params(axis="x", labelrotation=20, labelsize=8)
         axis.grid(alpha=0.3, axis="y")
+    return save(figure, path)
+
+
+def stages_of_ways(report: dict[str, Any], path: Path) -> Path:
+    """A bar per way: the medians of the search's stages, and what lies outside of the search."""
+    layers = len(report["index"])
+    names = ["user tower", *(f"layer {n}" for n in range(1, layers + 1)), "outside the search"]
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for place, given in enumerate(report["ways"].values()):
+        *stages, search = given["stages"]
+        parts = [*stages, max(0.0, given["microseconds"]["median"] - search)]
+        left = np.concatenate([[0.0], np.cumsum(parts)[:-1]])
+        for number, (part, start) in enumerate(zip(parts, left)):
+            axis.barh(place, part / 1000, left=start / 1000, color=f"C{number}",
+                      label=names[number] if place == 0 else None)  # fmt: skip
+    axis.set_yticks(range(len(report["ways"])), list(report["ways"]))
+    axis.invert_yaxis()
+    axis.set(xlabel=f"milliseconds per request, medians{' (simulated data)' if report['simulated'] else ''}")
+    axis.legend(fontsize=8, ncol=2)
+    return save(figure, path)
+
+
+def cost_over_size(report: dict[str, Any], path: Path) -> Path:
+    """Left: milliseconds over the number of items, at the tuned widths; right: recall against milliseconds of all
+    widths that were measured, a line per corpus along its Pareto front."""
+    figure, (size, front) = plt.subplots(1, 2, figsize=(12, 4.4))
+    rows = report["sizes"]
+    items = [row["items"] for row in rows]
+    low, middle, high = (
+        [row["microseconds"][name] / 1000 for row in rows] for name in ("p10", "median", "p90")
+    )
+    size.plot(items, middle, "o-", color=PRUNED)
+    size.fill_between(items, low, high, color=PRUNED, alpha=0.2)
+    for row, ms in zip(rows, middle):
+        size.annotate(f"recall {row['search_recall']:.3f}", (row["items"], ms), xytext=(4, 6),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    size.set_xscale("log")
+    size.set_ylim(bottom=0)
+    size.set(
+        xlabel="items (log scale)", ylabel="milliseconds per request", title="simulated data, one thread"
+    )
+    for number, row in enumerate(rows):
+        best = sorted((p["ms"], p["recall"]) for p in row["points"] if p["best"])
+        others = [(p["ms"], p["recall"]) for p in row["points"] if not p["best"]]
+        if others:
+            front.plot(*zip(*others), ".", color=f"C{number}", alpha=0.35)
+        front.plot(*zip(*best), "o-", color=f"C{number}", label=f"{row['items']:,} items")
+    front.axhline(report["target_recall"], color="grey", linewidth=0.8)
+    front.set_xscale("log")
+    front.set(xlabel="milliseconds per request (log scale)", ylabel=f"search recall@{report['k']}")
+    front.legend(fontsize=8)
+    for axis in (size, front):
+        axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
+def recall_of_widths(points: Sequence[Point], chosen: Point, title: str, path: Path) -> Path:
+    """Recall against milliseconds of the widths that were measured, with the front and the choice."""
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    axis.plot([p.ms for p in points], [p.recall for p in points], ".", color=FLAT, alpha=0.5)
+    front = sorted((p.ms, p.recall) for p in points if p.best)
+    axis.plot(*zip(*front), "-", color=FLAT, label="Pareto front")
+    axis.plot(
+        chosen.ms, chosen.recall, "o", color=PRUNED, label=f"chosen: {', '.join(map(str, chosen.widths))}"
+    )
+    axis.set_xscale("log")
+    axis.set(xlabel="milliseconds per request (log scale)", ylabel="search recall", title=title)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
     return save(figure, path)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import commands_bench_serving
+from . import commands_bench_cost, commands_bench_serving
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -39,6 +39,7 @@ def add_commands(commands: Any) -> None:
         "  hsnn bench tune --data beauty --method two_tower --method als\n  hsnn bench serving runs/ads",
     )  # fmt: skip
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    commands_bench_cost.add_kinds(kinds)
     for name, text in TABLES.items():
         table = kinds.add_parser(
             name, help=text, formatter_class=FORMAT,

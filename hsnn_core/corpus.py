@@ -58,24 +58,12 @@ def build_corpus(
     ``progress`` is called with the number of items just embedded. Raises DataError on shapes that do not fit
     and on embeddings that are not finite.
     """
-    if paths is not None and len(codebooks):
-        raise DataError(
-            f"{len(codebooks)} codebooks and paths as well, expected one of them to define the index"
-        )
-    if len(items.ids) != len(item_ids):
-        raise DataError(
-            f"{len(items.ids)} encoded items and {len(item_ids)} item ids, expected as many of each"
-        )
+    _check_arguments(items, item_ids, codebooks, codeword_projection, paths)
     depth = len(codebooks) if paths is None else paths.shape[1]
     layers = depth + 1
-    if codeword_projection and len(codeword_projection) != len(codebooks):
-        raise DataError(
-            f"{len(codeword_projection)} codeword projections, expected {len(codebooks)}: one per codebook"
-        )
-
     wanted = [f"item_l{layers}", *(["index"] if depth else [])]
     tables: dict[str, np.ndarray] = {}
-    for rows, outputs in _embed(item_tower, items, np.arange(len(item_ids)), batch_size, wanted):
+    for rows, outputs in embed(item_tower, items, np.arange(len(item_ids)), batch_size, wanted):
         for name, value in outputs.items():
             table = tables.setdefault(name, np.empty((len(item_ids), value.shape[1]), dtype=np.float32))
             table[rows] = value
@@ -90,20 +78,58 @@ def build_corpus(
     else:
         distances = centroid_distances(tables["index"], paths)
     index = HierarchicalIndex.build(item_ids, paths, distances)
+    last = tables[f"item_l{layers}"][index.row_of_position]
+    return assemble_corpus(
+        schema, transform, items, index, last, item_tower, codebooks, codeword_projection, batch_size
+    )
 
-    order = index.row_of_position
+
+def assemble_corpus(
+    schema: Schema,
+    transform: FeatureTransform,
+    items: Encoded,
+    index: HierarchicalIndex,
+    last: np.ndarray,
+    item_tower: ItemTower,
+    codebooks: Sequence[np.ndarray],
+    codeword_projection: Sequence[tuple[np.ndarray, np.ndarray]],
+    batch_size: int = 1024,
+) -> Corpus:
+    """The corpus of an index that is built, as `build_corpus`; ``last`` (V, E_N) float32: the item layer's embeddings,
+    by position."""
     embeddings = _node_embeddings(index, item_tower, items, batch_size)
     for layer, (weight, bias) in enumerate(codeword_projection, start=1):
         codes = index.codes[layer - 1]
         chain = sum(codebook[codes[:, step]] for step, codebook in enumerate(codebooks[:layer]))
         embeddings[layer - 1] += chain @ weight + bias
-    embeddings.append(tables[f"item_l{layers}"][order])
+    embeddings.append(last)
     return Corpus(
         index,
         _interactions(schema, transform, items, index),
         embeddings,
         [np.asarray(codebook, dtype=np.float32) for codebook in codebooks],
     )
+
+
+def _check_arguments(
+    items: Encoded,
+    item_ids: np.ndarray,
+    codebooks: Sequence[np.ndarray],
+    codeword_projection: Sequence[tuple[np.ndarray, np.ndarray]],
+    paths: np.ndarray | None,
+) -> None:
+    if paths is not None and len(codebooks):
+        raise DataError(
+            f"{len(codebooks)} codebooks and paths as well, expected one of them to define the index"
+        )
+    if len(items.ids) != len(item_ids):
+        raise DataError(
+            f"{len(items.ids)} encoded items and {len(item_ids)} item ids, expected as many of each"
+        )
+    if codeword_projection and len(codeword_projection) != len(codebooks):
+        raise DataError(
+            f"{len(codeword_projection)} codeword projections, expected {len(codebooks)}: one per codebook"
+        )
 
 
 def _node_embeddings(
@@ -118,16 +144,18 @@ def _node_embeddings(
         return []
     needed = np.unique(np.concatenate(of_layer))
     names = [f"item_l{layer}" for layer in range(1, index.layers)]
-    parts = [outputs for _, outputs in _embed(item_tower, items, needed, batch_size, names)]
+    parts = [outputs for _, outputs in embed(item_tower, items, needed, batch_size, names)]
     return [
         np.concatenate([part[name] for part in parts]).astype(np.float32)[np.searchsorted(needed, rows)]
         for name, rows in zip(names, of_layer)
     ]
 
 
-def _embed(
+def embed(
     item_tower: ItemTower, items: Encoded, rows: np.ndarray, batch_size: int, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The item tower over ``rows`` (n,) of the items, a batch at a time: the batch's rows and the outputs ``names``,
+    checked: DataError when one is missing, has another shape or is not finite."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         outputs = item_tower(Encoded(items.dense[part], items.ids[part]).tensors("item"))

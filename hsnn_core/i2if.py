@@ -75,13 +75,15 @@ class Crossings(NamedTuple):
 
 
 class PostingList(NamedTuple):
-    """One interaction over R' nodes of L slots; cell = node * L + slot. ``cells[ptr[i]:ptr[i+1]]`` hold
-    ``terms[i]``, terms ascending; ``terms_of_cell`` (R' * L,) is the way back, 0 in empty cells."""
+    """One item feature over R' nodes of L slots; cell = node * L + slot. ``cells[ptr[i]:ptr[i+1]]`` hold
+    ``terms[i]``, terms ascending; ``lists`` (R', L) is the way back, 0 in empty cells, and ``counts`` (R',) how many
+    are not."""
 
     terms: np.ndarray
     ptr: np.ndarray
     cells: np.ndarray
-    terms_of_cell: np.ndarray
+    lists: np.ndarray
+    counts: np.ndarray
 
     def find(self, terms: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in ``terms`` of those asked for that are there, and their weights."""
@@ -93,25 +95,27 @@ class PostingList(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Postings:
-    """The inverted index over a fixed list of nodes, ``positions`` (R',)."""
+    """The inverted index over ``nodes`` nodes: one list per interaction, the same one for those that share an item
+    feature."""
 
-    positions: np.ndarray
+    nodes: int
     lists: tuple[PostingList, ...]
 
 
 class I2IF:
     """The interactions of a schema over V items, known by their position.
 
-    ``forward[name]`` (V, L) int32: the terms of every item, different within an item, 0 at the end (`build`
-    makes them). ``position_of_id`` (cardinality of the item space,) int32: position of an item id, -1 when it
-    is not in the corpus. Safe to share between threads. Raises FormatError when the arrays do not fit.
+    ``forward[feature]`` (V, L) int32: the terms of every item in an item feature, different within an item, 0 at the
+    end (`build` makes them); interactions with the same item feature share them. ``position_of_id`` (cardinality of
+    the item space,) int32: position of an item id, -1 when it is not in the corpus. Safe to share between threads.
+    Raises FormatError when the arrays do not fit.
     """
 
     def __init__(
         self, specs: Sequence[CrossSpec], forward: Mapping[str, np.ndarray], position_of_id: np.ndarray
     ) -> None:
         self.specs = tuple(specs)
-        self.forward = {spec.interaction.name: _forward_list(spec, forward) for spec in self.specs}
+        self.forward = {spec.interaction.item: _forward_list(spec, forward) for spec in self.specs}
         self.position_of_id = np.asarray(position_of_id)
         rows = {len(lists) for lists in self.forward.values()}
         if len(rows) != 1:
@@ -125,9 +129,6 @@ class I2IF:
                 f"{self.position_of_id.max(initial=-1)}, expected one axis and positions below "
                 f"{self.positions}"
             )
-        self._term_counts = {
-            name: (lists != ID_PADDING).sum(axis=1, dtype=np.int32) for name, lists in self.forward.items()
-        }
         slots, stop = [], 0
         for spec in self.specs:
             start, stop = stop, stop + spec.interaction.matches
@@ -145,7 +146,7 @@ class I2IF:
         for interaction in schema.interactions:
             terms = items.ids[:, columns[interaction.item]]
             known = np.where(terms < ID_FIRST, np.int32(ID_PADDING), terms)
-            forward[interaction.name] = np.ascontiguousarray(without_gaps(without_repeats(known)))
+            forward[interaction.item] = np.ascontiguousarray(without_gaps(without_repeats(known)))
         return cls(_specs(schema, transform), forward, position_of_id)
 
     @classmethod
@@ -153,16 +154,17 @@ class I2IF:
         cls, schema: Schema, transform: FeatureTransform, arrays: Mapping[str, np.ndarray]
     ) -> I2IF:
         """The inverse of `to_arrays`; views, no copies. Raises FormatError."""
-        names = {i.name: f"i2if.{i.name}" for i in schema.interactions}
+        names = _stored_names(schema.interactions)
         for name in (*names.values(), "i2if.position_of_id"):
             if name not in arrays:
                 raise FormatError(f"i2if: array {name} is missing; got {', '.join(sorted(arrays))}")
-        forward = {name: arrays[stored] for name, stored in names.items()}
+        forward = {feature: arrays[stored] for feature, stored in names.items()}
         return cls(_specs(schema, transform), forward, arrays["i2if.position_of_id"])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Named arrays for an array file."""
-        arrays = {f"i2if.{name}": lists for name, lists in self.forward.items()}
+        names = _stored_names([spec.interaction for spec in self.specs])
+        arrays = {names[feature]: lists for feature, lists in self.forward.items()}
         arrays["i2if.position_of_id"] = self.position_of_id
         return arrays
 
@@ -191,7 +193,7 @@ class I2IF:
         if not spec.interaction.through:
             return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
         positions = np.where(ids < ID_FIRST, -1, self.position_of_id[ids])
-        terms = self.forward[spec.interaction.name][positions]  # (B, S, L)
+        terms = self.forward[spec.interaction.item][positions]  # (B, S, L)
         terms[positions < 0] = ID_PADDING
         spread = np.broadcast_to(weights[:, :, None], terms.shape)
         return _summed(terms.reshape(len(ids), -1), spread.reshape(len(ids), -1))
@@ -200,52 +202,46 @@ class I2IF:
         """Crossings of each user with positions (B, C) of its own, from the forward lists."""
         batch, count = positions.shape
         crossings = self._empty(batch, count)
+        wanted = {feature: np.take(lists, positions, axis=0) for feature, lists in self.forward.items()}
+        counts = {feature: _over_slots(lists != ID_PADDING) for feature, lists in wanted.items()}
         for number, (spec, users) in enumerate(zip(self.specs, query.terms)):
-            forward = self.forward[spec.interaction.name]
+            lists = wanted[spec.interaction.item]  # (B, C, L)
             step = max(1, TABLE_ENTRIES // spec.cardinality)
             table = self._table(spec.cardinality)
             for first in range(0, batch, step):
                 part = slice(first, min(first + step, batch))
                 row = np.arange(part.stop - first)[:, None] * spec.cardinality
                 asked = row + users.terms[part]
-                wanted = forward[positions[part]]  # (b, C, L)
+                places = lists[part] if part.stop - first == 1 else row[:, :, None] + lists[part]
                 try:
                     table[asked] = users.weights[part]
-                    hits = table[row[:, :, None] + wanted].ravel()
+                    hits = np.take(table, places)
                 finally:  # out of memory, say: this thread's next users must not find these ones' terms
                     table[asked] = 0
-                self._fill(crossings, number, part, hits, wanted.ravel(), positions[part], users.totals[part])
+                self._fill(
+                    crossings, number, part, hits, lists[part], counts[spec.interaction.item][part], users
+                )
         return crossings
 
     def postings(self, positions: np.ndarray) -> Postings:
         """The inverted index over the nodes whose items are at positions (R',), in that order."""
-        positions = np.asarray(positions)
-        return Postings(
-            positions, tuple(_inverted(self.forward[s.interaction.name][positions]) for s in self.specs)
-        )
+        inverted = {feature: _inverted(lists[positions]) for feature, lists in self.forward.items()}
+        return Postings(len(positions), tuple(inverted[spec.interaction.item] for spec in self.specs))
 
     def walk(self, query: Query, postings: Postings) -> Crossings:
         """Crossings (B, R', ...) of every user with all nodes of the postings, in their order."""
         batch = len(query.terms[0].totals)
-        crossings = self._empty(batch, len(postings.positions))
+        crossings = self._empty(batch, postings.nodes)
         for number, (users, inverted) in enumerate(zip(query.terms, postings.lists)):
+            lists, counts = inverted.lists[None], inverted.counts[None]
             for user in range(batch):
                 at, weights = inverted.find(users.terms[user], users.weights[user])
                 lengths = inverted.ptr[at + 1] - inverted.ptr[at]
                 before = lengths.cumsum() - lengths
                 entries = np.repeat(inverted.ptr[at] - before, lengths) + np.arange(lengths.sum())
-                hits = np.zeros(len(inverted.terms_of_cell), dtype=np.int32)
-                hits[inverted.cells[entries]] = np.repeat(weights, lengths)
-                part = slice(user, user + 1)
-                self._fill(
-                    crossings,
-                    number,
-                    part,
-                    hits,
-                    inverted.terms_of_cell,
-                    postings.positions[None],
-                    users.totals[part],
-                )
+                hits = np.zeros(lists.shape, dtype=np.int32)
+                hits.reshape(-1)[inverted.cells[entries]] = np.repeat(weights, lengths)
+                self._fill(crossings, number, slice(user, user + 1), hits, lists, counts, users)
         return crossings
 
     def _fill(
@@ -254,31 +250,32 @@ class I2IF:
         number: int,
         part: slice,
         hits: np.ndarray,
-        terms: np.ndarray,
-        positions: np.ndarray,
-        totals: np.ndarray,
+        lists: np.ndarray,
+        counts: np.ndarray,
+        users: Terms,
     ) -> None:
         """Turn the weights of one interaction into the crossings of the users ``part`` (b of them).
 
-        ``hits`` (b*C*L,): the user's weight of the term of that cell; ``terms`` (b*C*L,); ``positions``
-        (b, C); ``totals`` (b,). Integers until the one division, so equal hits give equal bits.
+        ``hits`` (b, C, L) int32: the user's weight of the term there; ``lists`` (b, C, L): the terms; ``counts``
+        (b, C): how many there are. Integers until the one division, so equal hits give equal bits.
         """
-        pairs, slot = positions.size, self.id_slots[number]
-        found = np.flatnonzero(hits)
-        pair = found // self.forward[slot.interaction.name].shape[1]
-        matched = np.bincount(pair, minlength=pairs)
-        weight = np.bincount(pair, weights=hits[found], minlength=pairs)  # exact: integers below 2**53
-        term_counts = self._term_counts[slot.interaction.name][positions]
-
+        slot = self.id_slots[number]
+        matched, weight = _over_slots(hits != 0), _over_slots(hits)
         dense = crossings.dense[part, :, DENSE_PER_INTERACTION * number :]  # (b, C, at least 3)
-        dense[..., 0] = matched.reshape(positions.shape)
-        dense[..., 1] = weight.reshape(positions.shape) / np.maximum(totals, 1)[:, None]
-        dense[..., 2] = matched.reshape(positions.shape) / np.maximum(term_counts, 1)
+        dense[..., 0] = matched
+        dense[..., 1] = weight / np.maximum(users.totals[part], 1)[:, None]
+        dense[..., 2] = matched / np.maximum(counts, 1)
 
-        place = np.arange(len(found)) - (matched.cumsum() - matched)[pair]
+        if hits.shape[2] == 1:
+            crossings.ids[part, :, slot.start] = np.where(matched, lists[..., 0], ID_PADDING)
+            return
+        found = np.flatnonzero(hits)  # few: most terms of most candidates are not the user's
+        pair = found // hits.shape[2]
+        place = np.arange(len(found)) - np.searchsorted(pair, pair)
         keep = np.flatnonzero(place < slot.interaction.matches)
         rows = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
-        rows[part.start * positions.shape[1] + pair[keep], slot.start + place[keep]] = terms[found[keep]]
+        at = part.start * hits.shape[1] + pair[keep]
+        rows[at, slot.start + place[keep]] = lists.reshape(-1)[found[keep]]
 
     def _empty(self, batch: int, count: int) -> Crossings:
         return Crossings(
@@ -305,8 +302,16 @@ def _specs(schema: Schema, transform: FeatureTransform) -> list[CrossSpec]:
     ]
 
 
+def _stored_names(interactions: Sequence[Interaction]) -> dict[str, str]:
+    """Item feature -> name of its lists in a file: that of the first interaction it is crossed in."""
+    names: dict[str, str] = {}
+    for interaction in interactions:
+        names.setdefault(interaction.item, f"i2if.{interaction.name}")
+    return names
+
+
 def _forward_list(spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndarray:
-    name = spec.interaction.name
+    name = spec.interaction.item
     if name not in forward:
         raise FormatError(f"i2if: no forward lists of {name!r}; got {', '.join(sorted(forward)) or 'none'}")
     lists = np.asarray(forward[name])
@@ -355,9 +360,19 @@ def _summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
     return Terms(found, sums, sums.sum(axis=1, dtype=np.int64))
 
 
+def _over_slots(values: np.ndarray) -> np.ndarray:
+    """The sum over the last axis, of a few slots: (b, C, L) int32 or bool -> (b, C) integers."""
+    if values.shape[2] == 1:
+        return values[..., 0]
+    total = values[..., 0].astype(np.int64)
+    for slot in range(1, values.shape[2]):
+        total += values[..., slot]
+    return total
+
+
 def _inverted(lists: np.ndarray) -> PostingList:
     flat = lists.ravel()
     cells = np.flatnonzero(flat)
     cells = cells[np.argsort(flat[cells], kind="stable")]
     terms, starts = np.unique(flat[cells], return_index=True)
-    return PostingList(terms, np.append(starts, len(cells)), cells, flat)
+    return PostingList(terms, np.append(starts, len(cells)), cells, lists, (lists != ID_PADDING).sum(axis=1))

@@ -116,6 +116,8 @@ class HierarchicalIndex:
     def item_ptr(self, layer: int) -> np.ndarray:
         """(I_l + 1,) int64: the items of node i are the positions item_ptr[i]:item_ptr[i+1]."""
         self._check_layer(layer)
+        if layer == self.layers:
+            return np.arange(self.items + 1, dtype=np.int64)
         return self._item_ptrs[layer - 1]
 
     def occupancy(self, layer: int) -> np.ndarray:
@@ -131,9 +133,10 @@ class HierarchicalIndex:
 
     @cached_property
     def _item_ptrs(self) -> tuple[np.ndarray, ...]:
-        pointers = [np.arange(self.items + 1, dtype=np.int64)]
+        """Of the layers above the items; the items' own would be as long as the corpus and say nothing."""
+        pointers: list[np.ndarray] = []
         for child_ptr in reversed(self.child_ptr):
-            pointers.append(pointers[-1][child_ptr])
+            pointers.append(pointers[-1][child_ptr] if pointers else child_ptr)
         return tuple(reversed(pointers))
 
     def _check_layer(self, layer: int) -> None:
@@ -276,6 +279,13 @@ def _checked_input(
     return ids.astype(np.int64), paths, distances
 
 
+def _all_different(numbers: np.ndarray) -> bool:
+    """Whether non-negative whole numbers (n,) hold none twice; those of a corpus lie close to 0..n-1."""
+    if numbers.max() < 4 * len(numbers):
+        return bool((np.bincount(numbers) <= 1).all())
+    return len(np.unique(numbers)) == len(numbers)
+
+
 def _validate(index: HierarchicalIndex) -> None:
     depth, items = len(index.child_ptr), len(index.item_ids)
     if items == 0:
@@ -285,10 +295,11 @@ def _validate(index: HierarchicalIndex) -> None:
             f"index: {depth} child pointers, {len(index.representative)} representatives and "
             f"{len(index.codes)} codes, expected the same number of each"
         )
-    if len(np.unique(index.item_ids)) != items:
+    ordered = np.sort(index.item_ids)
+    if (ordered[1:] == ordered[:-1]).any():
         raise FormatError("index: item_ids holds an id twice, expected every id once")
     rows = index.row_of_position
-    if rows.shape != (items,) or rows.min() < 0 or len(np.unique(rows)) != items:
+    if rows.shape != (items,) or rows.min() < 0 or not _all_different(rows):
         raise FormatError(f"index: row_of_position of shape {rows.shape}, expected {items} different rows")
     for number in range(1, depth + 1):
         ptr = index.child_ptr[number - 1]

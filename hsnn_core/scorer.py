@@ -20,9 +20,11 @@ from .features import Encoded
 from .i2if import I2IF, Crossings, Postings, Query
 from .index import HierarchicalIndex
 
-# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache and
-# below the size from which the allocator asks the system anew; larger calls take longer per pair.
-PAIRS_PER_CALL = 8192
+# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache;
+# larger calls take longer per pair, smaller ones pay for the calls (docs/performance.md).
+PAIRS_PER_CALL = 1024
+# Pairs that are crossed at once: I2IF is a row of small array operations whose overhead many calls share.
+PAIRS_PER_PROBE = 1 << 14
 
 
 class Runner(Protocol):
@@ -140,7 +142,9 @@ class LayerScorer:
         walked = self._walk(state, layer) if everything else None
         sizes = self._buckets[layer - 1]
         step = sizes[-1] if sizes else max(1, PAIRS_PER_CALL // batch)
+        at_once = step * max(1, PAIRS_PER_PROBE // (step * batch))
 
+        crossings = walked or {}
         monn: list[np.ndarray] = []
         logits: list[np.ndarray] = []
         for start in range(0, count, step):
@@ -151,11 +155,14 @@ class LayerScorer:
                 block = self._embeddings[layer - 1][part].astype(np.float32, copy=False)
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
-                inputs["item"] = self._embeddings[layer - 1][nodes[:, part]].astype(np.float32, copy=False)
-            if walked is not None:
-                inputs |= {name: value[:, part] for name, value in walked.items()}
-            else:
-                inputs |= self._probe(state, layer, nodes[:, part])
+                rows = np.take(self._embeddings[layer - 1], nodes[:, part], axis=0)
+                inputs["item"] = rows.astype(np.float32, copy=False)
+            within = part
+            if walked is None:
+                if start % at_once == 0:
+                    crossings = self._probe(state, layer, nodes[:, start : start + at_once])
+                within = slice(start % at_once, start % at_once + part.stop - start)
+            inputs |= {name: value[:, within] for name, value in crossings.items()}
             if layer > 1:
                 inputs["previous"] = previous[:, part]
             size = part.stop - part.start

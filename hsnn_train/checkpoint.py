@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,13 @@ def load_recipe_of_run(run: Path) -> Recipe:
     if not path.exists():
         raise FormatError(f"run {run}: no recipe.yaml there; expected a folder that hsnn train wrote")
     return recipe_from_dict(yaml.safe_load(path.read_text()), run.name, run)
+
+
+def set_widths(run: Path, widths: Sequence[int]) -> None:
+    """Write other beam widths (N-1) into a run's recipe; nothing that was trained depends on them."""
+    recipe = load_recipe_of_run(run)
+    changed = replace(recipe, search=replace(recipe.search, widths=tuple(int(width) for width in widths)))
+    write_bytes(run / "recipe.yaml", yaml.safe_dump(changed.to_dict(), sort_keys=False).encode())
 
 
 def load_run(run_dir: str | Path) -> Run:

@@ -40,6 +40,12 @@ class EmbeddingTables(nn.Module):
             with torch.no_grad():
                 table.weight[0].zero_()
 
+    def weight(self, space: str) -> Tensor:
+        """(ids of the space, e)."""
+        table = self.tables[feature_key(space)]
+        assert isinstance(table, nn.Embedding)
+        return table.weight
+
     def forward(self, space: str, ids: Tensor) -> Tensor:
         """ids int32 (..., L) -> (..., L, e); padding rows are zero."""
         out: Tensor = self.tables[feature_key(space)](ids)
@@ -150,6 +156,7 @@ class TowerNetwork(nn.Module):
         super().__init__()
         kept = min(fields, config.max_fields)
         self.mix = nn.Linear(fields, kept, bias=False) if kept < fields else None
+        self.mixed_fields = (kept, fields)
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(TowerBlock(kept, width, config.hidden) for _ in range(config.blocks))
         self.out = nn.Linear(kept * width, config.num_embed * config.dim)

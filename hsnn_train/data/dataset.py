@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from hsnn_core.errors import DataError
@@ -298,17 +299,22 @@ def _first_times(log: Log) -> np.ndarray:
 
 
 def _item_rows(schema: Schema, log: Log) -> dict[str, np.ndarray]:
-    """Wire arrays of all items. A feature `of: item` of one id that has no column is the item's own key."""
-    tables, where = log.tables, log.tables.where("items")
+    """Wire arrays of all items."""
+    return item_wire(schema, log.tables.items, log.tables.where("items"), log.item_keys)
+
+
+def item_wire(schema: Schema, items: pa.Table, where: str, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Wire arrays of a table of items (``where`` names it in errors) with these keys (V,) int64, but for features that
+    are derived. A feature `of: item` of one id that has no column is the item's own key."""
     raw = {}
     for feature in schema.item_features:
         if feature.derive_from is not None:
             continue
         own = feature.encoding == "item" and feature.kind == "sparse" and feature.length == 1
-        if own and feature.name not in tables.items.column_names:
-            raw[feature.name] = log.item_keys[:, None]
+        if own and feature.name not in items.column_names:
+            raw[feature.name] = keys[:, None]
         else:
-            values = column(tables.items, feature.name, where, "item feature")
+            values = column(items, feature.name, where, "item feature")
             raw[feature.name] = wire_rows(values, feature, where)
     return raw
 

@@ -93,6 +93,11 @@ class World:
     taste: np.ndarray  # (AGE_BANDS, THEMES)
     daytime: np.ndarray  # (24, THEMES)
     fit_of_format: np.ndarray  # (devices, formats)
+    campaign_vector: np.ndarray  # (campaigns, DIMS)
+    campaign_creator: np.ndarray
+    creator_group: np.ndarray
+    creator_trust: np.ndarray
+    theme_price: np.ndarray  # (THEMES,)
     intercepts: tuple[float, float]
 
     def probabilities(
@@ -235,7 +240,8 @@ def _make_world(config: WorldConfig, rng: np.random.Generator) -> World:
         ad_theme=theme_of_ad,
         ad_format=rng.integers(0, len(FORMATS), config.ads),
         ad_country=rng.choice(len(COUNTRIES), config.ads, p=share),
-        ad_price=0.5 * rng.normal(size=THEMES)[theme_of_ad] + 0.9 * rng.normal(size=config.ads),
+        ad_price=0.5 * (theme_price := rng.normal(size=THEMES))[theme_of_ad]
+        + 0.9 * rng.normal(size=config.ads),
         ad_quality=0.4 * trust[creator_of_ad] + 0.8 * rng.normal(size=config.ads),
         ad_trust=trust[creator_of_ad],
         ad_created=np.sort(rng.uniform(-1.5 * config.days, 0.9 * config.days, config.ads)),
@@ -243,8 +249,45 @@ def _make_world(config: WorldConfig, rng: np.random.Generator) -> World:
         taste=0.6 * rng.normal(size=(AGE_BANDS, THEMES)),
         daytime=0.3 * rng.normal(size=(24, THEMES)),
         fit_of_format=0.4 * rng.normal(size=(len(DEVICES), len(FORMATS))),
+        campaign_vector=campaign,
+        campaign_creator=creator_of_campaign,
+        creator_group=group_of_creator,
+        creator_trust=trust,
+        theme_price=theme_price,
         intercepts=(0.0, 0.0),
     )
+
+
+def grown_ads(world: World, config: WorldConfig, part: int, count: int) -> pa.Table:
+    """``count`` further ads, of campaigns that are all as likely, as an item table; their ids begin behind the world's
+    own ads, at ``part * count``. The same part and count give the same bytes, whatever came before."""
+    rng = np.random.default_rng([config.seed, 2, part])
+    share = 1.0 / np.arange(1, len(COUNTRIES) + 1)
+    campaign = rng.integers(0, len(world.campaign_vector), count)
+    creator = world.campaign_creator[campaign]
+    vector = _near(world.campaign_vector[campaign], 0.25, rng)
+    theme = (np.arange(TOPICS) % THEMES)[np.argmax(vector @ world.topic_vector.T, axis=1)]
+    trust = world.creator_trust[creator]
+    ads = replace(
+        world,
+        ad_vector=vector,
+        ad_campaign=campaign,
+        ad_creator=creator,
+        ad_group=world.creator_group[creator],
+        ad_theme=theme,
+        ad_format=rng.integers(0, len(FORMATS), count),
+        ad_country=rng.choice(len(COUNTRIES), count, p=share / share.sum()),
+        ad_price=0.5 * world.theme_price[theme] + 0.9 * rng.normal(size=count),
+        ad_quality=0.4 * trust + 0.8 * rng.normal(size=count),
+        ad_trust=trust,
+        ad_created=rng.uniform(-1.5 * config.days, 0.9 * config.days, count),
+    )
+    return _marked(_ad_table(ads, rng, FIRST_AD + config.ads + part * count))
+
+
+def world_of(config: WorldConfig) -> World:
+    """The world of `simulate`, without its log; the rates of its probabilities are not set."""
+    return _make_world(config, np.random.default_rng([config.seed, 0]))
 
 
 def _choose(
@@ -298,14 +341,14 @@ def _user_table(world: World, rng: np.random.Generator) -> pa.Table:
     )
 
 
-def _ad_table(world: World, rng: np.random.Generator) -> pa.Table:
+def _ad_table(world: World, rng: np.random.Generator, first: int = FIRST_AD) -> pa.Table:
     """What the platform knows of the ads; topics are the nearest one and others almost as near, at most 3."""
     near = world.ad_vector @ world.topic_vector.T
     best = np.sort(near, axis=1)
     count = len(near)
     return pa.table(
         {
-            "ad_id": np.arange(count) + FIRST_AD,
+            "ad_id": np.arange(count) + first,
             "campaign_id": world.ad_campaign,
             "creator_id": world.ad_creator,
             "creator_group": world.ad_group,

@@ -88,7 +88,7 @@ def slow_crossings(i2if: I2IF, user_ids: np.ndarray, positions: np.ndarray) -> C
     dense = np.zeros((*positions.shape, i2if.dense_width), np.float32)
     ids = np.zeros((*positions.shape, i2if.ids_width), np.int32)
     for number, (spec, slot) in enumerate(zip(i2if.specs, i2if.id_slots)):
-        lists = i2if.forward[spec.interaction.name]
+        lists = i2if.forward[spec.interaction.item]
         for user, row in enumerate(user_ids[:, spec.user].tolist()):
             row = [value for value in row if value > 0]
             fade = spec.interaction.fade
@@ -158,7 +158,7 @@ def test_terms_of_an_item_are_unique_and_known():
     transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, table, items)
     encoded = transform.encode_items({"category": np.array([[8, 66, 8, 7], [X, X, X, X]])})
     i2if = I2IF.build(schema, transform, encoded, np.array([-1, -1, 0, 1], np.int32))
-    assert i2if.forward["topics"].tolist() == [[3, 2, 0, 0], [0, 0, 0, 0]]
+    assert i2if.forward["category"].tolist() == [[3, 2, 0, 0], [0, 0, 0, 0]]
 
 
 def test_threads_share_one_i2if():
@@ -191,7 +191,7 @@ def test_a_probe_that_fails_leaves_nothing_for_the_next_user():
     expected = i2if.probe(second, positions)
 
     class OutOfMemory(np.ndarray):
-        def __getitem__(self, key):
+        def take(self, *args, **kwargs):
             raise MemoryError
 
     table = i2if._scratch.table
@@ -246,13 +246,13 @@ def test_arrays_that_do_not_fit():
     def broken(**changes):
         return I2IF.from_arrays(schema, transform, arrays | {f"i2if.{n}": a for n, a in changes.items()})
 
-    with pytest.raises(FormatError, match=r"i2if: array i2if.seen is missing; got i2if.likes"):
+    with pytest.raises(FormatError, match=r"i2if: array i2if.seen is missing; got i2if.position_of_id"):
         I2IF.from_arrays(schema, transform, {n: a for n, a in arrays.items() if n != "i2if.seen"})
-    with pytest.raises(FormatError, match=r"i2if: forward lists of 'seen': int64 \(2, 1\), expected int32"):
+    with pytest.raises(FormatError, match=r"i2if: forward lists of 'item': int64 \(2, 1\), expected int32"):
         broken(seen=np.zeros((2, 1), np.int64))
     with pytest.raises(FormatError, match=r"i2if: forward lists of \[1, 2\] items"):
         broken(seen=np.zeros((1, 1), np.int32))
-    with pytest.raises(FormatError, match=r"i2if: forward lists of 'seen' hold ids 0..4, expected 0..3"):
+    with pytest.raises(FormatError, match=r"i2if: forward lists of 'item' hold ids 0..4, expected 0..3"):
         broken(seen=np.array([[0], [4]], np.int32))
     with pytest.raises(FormatError, match=r"position_of_id of shape \(4,\) reaches position 2, expected"):
         broken(position_of_id=np.array([-1, -1, 0, 2], np.int32))

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from core_fakes import FakeRunner, assert_same_result, random_embeddings, random_index, random_users
+from core_fakes import (
+    FakeRunner,
+    assert_same_result,
+    fake_scorer,
+    random_embeddings,
+    random_index,
+    random_users,
+)
 
 from hsnn_core import scorer as scorer_module
 from hsnn_core.errors import SearchError
@@ -216,3 +223,15 @@ def test_pieces_are_of_the_largest_bucket_and_the_rest_of_the_next(world):
     assert [inputs["item"].shape[1] for _, inputs in runner.calls] == [20, 20, 8]
     assert np.array_equal(runner.calls[2][1]["item"][0, :6], embeddings[2][40:46])
     assert not runner.calls[2][1]["item"][:, 6:].any()
+
+
+def test_the_size_of_a_call_changes_no_bit(monkeypatch):
+    rng = np.random.default_rng(4)
+    index = random_index(rng, 3, 300, codes=8)
+    users, found = random_users(rng, 2), []
+    for pairs in (8192, 64, 14):
+        monkeypatch.setattr(scorer_module, "PAIRS_PER_CALL", pairs)
+        scorer, _ = fake_scorer(np.random.default_rng(5), index)
+        found.append(search(index, scorer, users, [5, 20], 40, RANK))
+    for other in found[1:]:
+        assert_same_result(found[0], other)

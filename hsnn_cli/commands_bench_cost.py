@@ -1,0 +1,129 @@
+"""hsnn bench orchestrator | scale: what a request costs, where, and on how large a corpus."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+FORMAT = argparse.RawDescriptionHelpFormatter
+
+
+def add_kinds(kinds: Any) -> None:
+    """Register below `hsnn bench`."""
+    command = kinds.add_parser(
+        "orchestrator", help="the bare search loop, and the same through Triton in process and by BLS",
+        formatter_class=FORMAT,
+        description="Measure one exported run three ways side by side: a loop without a server, the orchestrator "
+        "with its networks in process, and by BLS. Writes orchestrator-RUN.json, .md and .png.",
+        epilog="examples:\n  hsnn bench orchestrator runs/ads\n"
+        "  hsnn bench orchestrator runs/ads --widths 32,320 --k 1000 --requests 200 --rounds 3",
+    )  # fmt: skip
+    command.add_argument("run", type=Path, help="run directory that hsnn export finished")
+    command.add_argument("--k", type=int, help="items to return (default: the snapshot's)")
+    command.add_argument(
+        "--widths", help="nodes kept after each layer but the last (default: the snapshot's)"
+    )
+    command.add_argument(
+        "--requests", type=int, default=100, metavar="N", help="held-out users (default: %(default)s)"
+    )
+    command.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="times each is sent (default: %(default)s)"
+    )
+    command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                         help="where the report goes (default: %(default)s)")  # fmt: skip
+    command.set_defaults(run_command=run_orchestrator)
+
+    scale = kinds.add_parser(
+        "scale", help="corpora of a hundred thousand to ten million ads: build, load, recall and latency",
+        formatter_class=FORMAT,
+        description="Grow the simulated world of a run, index it by the run's item tower and codebooks, tune the "
+        "widths and measure. Writes scale-RUN.json, .md and .png. Ctrl-C stops it, and the same command goes on.",
+        epilog="examples:\n  hsnn bench scale runs/ads-scale\n"
+        "  hsnn bench scale runs/ads-scale --items 50000 --items 200000 --k 100",
+    )  # fmt: skip
+    scale.add_argument("run", type=Path, help="run directory of a simulated world that hsnn export finished")
+    scale.add_argument("--items", type=int, action="append", default=[], metavar="V",
+                       help="size of a corpus; may be repeated (default: 100,000, 1 million, 10 million)")  # fmt: skip
+    scale.add_argument("--k", type=int, default=1000, help="items to return (default: %(default)s)")
+    scale.add_argument(
+        "--target-recall", type=float, default=0.98, metavar="R", help="search recall (default: %(default)s)"
+    )
+    scale.add_argument(
+        "--requests", type=int, default=100, metavar="N", help="timed requests (default: %(default)s)"
+    )
+    scale.add_argument("--tuned-on", type=int, default=20, metavar="N",
+                       help="requests to tune on, scored exhaustively too (default: %(default)s)")  # fmt: skip
+    scale.add_argument("--work", type=Path, default=Path("runs/scale"), metavar="DIR",
+                       help="where corpora are kept, 7 GB at ten million (default: %(default)s)")  # fmt: skip
+    scale.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                       help="where the report goes (default: %(default)s)")  # fmt: skip
+    scale.set_defaults(run_command=run_scale)
+
+
+def run_orchestrator(options: argparse.Namespace) -> None:
+    """hsnn bench orchestrator."""
+    from hsnn_bench import orchestrator
+    from hsnn_core.errors import RequestError
+    from hsnn_train.checkpoint import load_recipe_of_run
+
+    from .commands_serving import widths_of
+    from .commands_training import load_data
+
+    for name in ("requests", "rounds"):
+        if getattr(options, name) < 1:
+            raise RequestError(f"--{name}: got {getattr(options, name)}, expected at least 1")
+    dataset = load_data(load_recipe_of_run(options.run))
+    wire, _ = dataset.requests("test", options.requests)
+    found = orchestrator.measure(
+        options.run, wire, widths=widths_of(options.widths), k=options.k, rounds=options.rounds
+    )
+    command = f"hsnn bench orchestrator {options.run}"
+    for name, given, default in (
+        ("k", options.k, None),
+        ("widths", options.widths, None),
+        ("requests", options.requests, 100),
+        ("rounds", options.rounds, 3),
+    ):
+        command += "" if given == default else f" --{name} {given}"
+    name = options.run.resolve().name
+    written = orchestrator.report(found, command, name, options.results, dataset.simulated)
+    print(written.read_text())
+    print(f"report: {written}")
+
+
+def run_scale(options: argparse.Namespace) -> None:
+    """hsnn bench scale."""
+    from hsnn_bench import scale
+    from hsnn_core.errors import RequestError
+    from hsnn_train.checkpoint import load_recipe_of_run
+
+    from .commands_training import load_data
+
+    for name in ("requests", "tuned_on", "k"):
+        if getattr(options, name) < 1:
+            raise RequestError(
+                f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1"
+            )
+    sizes = sorted(set(options.items)) or [100_000, 1_000_000, 10_000_000]
+    wire, _ = load_data(load_recipe_of_run(options.run)).requests("test", options.requests)
+    found = scale.run_scale(
+        options.run,
+        sizes,
+        wire,
+        options.work,
+        k=options.k,
+        target_recall=options.target_recall,
+        tuned_on=options.tuned_on,
+    )
+    command = f"hsnn bench scale {options.run}" + "".join(f" --items {items}" for items in options.items)
+    for name, given, default in (
+        ("k", options.k, 1000),
+        ("target-recall", options.target_recall, 0.98),
+        ("requests", options.requests, 100),
+        ("tuned-on", options.tuned_on, 20),
+    ):
+        command += "" if given == default else f" --{name} {given}"
+    written = scale.report(found, command, options.run.resolve().name, options.results)
+    print(written.read_text())
+    print(f"report: {written}")

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))
+sys.path.append(str(Path(__file__).parents[1] / "export"))
+from core_fakes import fake_scorer, one_user, random_index, random_users
+from untrained import JOINT, untrained_run
+
+from export.export_run import export_run
+from export.sample_users import sample_users
+from hsnn_bench import oracle, orchestrator
+from hsnn_bench.orchestrator import Answer, interleave
+from hsnn_core.bundle import Bundle
+from hsnn_core.errors import DataError, PublishError
+from hsnn_core.exhaustive import exhaustive
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 12, 500])
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_the_oracle_by_pieces_is_the_exhaustive_twin(monkeypatch, layers, k, step):
+    monkeypatch.setattr(oracle, "PIECE", 37)
+    rng = np.random.default_rng(layers)
+    index = random_index(rng, layers, 200)
+    scorer, _ = fake_scorer(rng, index, step)
+    users, rank = random_users(rng, 3), np.array([1.0, 0.5], np.float32)
+    expected = exhaustive(index, scorer, users, k, rank)
+    for row in range(3):
+        found = oracle.best_items(index, scorer, one_user(users, row), k, rank)
+        np.testing.assert_array_equal(found, expected.item_ids[row, : expected.valid[row]])
+
+
+def test_every_request_goes_through_every_way_before_the_next():
+    calls = []
+
+    def way(name):
+        def ask(wire):
+            calls.append((name, int(wire["x"][0])))
+            return Answer(np.array([1]), 1.0, [1])
+
+        return ask
+
+    requests = [{"x": np.array([number])} for number in range(3)]
+    answers = interleave({"a": way("a"), "b": way("b")}, requests, rounds=2)
+    counted = calls[6:]  # after the warm-up
+    assert counted[:6] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [number for _, number in counted] == [0, 0, 1, 1, 2, 2] * 2
+    assert {name: len(given) for name, given in answers.items()} == {"a": 6, "b": 6}
+
+
+@pytest.mark.triton
+def test_the_three_ways_and_their_report(tmp_path):
+    untrained_run(tmp_path / "run", JOINT)
+    exported = export_run(tmp_path / "run", progress=False)
+    bundle = Bundle.open(exported.bundle)
+    wire = sample_users(bundle.schema, bundle.transform, 4, seed=2)
+    found = orchestrator.measure(tmp_path / "run", wire, widths=[3, 6], k=7, rounds=2, progress=False)
+    assert list(found["ways"]) == ["bare loop", "triton, in_process", "triton, bls"]
+    for given in found["ways"].values():
+        spread = given["microseconds"]
+        assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
+        assert len(given["stages"]) == 5 and given["stages"][-1] <= spread["p90"]
+    assert found["index"][-1] == 60 and 0 < found["search_recall"] <= 1
+    everything = orchestrator.measure(
+        tmp_path / "run", wire, widths=[100, 100], k=7, recall_requests=2, progress=False
+    )
+    assert everything["search_recall"] == 1.0 and everything["recall_requests"] == 2
+
+    page = orchestrator.report(found, "hsnn bench orchestrator runs/x", "x", tmp_path / "results", True)
+    text = page.read_text()
+    assert "Simulated data." in text and "triton, bls" in text and "widths [3, 6], K = 7" in text
+    saved = json.loads(page.with_suffix(".json").read_text())
+    assert saved["search_recall"] == found["search_recall"] and saved["simulated"] is True
+    assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_ways_that_disagree_are_refused():
+    def answers(*ids):
+        return [Answer(np.array(given), 1.0, [1]) for given in ids]
+
+    orchestrator._same_items({"bare loop": answers([1, 2]), "triton, bls": answers([1, 2])})
+    with pytest.raises(
+        DataError, match=r"request 1: triton, bls returned other items than bare loop \(1 of 2"
+    ):
+        orchestrator._same_items({"bare loop": answers([1], [1, 2]), "triton, bls": answers([1], [2, 3])})
+
+
+def test_what_cannot_be_measured(tmp_path):
+    with pytest.raises(DataError, match="no requests to measure with"):
+        orchestrator.measure(tmp_path, {})
+    with pytest.raises(PublishError, match=r"no export\.json"):
+        orchestrator.measure(tmp_path, {"age": np.zeros((1, 1), np.float32)})

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))
+from core_fakes import fake_scorer, one_user, random_index, random_users
+
+from export.export_run import export_run
+from export.stream_index import read_items
+from hsnn_bench import corpora, scale, width_search
+from hsnn_bench.width_search import Point, find, grid
+from hsnn_cli.commands_training import load_data
+from hsnn_cli.main import main
+from hsnn_core.errors import DataError, SearchError
+from hsnn_core.exhaustive import exhaustive
+from hsnn_train.checkpoint import load_recipe_of_run, load_run, set_widths
+from hsnn_train.data.synthetic import WorldConfig, grown_ads, simulate, world_of
+from hsnn_train.recipe import load_recipe
+from hsnn_train.trainer import Trainer
+
+RANK = np.array([1.0, 0.5], np.float32)
+TINY = WorldConfig(users=80, ads=120, impressions=1500, days=7, seed=3)
+
+
+def test_grown_ads_are_ads_of_the_world_and_depend_on_their_part_alone():
+    world = world_of(TINY)
+    own = simulate(TINY).ads
+    first, again = grown_ads(world, TINY, 0, 500), grown_ads(world, TINY, 0, 500)
+    second = grown_ads(world, TINY, 1, 500)
+    assert first.equals(again) and not first.equals(second)
+    assert first.schema == own.schema
+    ids = np.concatenate([table.column("ad_id").to_numpy() for table in (own, first, second)])
+    np.testing.assert_array_equal(ids, np.arange(1000, 1000 + 120 + 1000))
+    for name in ("campaign_id", "creator_id", "creator_group"):
+        assert set(first.column(name).to_pylist()) <= set(range(max(own.column(name).to_pylist()) + 1))
+    # A campaign lies under the same creator and group, whoever's ads are looked at.
+    tree = {row["campaign_id"]: (row["creator_id"], row["creator_group"]) for row in own.to_pylist()}
+    for row in first.to_pylist():
+        assert tree.get(row["campaign_id"], (row["creator_id"], row["creator_group"])) == (
+            row["creator_id"],
+            row["creator_group"],
+        )
+    spread = [np.std(table.column("price").to_numpy()) for table in (own, first)]
+    assert 0.5 < spread[0] / spread[1] < 2
+
+
+def test_only_a_simulated_world_grows():
+    with pytest.raises(DataError, match=r"data\.adapter: got None, expected 'synthetic'"):
+        corpora.world_config({"impressions": "f.parquet"})
+
+
+def tree(seed=0, layers=3, items=300):
+    rng = np.random.default_rng(seed)
+    index = random_index(rng, layers, items, codes=8)
+    scorer, _ = fake_scorer(rng, index)
+    return index, scorer, random_users(rng, 6)
+
+
+def test_the_grid_holds_the_exact_search_and_grows_with_the_layers():
+    index, _, _ = tree()
+    points = grid(index, 20, least=2)
+    assert points[-1] == (index.nodes(1), index.nodes(2))
+    assert all(above <= below for above, below in points)
+    assert len(set(points)) == len(points)
+    # The kept nodes of the last layer can be expected to hold K items.
+    assert min(point[-1] for point in points) * index.items >= 20 * index.nodes(2)
+
+
+def test_the_cheapest_widths_of_the_wanted_recall_are_found():
+    index, scorer, users = tree()
+    chosen, points = find(index, scorer, users, 20, RANK, 0.9, progress=False)
+    assert chosen in points and chosen.recall >= 0.9
+    assert all(point.ms >= chosen.ms for point in points if point.recall >= 0.9)
+    exact, _ = find(index, scorer, users, 20, RANK, 1.0, progress=False)
+    assert exact.recall == 1.0
+    expected = exhaustive(index, scorer, users, 20, RANK)
+    for row, top in enumerate(width_search.exact_tops(index, scorer, users, 20, RANK, progress=False)):
+        np.testing.assert_array_equal(top, expected.item_ids[row])
+    assert len(one_user(users, 0)) == 1
+
+
+def test_targets_that_nothing_reaches():
+    index, scorer, users = tree()
+    with pytest.raises(SearchError, match=r"no widths reach recall 0\.5 in 1e-06 ms; nearest: widths \["):
+        find(index, scorer, users, 20, RANK, 0.5, target_ms=1e-6, progress=False)
+    with pytest.raises(SearchError, match=r"target recall 1\.5, expected above 0 and at most 1"):
+        find(index, scorer, users, 20, RANK, 1.5, progress=False)
+    flat = tree(layers=1)
+    with pytest.raises(SearchError, match="a flat index has no widths to tune"):
+        find(*flat, 20, RANK, 0.9, progress=False)
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [
+        Point((n,), recall, ms, ms, ms, (1.0,))
+        for n, (recall, ms) in enumerate([(0.5, 1), (0.4, 2), (0.9, 3)])
+    ]
+    assert [width_search._on_front(point, points) for point in points] == [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A few steps on a tiny world, exported."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("scale") / "tiny"
+    recipe = load_recipe("ads-scale")
+    recipe = replace(
+        recipe,
+        data={
+            "adapter": "synthetic",
+            "options": {"users": 80, "ads": 500, "impressions": 1500, "days": 7, "seed": 3},
+        },
+        model=replace(recipe.model, layers=("cpu_s", "cpu_s", "cpu_s"), codebooks=(8, 4)),
+        train=replace(recipe.train, max_steps=10, batch_size=64, refresh_steps=2),
+        search=replace(recipe.search, widths=(4, 16), k=10, max_k=40),
+    )
+    dataset = load_data(recipe)
+    Trainer(recipe, dataset, folder, progress=False).train()
+    export_run(folder, progress=False)
+    return folder, dataset
+
+
+def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_path, monkeypatch):
+    folder, dataset = tiny_run
+    monkeypatch.setattr(corpora, "PART", 64)
+    wire, _ = dataset.requests("test", 4)
+    found = scale.run_scale(
+        folder, [530, 680], wire, tmp_path / "work", k=10, target_recall=0.9, tuned_on=3, progress=False
+    )
+    small, large = found["sizes"]
+    assert (small["items"], large["items"]) == (530, 680)
+    for row in (small, large):
+        assert row["search_recall"] >= 0.9
+        assert row["nodes"][-1] == row["items"]
+        assert 0 < row["microseconds"]["p10"] <= row["microseconds"]["median"]
+        assert row["load_seconds"] > 0 and row["build"]["peak_rss_bytes"] > 0
+    assert found["rates"]["tower_items_per_second"] > 0
+    items = sorted(path.name for path in (tmp_path / "work" / "items").iterdir())
+    assert items == [
+        "items-00000-30.hsnn", "items-00000.hsnn", "items-00001.hsnn", "items-00002-52.hsnn", "items-own.hsnn",
+    ]  # fmt: skip
+    (short, ids), (whole, all_ids) = (read_items(tmp_path / "work" / "items" / name) for name in items[:2])
+    np.testing.assert_array_equal(ids, all_ids[:30])
+    np.testing.assert_array_equal(short.ids, whole.ids[:30])
+
+    again = scale.build(load_run(folder), scale.open_export(folder), 680, tmp_path / "work", progress=False)
+    assert again == large["build"]  # the bundle is there: what was measured when it was made
+    page = scale.report(found, "hsnn bench scale runs/tiny", "tiny", tmp_path / "results")
+    assert "Simulated data." in page.read_text() and "680" in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["sizes"][1]["items"] == 680
+    assert page.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):
+        corpora.corpus_files(load_run(folder), 10, tmp_path, progress=False)
+
+
+def test_hsnn_tune_writes_its_choice_into_the_run(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run[0], run)
+    before = (run / "recipe.yaml").read_text()
+    assert main(["tune", str(run), "--target-recall", "0.9", "--k", "10", "--requests", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "search recall@10 on" in out and "simulated data" in out and "chosen" in out
+    recipe = load_recipe_of_run(run)
+    assert f"search.widths {list(recipe.search.widths)}" in out
+    assert load_run(run).recipe == recipe
+    assert (run / "plots" / "widths.png").stat().st_size > 1000
+    set_widths(run, (4, 16))
+    assert (run / "recipe.yaml").read_text() == before
+    assert main(["tune", str(run), "--target-recall", "0.5", "--target-latency", "0.000001"]) == 1
+    assert "no widths reach recall 0.5 in 1e-06 ms" in capsys.readouterr().err
+    assert load_recipe_of_run(run).search.widths == (4, 16)
