@@ -110,6 +110,7 @@ def run_capacity(
     """
     if percentile not in PERCENTILES:
         raise RequestError(f"--percentile: got {percentile}, expected one of {list(PERCENTILES)}")
+    made_at = commit()  # not what the checkout has become when all is measured
     run = load_run(run_dir)
     dataset = load_data(run.recipe)
     wire = real_requests(dataset, requests)
@@ -127,7 +128,7 @@ def run_capacity(
         closed = search_closed(tool, target, asked, say)
         open_levels, capacity = search_open(tool, target, asked, closed, say)
         report = {
-            "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": commit(),
+            "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
             "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
             "mode": served.model.mode, "widths": list(served.model.widths), "latency_ms": latency_ms,
             "percentile": percentile, "requests": distinct, "seconds": seconds,

@@ -67,6 +67,7 @@ def run_serving(
     ``widths``: see `build_peers`. Raises DataError when the test
     split has no requests, and what `build_peers` raises.
     """
+    made_at = commit()  # not what the checkout has become when all is measured
     run = load_run(run_dir)
     dataset = load_data(run.recipe)
     check_inputs(run_dir, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
@@ -85,7 +86,7 @@ def run_serving(
     twins = _Twins(users, k, recall_requests)
     rows = [_row(peer, measured[peer.model], twins.recall(peer, answers[peer.model])) for peer in peers]
     return {
-        "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": commit(),
+        "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
         "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
         "layers": list(run.recipe.model.layers), "requests": len(users), "rounds": rounds, "block": BLOCK,
         "recall_requests": min(recall_requests, len(users)), "workers": workers, "idle_cpu_share": idle,

@@ -86,7 +86,7 @@ def plot(report: Mapping[str, Any], path: Path) -> Path:
             axis.barh(place, value, xerr=error, color=colour, capsize=3)
             text = f" {value:.2f}" + ("" if found is None else f", recall {found:.3f}")
             axis.text(row[key]["high"], place, text, va="center", fontsize=8)
-        axis.set(xlabel=label)
+        axis.set(xlabel=f"{label} (log scale)", xscale="log")
         axis.margins(x=0.3)
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)

@@ -89,6 +89,7 @@ def run_soak(
 ) -> dict[str, Any]:
     """Serve the newest snapshot of ``repository`` and send Poisson arrivals at ``load`` times ``capacity`` (requests a
     second) for so many minutes, each allowed ``latency_ms``; returns the report (see `write_report`)."""
+    made_at = commit()  # not what the checkout has become when all is measured
     run = load_run(run_dir)
     dataset = load_data(run.recipe)
     wire = real_requests(dataset, requests)
@@ -104,7 +105,7 @@ def run_soak(
             fates = poisson_load(server.urls.grpc, messages, load * capacity, 60 * minutes, deadline)
     table = np.array(sampler.rows)
     return {
-        "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": commit(),
+        "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
         "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
         "mode": served.model.mode, "capacity": capacity, "load": load, "minutes": minutes,
         "requests": summary(fates, capacity) | {
