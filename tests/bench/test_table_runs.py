@@ -90,7 +90,7 @@ def test_cost_and_widths_of_trained_runs(table2):
 
 def test_options_that_name_nothing_known_are_refused(capsys):
     assert main(["bench", "table1", "--data", "nowhere"]) == 1
-    assert "no shipped recipe (beauty," in capsys.readouterr().err
+    assert "no shipped recipe (ads-scale, beauty," in capsys.readouterr().err
     assert main(["bench", "table1", "--data", "beauty", "--seeds", "0"]) == 1
     assert "--seeds: got 0" in capsys.readouterr().err
     assert main(["bench", "table2", "--data", "beauty", "--rows", "joint"]) == 1
