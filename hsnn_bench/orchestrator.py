@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,14 @@ def recall(loop: BareLoop, bundle: Bundle, requests: Sequence[Wire], k: int, pro
 def report(found: dict[str, Any], command: str, name: str, results: Path, simulated: bool) -> Path:
     """Write orchestrator-NAME.json, .md and .png under ``results``; returns the .md."""
     results.mkdir(parents=True, exist_ok=True)
-    found = {"command": command, "commit": commit(), "machine": machine(), "simulated": simulated, **found}
+    found = {
+        "command": command,
+        "commit": commit(),
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "simulated": simulated,
+        **found,
+    }
     stem = results / f"orchestrator-{name}"
     write_json(stem.with_suffix(".json"), found)
     write_bytes(stem.with_suffix(".md"), (page(found, name) + "\n").encode())
@@ -212,7 +220,8 @@ def page(found: Mapping[str, Any], name: str) -> str:
         f"# What the server adds: {name}",
         "",
         *(["Simulated data.", ""] if found["simulated"] else []),
-        f"`{found['command']}` at commit {found['commit']}, {found['machine']}. Nodes per layer {nodes}; widths "
+        f"`{found['command']}` at commit {found['commit']}, {found['machine']}, {found['date']}. "
+        f"Nodes per layer {nodes}; widths "
         f"{found['widths']}, K = {found['k']}. {found['requests']} requests, {found['rounds']} times each, every one "
         "through all ways before the next. Scored per request (median): "
         f"{', '.join(f'{count:,.0f}' for count in found['candidates'])}. Search recall@{found['k']} against the "

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,14 @@ def _latencies(
 def report(found: dict[str, Any], command: str, name: str, results: Path) -> Path:
     """Write scale-NAME.json, .md and .png under ``results``; returns the .md."""
     results.mkdir(parents=True, exist_ok=True)
-    found = {"command": command, "commit": commit(), "machine": machine(), "simulated": True, **found}
+    found = {
+        "command": command,
+        "commit": commit(),
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "simulated": True,
+        **found,
+    }
     stem = results / f"scale-{name}"
     write_json(stem.with_suffix(".json"), found)
     write_bytes(stem.with_suffix(".md"), (page(found, name) + "\n").encode())
@@ -221,8 +229,8 @@ def page(found: dict[str, Any], name: str) -> str:
         "",
         "Simulated data.",
         "",
-        f"`{found['command']}` at commit {found['commit']}, {found['machine']}, one thread per search. "
-        f"K = {found['k']}, widths: the cheapest measured ones with search recall of at least "
+        f"`{found['command']}` at commit {found['commit']}, {found['machine']}, {found['date']}, one "
+        f"thread per search. K = {found['k']}, widths: the cheapest measured ones with search recall of at least "
         f"{found['target_recall']} of the exhaustive top K, tuned on {found['tuned_on']} requests; latency of the bare "
         f"loop over {found['requests']} requests, every one through all corpora before the next.",
         "",
