@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.features import Encoded
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.checkpoint import load_run
@@ -74,10 +75,10 @@ def _asker(scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
     def ask(number: int) -> SearchResult:
         part = slice(number, number + 1)
         users = Encoded(asked.users.dense[part], asked.users.ids[part])
-        mask = asked.eligible(part)
+        mask, allowed = asked.eligible(part), None
         if mask is not None:
-            mask = mask[:, scorer.index.row_of_position]
-        return search(scorer.index, scorer, users, widths, k, recipe.schema.rank, mask)
+            allowed = MaskFilter(scorer.index, mask[:, scorer.index.row_of_position])
+        return search(scorer.index, scorer, users, widths, k, recipe.schema.rank, allowed, adapt=False)
 
     return ask
 
