@@ -120,7 +120,7 @@ def test_an_item_the_transform_does_not_know_is_indexed_but_in_no_history():
     world.item_raw["item"] = world.item_keys[:, None]
     corpus = world.corpus()
     assert 100_000 in corpus.index.item_ids
-    position_of_id = corpus.i2if.position_of_id
+    position_of_id = corpus.i2if.position_of_id.positions()
     assert (position_of_id >= 0).sum() == 29
     assert (position_of_id[:2] == -1).all()
     for row, key in enumerate(known):
