@@ -3,7 +3,7 @@
 manifest.json    what the snapshot is, and sha256 and length of every other file
 schema.json      the schema
 transform.hsnn   vocabularies and normalisation
-index.hsnn       index, I2IF forward lists, node embeddings and codebooks, memory-mapped
+index.hsnn       index, I2IF forward lists, node embeddings, codebooks and items' attributes, memory-mapped
 smoke.npz        a few users' raw wire tensors and the items they must get
 
 Files that the manifest does not list (the orchestrator's code lies in the same directory) are left alone.
@@ -30,6 +30,7 @@ from .features import FeatureTransform
 from .files import file_sha256, sync_directory, write_bytes
 from .i2if import I2IF
 from .index import HierarchicalIndex
+from .item_attributes import ItemAttributes
 from .schema import Schema
 from .scorer import LayerScorer, Runner
 
@@ -59,7 +60,7 @@ class Smoke:
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle; arrays are read-only views of the mapped files. ``i2if`` is None without
-    interactions."""
+    interactions, ``attributes`` (by position) without eligibility attributes and bid."""
 
     path: Path
     manifest: dict[str, Any]
@@ -69,6 +70,7 @@ class Bundle:
     i2if: I2IF | None
     embeddings: list[np.ndarray]
     codebooks: list[np.ndarray]
+    attributes: ItemAttributes | None
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = True) -> Bundle:
@@ -108,6 +110,7 @@ class Bundle:
             I2IF.from_arrays(schema, transform, arrays) if schema.interactions else None,
             _numbered("embedding", arrays),
             _numbered("codebook", arrays),
+            ItemAttributes.from_arrays(schema, arrays),
         )
 
     def scorer(self, runner: Runner) -> LayerScorer:
@@ -154,6 +157,11 @@ def write_bundle(
             )
     if not 1 <= k <= max_k:
         raise PublishError(f"{directory}: k {k} and max_k {max_k}, expected 1 <= k <= max_k")
+    if schema.has_attributes and corpus.attributes is None:
+        raise PublishError(
+            f"{directory}: the schema declares eligibility or a bid, the corpus has no attributes; give it "
+            "Corpus.with_attributes"
+        )
     if directory.exists():
         raise PublishError(
             f"{directory}: exists already; a bundle is never overwritten, remove it or write elsewhere"
@@ -247,6 +255,8 @@ def _corpus_arrays(corpus: Corpus) -> dict[str, np.ndarray]:
         arrays |= corpus.i2if.to_arrays()
     for kind, tables in (("embedding", corpus.embeddings), ("codebook", corpus.codebooks)):
         arrays |= {f"{kind}.{number}": table for number, table in enumerate(tables, start=1)}
+    if corpus.attributes is not None:
+        arrays |= corpus.attributes.to_arrays()
     return arrays
 
 
