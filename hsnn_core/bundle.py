@@ -3,7 +3,7 @@
 manifest.json    what the snapshot is, and sha256 and length of every other file
 schema.json      the schema
 transform.hsnn   vocabularies and normalisation
-index.hsnn       index, I2IF forward lists, node embeddings and codebooks, memory-mapped
+index.hsnn       index, I2IF forward lists, node embeddings, codebooks and items' attributes, memory-mapped
 smoke.npz        a few users' raw wire tensors and the items they must get
 records.hsnn     what changing the items needs: their features and distances
 item_tower.onnx  embeds items that are added
@@ -34,6 +34,7 @@ from .features import FeatureTransform
 from .files import copy_file, file_sha256, sync_directory, write_bytes
 from .i2if import I2IF
 from .index import HierarchicalIndex
+from .item_attributes import ItemAttributes
 from .item_records import ItemRecords
 from .schema import Schema
 from .scorer import LayerScorer, Runner
@@ -65,7 +66,8 @@ class Smoke:
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle; arrays are read-only views of the mapped files. ``i2if`` is None without
-    interactions, ``records`` in a bundle that was written before items could change."""
+    interactions, ``records`` in a bundle that was written before items could change, ``attributes`` (by position)
+    without eligibility attributes and bid."""
 
     path: Path
     manifest: dict[str, Any]
@@ -76,6 +78,7 @@ class Bundle:
     embeddings: list[np.ndarray]
     codebooks: list[np.ndarray]
     records: ItemRecords | None
+    attributes: ItemAttributes | None
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = True) -> Bundle:
@@ -120,6 +123,7 @@ class Bundle:
             _numbered("embedding", arrays),
             _numbered("codebook", arrays),
             records,
+            ItemAttributes.from_arrays(schema, arrays),
         )
 
     @property
@@ -176,6 +180,11 @@ def write_bundle(
             )
     if not 1 <= k <= max_k:
         raise PublishError(f"{directory}: k {k} and max_k {max_k}, expected 1 <= k <= max_k")
+    if schema.has_attributes and corpus.attributes is None:
+        raise PublishError(
+            f"{directory}: the schema declares eligibility or a bid, the corpus has no attributes; give it "
+            "Corpus.with_attributes"
+        )
     if directory.exists():
         raise PublishError(
             f"{directory}: exists already; a bundle is never overwritten, remove it or write elsewhere"
@@ -275,6 +284,8 @@ def _corpus_arrays(corpus: Corpus) -> dict[str, np.ndarray]:
         arrays |= corpus.i2if.to_arrays()
     for kind, tables in (("embedding", corpus.embeddings), ("codebook", corpus.codebooks)):
         arrays |= {f"{kind}.{number}": table for number, table in enumerate(tables, start=1)}
+    if corpus.attributes is not None:
+        arrays |= corpus.attributes.to_arrays()
     return arrays
 
 

@@ -7,7 +7,7 @@ The same code serves evaluation (torch item tower) and export (ONNX item tower).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .errors import DataError
 from .features import Encoded, FeatureTransform
 from .i2if import I2IF
 from .index import HierarchicalIndex, assign_paths, centroid_distances
+from .item_attributes import ItemAttributes
 from .item_records import ItemRecords
 from .schema import Schema
 
@@ -28,6 +29,7 @@ class Corpus:
     ``embeddings[l-1]`` (I_l, E_l) float32: what the layer's scorer knows of each node; for layer N of each
     item, by position. ``i2if`` is None when the schema has no interactions. ``codebooks[l-1]`` (K_l, d)
     float32, empty when the hierarchy came with the data. ``records``: what changing the items needs, if asked for.
+    ``attributes``: the items' eligibility and bids by position, None when the schema declares none.
     """
 
     index: HierarchicalIndex
@@ -35,6 +37,13 @@ class Corpus:
     embeddings: list[np.ndarray]
     codebooks: list[np.ndarray]
     records: ItemRecords | None = None
+    attributes: ItemAttributes | None = None
+
+    def with_attributes(self, attributes: ItemAttributes | None) -> Corpus:
+        """The corpus with attributes that are given by row of the table it was built from."""
+        if attributes is None:
+            return self
+        return replace(self, attributes=attributes.take(self.index.row_of_position))
 
 
 def build_corpus(
