@@ -19,6 +19,8 @@ from .errors import DataError
 from .features import Encoded, FeatureTransform
 from .i2if import I2IF, PositionTable, forward_lists
 from .index import HierarchicalIndex, assign_paths
+from .item_attributes import ItemAttributes
+from .live_attributes import AttributeState, GrowingAttributes
 from .live_view import LiveView, bits_at, with_bits
 from .node_growth import NodeGrowth
 from .row_table import GrowingRows, RowTable
@@ -31,13 +33,21 @@ TOWER_BATCH = 1024
 class LiveState:
     """What searches read until the next change: all of one moment.
 
-    ``embeddings[l-1]``: rows (I_l, E_l) by node. ``log_position``: how much of the log of updates is in it.
+    ``embeddings[l-1]``: rows (I_l, E_l) by node. ``attributes``: None when the schema declares none. ``log_position``:
+    how much of the log of updates is in it.
     """
 
     view: LiveView
     i2if: I2IF | None
     embeddings: tuple[RowTable, ...]
+    attributes: AttributeState | None
     log_position: int
+
+    @classmethod
+    def of(cls, corpus: Corpus, attributes: AttributeState | None, log_position: int) -> LiveState:
+        """A corpus with nothing changed."""
+        rows = tuple(RowTable(table) for table in corpus.embeddings)
+        return cls(LiveView.of(corpus.index), corpus.i2if, rows, attributes, log_position)
 
 
 class LiveIndex:
@@ -83,16 +93,23 @@ class LiveIndex:
         )
         self._added_position: dict[int, int] = {}
         self._order = [np.arange(len(table), dtype=np.int32) for table in corpus.embeddings[:-1]]
-        self.state = LiveState(
-            LiveView.of(corpus.index),
-            corpus.i2if,
-            tuple(RowTable(table) for table in corpus.embeddings),
-            log_position,
+        self._attributes = (
+            None if corpus.attributes is None else GrowingAttributes(corpus.index, corpus.attributes)
         )
+        attributes = None if self._attributes is None else self._attributes.state
+        self.state = LiveState.of(corpus, attributes, log_position)
 
-    def apply(self, ids: np.ndarray, items: Encoded, deleted: np.ndarray, log_position: int) -> LiveState:
-        """Upsert the items ``ids`` (n,) int64 with their n encoded rows, delete ``deleted`` (m,) int64 (those that are
-        not there are left out), and return the new state; an id may occur once.
+    def apply(
+        self,
+        ids: np.ndarray,
+        items: Encoded,
+        attributes: ItemAttributes | None,
+        deleted: np.ndarray,
+        log_position: int,
+    ) -> LiveState:
+        """Upsert the items ``ids`` (n,) int64 with their n encoded rows and attributes (None when the schema declares
+        none), delete ``deleted`` (m,) int64 (those that are not there are left out), and return the new state; an id
+        may occur once.
 
         Raises DataError, and changes nothing, when the tower's outputs cannot be used.
         """
@@ -102,7 +119,7 @@ class LiveIndex:
             )
         last, paths, distances = self._embedded(items)
         view = self.state.view
-        buried = self._positions(np.concatenate([ids, deleted]))
+        buried = self.positions(np.concatenate([ids, deleted]))
         first = view.items
         gone = view.gone
         if len(buried):
@@ -124,23 +141,26 @@ class LiveIndex:
             for layer in range(1, len(self._nodes) + 1)
         ]
         self._embed_nodes(changed)
+        if self._attributes is not None and attributes is not None:
+            self._attributes.append(attributes, places, tuple(len(growth.live) for growth in self._nodes))
         self._remember(ids, deleted, positions)
         self.state = LiveState(
             LiveView(
                 self._base,
                 self._added_ids.extra,
+                self._added_nodes.extra,
                 gone,
                 tuple(growth.live for growth in self._nodes),
                 tuple(growth.additions for growth in self._nodes),
                 tuple(growth.representative for growth in self._nodes),
-                tuple(self._nodes[layer].parents for layer in range(1, len(self._nodes)))
-                + ((self._added_nodes.extra[:, -1],) if self._nodes else ()),
+                tuple(growth.parents for growth in self._nodes),
             ),
             self._changed_i2if(ids, deleted, positions),
             (
                 *(rows.table(order) for rows, order in zip(self._node_rows, self._order)),
                 self._items.table(),
             ),
+            None if self._attributes is None else self._attributes.state,
             log_position,
         )
         return self.state
@@ -163,10 +183,13 @@ class LiveIndex:
             paths[:] = self._nodes[-1].codes.table().take(self._nodes_of(live)[:, -1])
         index = HierarchicalIndex.build(view.ids(live), paths, distances)
         last = self._items.table().take(live[index.row_of_position])
-        return assemble_corpus(
+        corpus = assemble_corpus(
             self._schema, self._transform, features, index, last, self._tower, self._codebooks, self._projection,
             TOWER_BATCH, distances,
         )  # fmt: skip
+        if self._attributes is None:
+            return corpus
+        return corpus.with_attributes(self._attributes.whole().take(live))
 
     def _embedded(self, items: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of n items: the item layer's embeddings (n, E_N), paths (n, N-1), distances (n, N-1)."""
@@ -182,8 +205,8 @@ class LiveIndex:
             return last, none.astype(np.int32), none
         return last, *assign_paths(self._codebooks, np.concatenate([part["index"] for part in parts]))
 
-    def _positions(self, ids: np.ndarray) -> np.ndarray:
-        """Positions of those of ``ids`` that are live."""
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of those of ``ids`` (n,) int64 that are live."""
         base = self._records.positions(self._base, ids)
         if self.state.view.gone is not None:
             there = base >= 0

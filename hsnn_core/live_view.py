@@ -38,15 +38,17 @@ class LiveView:
     then new ones. A node without a live item, and a position whose item is gone, is no candidate.
 
     ``added_ids``          (E,) int64.
+    ``added_nodes``        (E, N-1) int32: their nodes at each layer above the items.
     ``gone``               (ceil((V+E)/8),) uint8, one bit per position, the first the lowest; None: nothing is gone.
     ``live``               for l = 1..N-1 (I_l,) int32: live items under each node.
     ``additions``          for l = 2..N: the nodes of layer l that came since, by their node of layer l-1.
     ``representative``     for l = 1..N-1 (I_l,) int32: position.
-    ``new_parents``        for l = 2..N: the node of layer l-1 above each node (position) that came since.
+    ``new_parents``        for l = 1..N-1: the node of layer l-1 above each node that came since (of layer 1: zeros).
     """
 
     base: HierarchicalIndex
     added_ids: np.ndarray
+    added_nodes: np.ndarray
     gone: np.ndarray | None
     live: tuple[np.ndarray, ...]
     additions: tuple[Additions, ...]
@@ -61,6 +63,7 @@ class LiveView:
         return cls(
             base,
             none,
+            np.empty((0, base.layers - 1), dtype=np.int32),
             None,
             tuple(base.occupancy(layer).astype(np.int32) for layer in above),
             tuple(Additions(none, none) for _ in above),
@@ -109,7 +112,8 @@ class LiveView:
 
     def parents(self, layer: int) -> np.ndarray:
         """(I_l,) int32 node of layer l-1 above each node of layer l > 1."""
-        return np.concatenate([self.base.parents(layer), self.new_parents[layer - 2]])
+        added = self.added_nodes[:, -1] if layer == self.layers else self.new_parents[layer - 1]
+        return np.concatenate([self.base.parents(layer), added])
 
     def present(self, layer: int, nodes: np.ndarray) -> np.ndarray | None:
         """Which of ``nodes`` (any shape) hold a live item; None when all do."""

@@ -9,13 +9,18 @@ import pytest
 from core_fakes import small_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_fakes import Catalogue, SmoothRunner
+from live_fakes import COUNTRIES, Catalogue, SmoothRunner, with_eligibility
 
+from hsnn_core import live_attributes
+from hsnn_core.eligibility import Context
 from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.item_filter import MaskFilter
+from hsnn_core.live_attributes import GrowingAttributes
 from hsnn_core.live_index import LiveIndex
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
+from hsnn_core.targeting import TargetingFilter
 
 RANK = np.array([1.0, 0.5], dtype=np.float32)
 NOTHING = np.empty(0, dtype=np.int64)
@@ -24,11 +29,13 @@ NOTHING = np.empty(0, dtype=np.int64)
 class Live:
     """A live index beside the catalogue that it should show."""
 
-    def __init__(self, layers=3, items=30, interactions=True):
+    def __init__(self, layers=3, items=30, interactions=True, eligibility=False):
         self.world = small_world(layers=layers, items=items, interactions=interactions)
         self.world.runner = SmoothRunner(layers)
+        if eligibility:
+            with_eligibility(self.world)
         self.catalogue = Catalogue(self.world)
-        self.start(self.world.corpus(records=True))
+        self.start(self.catalogue.corpus(records=True))
 
     def start(self, corpus):
         self.index = LiveIndex(self.world.schema, self.world.transform, corpus, self.world.runner.item_tower)
@@ -43,6 +50,7 @@ class Live:
         state = self.index.apply(
             np.array(upserts, dtype=np.int64),
             self.catalogue.encoded(upserts),
+            self.catalogue.attributes(upserts),
             np.array(deletes, dtype=np.int64),
             before.log_position + 1,
         )
@@ -144,6 +152,75 @@ def test_compaction_is_the_build_of_the_live_items(layers):
             np.testing.assert_array_equal(arrays[0][name], array, err_msg=name)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 3),
+    steps=st.integers(0, 5),
+    items=st.sampled_from([3, 30, 80]),
+    chunk=st.sampled_from([8, 4096]),
+    by_bid=st.booleans(),
+)
+def test_targeting_equals_a_mask_over_an_index_built_anew(seed, layers, steps, items, chunk, by_bid):
+    """Whatever was upserted and deleted: items that do not match are never returned, the others as by a plain mask."""
+    rng = np.random.default_rng(seed)
+    live = Live(layers, items, eligibility=True)
+    pool = [*live.world.item_keys.tolist(), *range(10_000, 10_015)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_attributes, "CHUNK", chunk)
+        for _ in range(steps):
+            order = rng.permutation(pool)
+            live.change(rng, order[:9].tolist(), order[9 : 9 + int(rng.integers(0, 8))].tolist())
+            if rng.random() < 0.2:
+                live.start(live.index.compact())
+    users = live.world.transform.encode_users(live.world.user_raw)
+    state = live.index.state
+    asked = [
+        {
+            "countries": [str(c) for c in rng.choice(COUNTRIES, size=rng.integers(0, 3), replace=False)],
+            "at": float(rng.integers(-10, 150)),
+            "excluded": rng.integers(0, 5, size=rng.integers(0, 3)).tolist(),
+            "items": rng.choice(pool, size=rng.integers(0, 6)).tolist(),
+        }
+        for _ in range(4)
+    ]
+    context = Context.from_rows(
+        live.world.schema,
+        [{"country": one["countries"], "running": one["at"]} for one in asked],
+        now=0.0,
+        excluded=[{"advertiser": one["excluded"]} for one in asked],
+    )
+    excluded = [live.index.positions(np.array(one["items"], dtype=np.int64)) for one in asked]
+    targeting = TargetingFilter(state.view, 4, state.attributes, context, excluded)
+    corpus = live.catalogue.corpus()
+    mask = np.array(
+        [
+            [
+                live.catalogue.matches(int(item), one["countries"], one["at"], one["excluded"])
+                and int(item) not in one["items"]
+                for item in corpus.index.item_ids
+            ]
+            for one in asked
+        ]
+    )
+    fresh = GrowingAttributes(corpus.index, corpus.attributes).state
+    widths = rng.integers(1, 4, size=layers - 1).tolist()
+    k = int(rng.integers(1, 12))
+    # Bounds of nodes stay after their items have gone, so beams by bid may differ; not at full width.
+    if by_bid:
+        widths = [state.view.nodes(layer) for layer in range(1, layers)]
+    bids = (state.attributes.bids, fresh.bids) if by_bid else (None, None)
+    scorer = live.scorer.over(state.view, state.i2if, state.embeddings)
+    ours = search(state.view, scorer, users, widths, k, RANK, targeting, bids[0])
+    plain = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, live.world.runner)
+    theirs = search(corpus.index, plain, users, widths, k, RANK, MaskFilter(corpus.index, mask), bids[1])
+    assert_same_answer(ours, theirs)
+    assert ours.valid.tolist() == np.minimum(mask.sum(axis=1), k).tolist()
+    if by_bid:
+        twin = exhaustive(state.view, scorer, users, k, RANK, targeting, state.attributes.bids)
+        np.testing.assert_array_equal(ours.item_ids, twin.item_ids)
+
+
 def test_a_search_that_runs_sees_one_moment():
     """A state that a search holds stays what it was, whatever is changed meanwhile."""
     rng = np.random.default_rng(3)
@@ -210,11 +287,11 @@ def test_what_cannot_be_used_is_refused_and_changes_nothing():
     live.catalogue.draw(rng, 5)
     twice = live.catalogue.encoded([5, 5])
     with pytest.raises(DataError, match="2 upserts and 1 deletes name an item twice"):
-        live.index.apply(np.array([5, 5]), twice, np.array([7]), 1)
+        live.index.apply(np.array([5, 5]), twice, None, np.array([7]), 1)
     tower = live.world.runner.item_tower
     live.index._tower = lambda inputs: {name: value * np.nan for name, value in tower(inputs).items()}
     with pytest.raises(DataError, match="is not finite for the item of row 0"):
-        live.index.apply(np.array([5]), live.catalogue.encoded([5]), NOTHING, 1)
+        live.index.apply(np.array([5]), live.catalogue.encoded([5]), None, NOTHING, 1)
     assert live.index.state is before
 
 
