@@ -139,7 +139,7 @@ def write_bundle(
 
     ``widths``, ``k``: the search's defaults; ``max_k``: the most a request may ask for; ``buckets``:
     candidate counts per layer ([] for any); ``models``: {"user_tower": name, "item_tower": name, "scorers":
-    [name, ...]}. Raises PublishError when the directory exists or the settings do not fit the index.
+    [name, ...], "index": name}. Raises PublishError when the directory exists or the settings do not fit the index.
     """
     directory = Path(directory)
     layers = corpus.index.layers
