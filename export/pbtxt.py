@@ -112,7 +112,12 @@ def index_config(schema: Schema, options: ServingOptions) -> pb.ModelConfig:
     config = _config(INDEX, "python", options.keep + 1)
     config.max_batch_size = 0  # a call is a batch already
     config.input.add(name="updates", data_type=_type("BYTES"), dims=[-1])
-    outputs = (("status", "INT32", -1), ("message", "BYTES", -1), ("position", "INT64", 1), ("stats", "BYTES", 1))
+    outputs = (
+        ("status", "INT32", -1),
+        ("message", "BYTES", -1),
+        ("position", "INT64", 1),
+        ("stats", "BYTES", 1),
+    )
     for name, datatype, length in outputs:
         config.output.add(name=name, data_type=_type(datatype), dims=[length])
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)

@@ -25,7 +25,7 @@ import hsnn_core  # noqa: E402
 from hsnn_core.errors import HsnnError, RequestError, SchemaMismatch, ServerError  # noqa: E402
 from hsnn_core.schema import Schema  # noqa: E402
 
-PARAMETERS = ("schema_hash", "clock")
+PARAMETERS = ("clock",)  # the client's, microseconds since the epoch, where its sequences come from it
 
 
 class TritonPythonModel:
@@ -37,15 +37,17 @@ class TritonPythonModel:
         facts = {name: value["string_value"] for name, value in parameters.items()}
         lacking = [name for name in ("schema_hash", "item_log") if not facts.get(name)]
         if lacking:
-            raise ServerError(f"config.pbtxt: parameters {lacking} are missing, got {sorted(facts)}; publish again")
-        self._schema = Schema.from_json((HERE / "schema.json").read_text())
-        if self._schema.hash != facts["schema_hash"]:
+            raise ServerError(
+                f"config.pbtxt: parameters {lacking} are missing, got {sorted(facts)}; publish again"
+            )
+        schema = Schema.from_json((HERE / "schema.json").read_text())
+        if schema.hash != facts["schema_hash"]:
             raise SchemaMismatch(
-                f"{HERE}: schema.json has hash {self._schema.hash}, config.pbtxt says {facts['schema_hash']}; a new "
+                f"{HERE}: schema.json has hash {schema.hash}, config.pbtxt says {facts['schema_hash']}; a new "
                 "schema needs a new model repository, publish into an empty one"
             )
         repository = HERE.parent.parent
-        self._updater = Updater(repository / facts["item_log"], self._schema)
+        self._updater = Updater(repository / facts["item_log"], schema)
         self._metrics = _Metrics(int(args["model_version"]))
         try:
             self._updater.open()
@@ -60,10 +62,9 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            given = json.loads(request.parameters() or "{}")
-            self._check_parameters(given)
+            clock = _clock(json.loads(request.parameters() or "{}"))
             texts = pb_utils.get_input_tensor_by_name(request, "updates").as_numpy().tolist()
-            outcome = self._updater.apply(texts, given.get("clock"))
+            outcome = self._updater.apply(texts, clock)
             self._metrics.add(outcome)
             tensors = {
                 "status": outcome.status,
@@ -79,19 +80,6 @@ class TritonPythonModel:
             [pb_utils.Tensor(name, value) for name, value in tensors.items() if name in asked]
         )
 
-    def _check_parameters(self, given: dict[str, Any]) -> None:
-        unknown = sorted(name for name in given if name not in PARAMETERS and not name.startswith("triton_"))
-        if unknown:
-            raise RequestError(f"unknown request parameters {unknown}, expected among {list(PARAMETERS)}")
-        if (theirs := given.get("schema_hash", self._schema.hash)) != self._schema.hash:
-            raise SchemaMismatch(
-                f"the client's items have schema {theirs}, this snapshot serves schema {self._schema.hash}; let the "
-                "client fetch the schema from the server again"
-            )
-        clock = given.get("clock")
-        if clock is not None and (isinstance(clock, bool) or not isinstance(clock, int)):
-            raise RequestError(f"clock: got {clock!r}, expected microseconds since the epoch as a whole number")
-
 
 class _Metrics:
     """hsnn_item_updates_total{outcome} and hsnn_item_log_position, labelled with the model's version."""
@@ -101,7 +89,9 @@ class _Metrics:
         family = pb_utils.MetricFamily
         # The families are kept: a metric goes when its family is collected.
         self._families = (
-            family(name="hsnn_item_updates_total", description="Item updates by outcome", kind=family.COUNTER),
+            family(
+                name="hsnn_item_updates_total", description="Item updates by outcome", kind=family.COUNTER
+            ),
             family(
                 name="hsnn_item_log_position",
                 description="The item log's newest position after the last call",
@@ -117,6 +107,16 @@ class _Metrics:
             if count:
                 metric.increment(count)
         self._position.set(outcome.position)
+
+
+def _clock(parameters: dict[str, Any]) -> int | None:
+    unknown = sorted(name for name in parameters if name not in PARAMETERS and not name.startswith("triton_"))
+    if unknown:
+        raise RequestError(f"unknown request parameters {unknown}, expected among {list(PARAMETERS)}")
+    clock = parameters.get("clock")
+    if clock is not None and (isinstance(clock, bool) or not isinstance(clock, int)):
+        raise RequestError(f"clock: got {clock!r}, expected microseconds since the epoch as a whole number")
+    return clock
 
 
 def _failure(error: Exception) -> Any:

@@ -73,7 +73,13 @@ def test_options_reach_the_configuration_and_come_back() -> None:
     assert network.version_policy.latest.num_versions == 4
     again = pbtxt.options_of(config, network)
     assert again == ServingOptions(
-        mode="in_process", workers=2, queue=7, keep=3, instances=2, batch_delay_us=500, item_log="/data/items.db"
+        mode="in_process",
+        workers=2,
+        queue=7,
+        keep=3,
+        instances=2,
+        batch_delay_us=500,
+        item_log="/data/items.db",
     )
 
 
