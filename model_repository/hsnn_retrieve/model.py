@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
+from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
@@ -61,11 +62,12 @@ class TritonPythonModel:
                 f"numbers for an index of {layers} layers"
             )
         version = int(args["model_version"])
+        self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
-            self._retriever = Retriever(bundle, runner, runner.within)
+            self._retriever = Retriever(bundle, runner, self._items, runner.within)
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
+            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]), self._items)
         self._schema_hash = config.schema_hash
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
@@ -85,6 +87,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._pool.drain()
+        self._items.close()
         self._metrics.close()
 
     def _answer(self, call: _Call) -> float | None:

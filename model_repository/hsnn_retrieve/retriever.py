@@ -4,30 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 from request_decoding import Ask, Deadline
 
 from hsnn_core.bundle import Bundle
-from hsnn_core.scorer import Runner
+from hsnn_core.live_index import LiveState
+from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import SearchResult, search
+
+
+class Items(Protocol):
+    """Where searches find the items."""
+
+    @property
+    def state(self) -> LiveState: ...
 
 
 class Retriever:
     """The layer-wise search over one snapshot; shared by the worker threads.
 
-    ``within``: entered around every search with the request's deadline, for a runner whose calls pass it on.
+    ``items``: where its items are found, those of one moment per search. ``within``: entered around every search with
+    the request's deadline, for a runner whose calls pass it on.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         runner: Runner,
+        items: Items,
         within: Callable[[Deadline], AbstractContextManager[None]] = lambda deadline: nullcontext(),
     ) -> None:
-        self._index = bundle.index
+        self._items = items
         self._transform = bundle.transform
         self._scorer = bundle.scorer(runner)
+        self._latest: tuple[LiveState, LayerScorer] | None = None
         self._rank = bundle.schema.rank
         self._within = within
 
@@ -38,8 +50,17 @@ class Retriever:
         """
         deadline()  # the request may have waited for a worker longer than it may take
         users = self._transform.encode_users(dict(raw))
+        state, scorer = self._moment()
         with self._within(deadline):
-            return search(self._index, self._scorer, users, ask.widths, ask.k, self._rank, deadline=deadline)
+            return search(state.view, scorer, users, ask.widths, ask.k, self._rank, deadline=deadline)
+
+    def _moment(self) -> tuple[LiveState, LayerScorer]:
+        """The items of now and a scorer over them. Threads may make one at the same time: both are good."""
+        state, latest = self._items.state, self._latest
+        if latest is None or latest[0] is not state:
+            latest = (state, self._scorer.over(state.view, state.i2if, state.embeddings))
+            self._latest = latest
+        return latest
 
 
 def answer_tensors(result: SearchResult) -> dict[str, np.ndarray]:

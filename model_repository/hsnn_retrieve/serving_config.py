@@ -16,7 +16,7 @@ MODES = ("bls", "in_process")
 @dataclass(frozen=True)
 class ServingConfig:
     """``schema``: as JSON, for the clients; ``mode``: where the networks run: "bls" (Triton models) or
-    "in_process" (ONNX Runtime in here)."""
+    "in_process" (ONNX Runtime in here); ``item_log``: path of the log of item updates, from the repository."""
 
     schema: str
     schema_hash: str
@@ -24,6 +24,7 @@ class ServingConfig:
     default: Ask
     workers: int
     queue: int
+    item_log: str
 
     @classmethod
     def from_triton(cls, model_config: str) -> ServingConfig:
@@ -48,6 +49,7 @@ class ServingConfig:
             default=Ask(_number("k", fact("k"), 1), _widths(fact("widths"))),
             workers=_number("workers", fact("workers"), 1),
             queue=_number("queue", fact("queue"), 0),
+            item_log=fact("item_log"),
         )
 
     def first_difference(self, schema: Schema) -> str:
