@@ -151,6 +151,7 @@ def _export(
             "item_tower": graphs[1].signature.model_name,
             "scorers": [graph.signature.model_name for graph in graphs[2:]],
         },
+        item_tower=files[1],
     )  # fmt: skip
     report = ParityReport(tuple(_gates(source, corpus, graphs, files, onnx, raw, directory / BUNDLE_DIR)))
     report.require()

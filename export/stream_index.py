@@ -99,11 +99,8 @@ def stream_index(
     done = [open_arrays(staging / path.name, TOWER_KIND, verify=False).arrays for path in files]
     parts = [read_items(path) for path in files]
     ids = np.concatenate([ids for _, ids in parts])
-    index = HierarchicalIndex.build(
-        ids,
-        np.concatenate([part["paths"] for part in done]),
-        np.concatenate([part["distances"] for part in done]),
-    )
+    distances = np.concatenate([part["distances"] for part in done])
+    index = HierarchicalIndex.build(ids, np.concatenate([part["paths"] for part in done]), distances)
     position = np.empty(len(ids), dtype=np.int32)
     position[index.row_of_position] = np.arange(len(ids), dtype=np.int32)
     embeddings = np.empty((len(ids), done[0]["last"].shape[1]), dtype=np.float32)
@@ -117,7 +114,7 @@ def stream_index(
     )
     nodes = OnnxItemTower(item_tower, [f"item_l{layer}" for layer in range(1, layers)])
     corpus = assemble_corpus(
-        schema, transform, items, index, embeddings, nodes, codebooks, codeword_projection, BATCH
+        schema, transform, items, index, embeddings, nodes, codebooks, codeword_projection, BATCH, distances
     )
     return corpus.with_attributes(read_attributes(schema, files))
 
