@@ -56,9 +56,9 @@ class TritonPythonModel:
                 "repository, publish into an empty one"
             )
         layers = bundle.index.layers
-        if len(config.default.widths) != layers - 1:
+        if len(config.widths) != layers - 1:
             raise ServerError(
-                f"config.pbtxt: parameter widths: got {list(config.default.widths)}, expected {layers - 1} "
+                f"config.pbtxt: parameter widths: got {list(config.widths)}, expected {layers - 1} "
                 f"numbers for an index of {layers} layers"
             )
         version = int(args["model_version"])
@@ -68,10 +68,10 @@ class TritonPythonModel:
             self._retriever = Retriever(bundle, runner, self._items, runner.within)
         else:
             self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]), self._items)
-        self._schema_hash = config.schema_hash
+        self._schema = bundle.schema
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
-        self._default = Ask(min(config.default.k, self._max_k), config.default.widths)
+        self._default = Ask(min(config.k, self._max_k), config.widths, tuple(bundle.schema.rank.tolist()))
         self._metrics = ServingMetrics(version, layers)
         self._pool = WorkerPool(config.workers, config.queue)
 
@@ -93,7 +93,7 @@ class TritonPythonModel:
     def _answer(self, call: _Call) -> float | None:
         began = time.perf_counter()
         try:
-            ask = decode_ask(call.parameters, self._default, self._max_k, self._schema_hash)
+            ask = decode_ask(call.parameters, self._default, self._max_k, self._schema)
             result = self._retriever.retrieve(call.inputs, ask, call.deadline)
             call.send(answer_tensors(result))
         except Exception as error:  # whatever it is, it must reach this request's client and no other's
