@@ -172,7 +172,7 @@ def recall_of_widths(points: Sequence[Point], chosen: Point, title: str, path: P
 def targeting_of_selectivities(report: dict[str, Any], path: Path) -> Path:
     """Recall and cost, relative to no filter, over the share of the items that a drawn filter lets through."""
     rows = [row for row in report["filters"] if row["filter"].startswith("drawn")]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     shares = [row["passed"] for row in rows]
     left.semilogx(shares, [row["recall"] for row in rows], marker="o")
     left.set_ylabel(f"recall of the exhaustive top {report['k']}")

@@ -174,7 +174,8 @@ def _rows(
             best = top_positions(np.where(mask, scores, -np.inf), k)
             got = found.positions[0, : found.valid[0]]
             recall[place, number] = np.isin(best, got).mean() if len(best) else 1.0
-            returned[place, number] = len(got) / max(1, min(k, int(mask.sum())))
+            due = min(k, int(mask.sum()))
+            returned[place, number] = len(got) / due if due else 1.0
             passed[place, number] = mask.mean()
             candidates[place, number] = [layer.candidates[0] for layer in found.layers]
             if not mask[got].all():
