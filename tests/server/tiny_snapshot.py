@@ -22,6 +22,7 @@ from clients.encode import UserEncoder
 from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus, build_corpus
 from hsnn_core.features import FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema, encode_row_values
 from hsnn_core.schema_eligibility import WireTensor
@@ -120,12 +121,19 @@ class TinySnapshot:
         return search(self.index, scorer, users, widths, k, self.schema.rank)
 
 
-def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
-    """Networks and orchestrator of one snapshot.
+def write_snapshot(
+    root: Path,
+    version: int,
+    seed: int = 0,
+    schema: Schema | None = None,
+    attributes: ItemAttributes | None = None,
+) -> TinySnapshot:
+    """Networks and orchestrator of one snapshot; ``schema``: SCHEMA with eligibility, of which the items have
+    ``attributes`` in the order of `item_ids`.
 
     hsnn_core is linked, not copied: in a test's own process it is imported only once.
     """
-    schema = Schema.from_dict(SCHEMA)
+    schema = schema or Schema.from_dict(SCHEMA)
     snapshot = TinySnapshot(root, version, schema)
     rng = np.random.default_rng(seed)
     raw_items = _raw_items(schema)
@@ -140,7 +148,7 @@ def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
 
     corpus = build_corpus(
         schema, transform, transform.encode_items(raw_items), item_ids(), item_tower, codebooks, []
-    )
+    ).with_attributes(attributes)
     _write_networks(snapshot, corpus, seed)
     write_bundle(
         snapshot.version_directory,
