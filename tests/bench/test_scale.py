@@ -15,7 +15,7 @@ from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
 from export.stream_index import read_items
-from hsnn_bench import corpora, scale, targeting, width_search
+from hsnn_bench import corpora, live_items, scale, targeting, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
@@ -178,6 +178,23 @@ def test_filters_of_every_selectivity_are_measured_beside_none(tiny_run, tmp_pat
     assert all(row["returned"] == 1.0 for row in rows.values())
     page = targeting.report(found, "hsnn bench targeting runs/tiny", "tiny", tmp_path / "results")
     assert "Simulated data." in page.read_text() and "drawn, 1.0%" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.triton
+def test_updates_are_found_and_counted_under_load(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    # All nodes: so few steps make no beam that finds a copy beside its original.
+    found = live_items.run_live(
+        folder, 640, [8, 32], tmp_path / "work", k=40, probes=3, rate=40.0, turns=1, turn_seconds=0.5, requests=20,
+        command="hsnn bench live runs/tiny", say=lambda text: None,
+    )  # fmt: skip
+    fresh, steady = found["freshness"], found["sustained"]
+    assert fresh["probes"] == 3 and fresh["lost"] == fresh["updates_refused"] == steady["refused"] == 0
+    assert 0 < fresh["p50_ms"] <= fresh["p99_ms"] <= fresh["most_ms"] < 5000
+    assert steady["per_second"] > 0 and len(steady["turn_medians"]) == 1
+    page = live_items.report(found, "tiny", tmp_path / "results")
+    assert "Simulated data." in page.read_text() and "ratio of the medians" in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 1000
 
 
