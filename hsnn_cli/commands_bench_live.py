@@ -1,4 +1,4 @@
-"""hsnn bench live: how soon changed items are found, and what changing them costs."""
+"""hsnn bench live | filtering: how soon changed items are found, what that costs, and what must not be returned."""
 
 from __future__ import annotations
 
@@ -41,6 +41,25 @@ def add_kinds(kinds: Any) -> None:
                       help="where the report goes (default: %(default)s)")  # fmt: skip
     live.set_defaults(run_command=run_live)
 
+    filtering = kinds.add_parser(
+        "filtering", help="is an item ever returned that must not be? random histories and requests",
+        formatter_class=FORMAT,
+        description="Change the items of an exported run at random, ask with random context and exclusions, and check "
+        "every item\nthat comes back against the rules, read plainly. Writes filtering-RUN.json and .md; ends with 1 "
+        "when one was wrong.",
+        epilog="examples:\n  hsnn bench filtering runs/ads\n  hsnn bench filtering runs/ads --queries 10000 --seed 2",
+    )  # fmt: skip
+    filtering.add_argument("run", type=Path, help="run directory that hsnn export finished")
+    filtering.add_argument(
+        "--queries", type=int, default=1_000_000, metavar="N", help="requests (default: %(default)s)"
+    )
+    filtering.add_argument(
+        "--seed", type=int, default=1, help="of everything that is drawn (default: %(default)s)"
+    )
+    filtering.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                           help="where the report goes (default: %(default)s)")  # fmt: skip
+    filtering.set_defaults(run_command=run_filtering)
+
 
 def run_live(options: argparse.Namespace) -> None:
     """hsnn bench live."""
@@ -75,3 +94,25 @@ def run_live(options: argparse.Namespace) -> None:
     written = live_items.report(found, options.run.resolve().name, options.results)
     print(written.read_text())
     print(f"report: {written}")
+
+
+def run_filtering(options: argparse.Namespace) -> None:
+    """hsnn bench filtering."""
+    from hsnn_bench import filtering
+    from hsnn_core.errors import SearchError
+    from hsnn_train.checkpoint import load_recipe_of_run
+
+    from .commands_training import load_data
+
+    _, users = load_data(load_recipe_of_run(options.run)).requests("test", 1000)
+    tally = filtering.run_filtering(options.run, options.queries, options.seed, users)
+    command = f"hsnn bench filtering {options.run}"
+    for name, given, default in (("queries", options.queries, 1_000_000), ("seed", options.seed, 1)):
+        command += "" if given == default else f" --{name} {given}"
+    written = filtering.report(tally, command, options.run.resolve().name, options.seed, options.results)
+    print(written.read_text())
+    print(f"report: {written}")
+    if tally.wrong or tally.short:
+        raise SearchError(
+            f"{len(tally.wrong)} items came back that must not, {len(tally.short)} requests were short"
+        )

@@ -15,12 +15,13 @@ from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
 from export.stream_index import read_items
-from hsnn_bench import corpora, live_items, scale, targeting, width_search
+from hsnn_bench import corpora, filtering, live_items, scale, targeting, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
 from hsnn_core.errors import DataError, SearchError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.targeting import TargetingFilter
 from hsnn_train.checkpoint import load_recipe_of_run, load_run, set_widths
 from hsnn_train.data.synthetic import WorldConfig, grown_ads, simulate, world_of
 from hsnn_train.recipe import load_recipe
@@ -179,6 +180,20 @@ def test_filters_of_every_selectivity_are_measured_beside_none(tiny_run, tmp_pat
     page = targeting.report(found, "hsnn bench targeting runs/tiny", "tiny", tmp_path / "results")
     assert "Simulated data." in page.read_text() and "drawn, 1.0%" in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_random_histories_return_nothing_that_must_not_be(tiny_run, tmp_path, monkeypatch):
+    folder, dataset = tiny_run
+    monkeypatch.setattr(filtering, "COMPACTED", 0.2)
+    _, users = dataset.requests("test", 20)
+    tally = filtering.run_filtering(folder, 600, 1, users, progress=False)
+    assert (tally.wrong, tally.short) == ([], [])
+    assert tally.queries == 640 and tally.items > 1000 and tally.updates > 50 and tally.deletes > 50
+    page = filtering.report(tally, "hsnn bench filtering runs/tiny", "tiny", 1, tmp_path)
+    assert "640 requests" in page.read_text() and "**0**" in page.read_text()
+    # The check sees a filter that lets everything through.
+    monkeypatch.setattr(TargetingFilter, "counts", lambda self, layer, users, nodes: np.ones(len(nodes), int))
+    assert filtering.run_filtering(folder, 60, 1, users, progress=False).wrong
 
 
 @pytest.mark.triton
