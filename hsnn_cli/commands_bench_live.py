@@ -1,4 +1,5 @@
-"""hsnn bench live | filtering: how soon changed items are found, what that costs, and what must not be returned."""
+"""hsnn bench live | filtering | crashes: how soon changed items are found, what that costs, what must not be returned,
+and what must not be lost."""
 
 from __future__ import annotations
 
@@ -60,6 +61,24 @@ def add_kinds(kinds: Any) -> None:
                            help="where the report goes (default: %(default)s)")  # fmt: skip
     filtering.set_defaults(run_command=run_filtering)
 
+    crashes = kinds.add_parser(
+        "crashes", help="are acknowledged updates lost when something is killed?", formatter_class=FORMAT,
+        description="Serve an exported run, change items all the time, and kill with SIGKILL in turn: the log's "
+        "writer, the orchestrator,\nthe server, a compaction, a rollout. Writes crashes-RUN.json and .md; ends with 1 "
+        "when an update was lost.",
+        epilog="examples:\n  hsnn bench crashes runs/ads\n  hsnn bench crashes runs/ads --kills 5",
+    )  # fmt: skip
+    crashes.add_argument(
+        "run", type=Path, help="run directory of a simulated world that hsnn export finished"
+    )
+    crashes.add_argument("--kills", type=int, default=100, metavar="N", help="in all (default: %(default)s)")
+    crashes.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
+    crashes.add_argument("--work", type=Path, default=Path("runs/crashes"), metavar="DIR",
+                         help="the repository's folder, emptied first (default: %(default)s)")  # fmt: skip
+    crashes.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                         help="where the report goes (default: %(default)s)")  # fmt: skip
+    crashes.set_defaults(run_command=run_crashes)
+
 
 def run_live(options: argparse.Namespace) -> None:
     """hsnn bench live."""
@@ -116,3 +135,24 @@ def run_filtering(options: argparse.Namespace) -> None:
         raise SearchError(
             f"{len(tally.wrong)} items came back that must not, {len(tally.short)} requests were short"
         )
+
+
+def run_crashes(options: argparse.Namespace) -> None:
+    """hsnn bench crashes."""
+    from hsnn_bench import crashes
+    from hsnn_core.errors import LogError
+
+    bench = crashes.Crashes(options.run, options.work, options.seed)
+    try:
+        outcomes, updates = bench.run(options.kills)
+    finally:
+        bench.close()
+    command = f"hsnn bench crashes {options.run}"
+    for name, given, default in (("kills", options.kills, 100), ("seed", options.seed, 1)):
+        command += "" if given == default else f" --{name} {given}"
+    written = crashes.report(outcomes, updates, command, options.run.resolve().name, options.results)
+    print(written.read_text())
+    print(f"report: {written}")
+    lost = sum(outcome.lost + outcome.not_served for outcome in outcomes.values())
+    if lost:
+        raise LogError(f"{lost} updates were lost or not served as the log says")

@@ -15,7 +15,7 @@ from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
 from export.stream_index import read_items
-from hsnn_bench import corpora, filtering, live_items, scale, targeting, width_search
+from hsnn_bench import corpora, crashes, filtering, live_items, scale, targeting, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
@@ -194,6 +194,22 @@ def test_random_histories_return_nothing_that_must_not_be(tiny_run, tmp_path, mo
     # The check sees a filter that lets everything through.
     monkeypatch.setattr(TargetingFilter, "counts", lambda self, layer, users, nodes: np.ones(len(nodes), int))
     assert filtering.run_filtering(folder, 60, 1, users, progress=False).wrong
+
+
+@pytest.mark.triton
+def test_no_acknowledged_update_is_lost_when_something_is_killed(tiny_run, tmp_path):
+    """Five kills, one of each kind; `hsnn bench crashes` does a hundred."""
+    bench = crashes.Crashes(tiny_run[0], tmp_path / "work", seed=1)
+    try:
+        outcomes, updates = bench.run(len(crashes.KINDS), progress=False)
+    finally:
+        bench.close()
+    assert {kind: (o.kills, o.lost, o.not_served) for kind, o in outcomes.items()} == dict.fromkeys(
+        crashes.KINDS, (1, 0, 0)
+    )
+    assert updates > 0
+    page = crashes.report(outcomes, updates, "hsnn bench crashes runs/tiny", "tiny", tmp_path)
+    assert "5 kills with SIGKILL" in page.read_text()
 
 
 @pytest.mark.triton
