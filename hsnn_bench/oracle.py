@@ -13,10 +13,15 @@ PIECE = 1 << 16  # items scored before the best so far are kept and the others f
 
 
 def best_items(
-    index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, k: int, rank: np.ndarray
+    index: HierarchicalIndex,
+    scorer: LayerScorer,
+    user: Encoded,
+    k: int,
+    rank: np.ndarray,
+    allowed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first; ties go
-    to the smaller position, as in the search."""
+    to the smaller position, as in the search. ``allowed`` (V,) bool by position: only of these."""
     state = scorer.open(user)
     carried = np.zeros((1, index.nodes(1), 0), dtype=np.float32)  # (1, I_l, (l-1)*T)
     for layer in range(1, index.layers):
@@ -30,6 +35,10 @@ def best_items(
     keys = np.empty(0, dtype=np.float32)
     for start in range(0, index.items, PIECE):
         positions = np.arange(start, min(start + PIECE, index.items))
+        if allowed is not None:
+            positions = positions[allowed[positions]]
+        if not len(positions):
+            continue
         previous = (
             np.zeros((1, len(positions), 0), np.float32) if above is None else carried[:, above[positions]]
         )
