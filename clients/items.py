@@ -16,23 +16,23 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException
 
 from hsnn_core.errors import RequestError, ServerError
+from hsnn_core.item_updates import REFUSED, STATUSES
 from hsnn_core.schema import Schema
 
 from .errors import Patience
 
 INDEX_MODEL = "hsnn_index"
 BATCH, MOST = 1000, 10_000  # updates per call: the default, and what the server takes
-APPLIED, STALE, REFUSED = "applied", "stale", "refused"
-_STATUS = (APPLIED, STALE, REFUSED)
 
 
 @dataclass
 class ItemResults:
     """What became of n updates, in their order.
 
-    ``status``: "applied", "stale" (the log has this sequence number of the item, or a higher one) or "refused";
-    ``messages``: why, empty where applied. ``position``: the log's, which contains what was applied: a search that
-    has followed the log up to it sees it."""
+    ``status``: "applied", "stale" (the log has this sequence number of the item, or a higher one), "refused" (it is
+    not valid) or "failed" (the log cannot be written now: send it again later); ``messages``: why, empty where
+    applied. ``position``: the log's, which contains what was applied: a search that has followed the log up to it sees
+    it."""
 
     status: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
@@ -42,9 +42,9 @@ class ItemResults:
         """How many have this status."""
         return self.status.count(status)
 
-    def refused(self) -> list[tuple[int, str]]:
-        """Place in the list and reason of every update that was refused."""
-        return [(n, self.messages[n]) for n, status in enumerate(self.status) if status == REFUSED]
+    def reasons(self, *statuses: str) -> list[tuple[int, str]]:
+        """Place in the list and message of every update with one of these statuses."""
+        return [(n, self.messages[n]) for n, status in enumerate(self.status) if status in statuses]
 
     def add(self, more: ItemResults) -> None:
         """Append the results of the updates after these."""
@@ -172,7 +172,7 @@ class ItemClient:
                 unusable[number] = f"row {row!r:.80}: {error}; expected values that JSON can hold"
         clock = self._clock() // 1000 if stamped else None
         status, messages, position = self._call(texts, clock, ("status", "message", "position"))
-        sent = zip((_STATUS[code] for code in status), (message.decode() for message in messages))
+        sent = zip((STATUSES[code] for code in status), (message.decode() for message in messages))
         results = ItemResults(position=int(position[0]))
         for number in range(len(rows)):
             found, message = (REFUSED, unusable[number]) if number in unusable else next(sent)

@@ -55,7 +55,7 @@ def compact(source: str | Path, log: str | Path, target: str | Path, progress: b
                 copy_file(path, aside / path.name)
         manifest = bundle.manifest
         write_bundle(
-            aside / BUNDLE_DIR, bundle.schema, bundle.transform, corpus, _smoke(bundle, exported, corpus),
+            aside / BUNDLE_DIR, bundle.schema, bundle.transform, corpus, smoke_over(bundle, exported, corpus),
             widths=manifest["widths"], k=manifest["k"], max_k=manifest["max_k"], buckets=manifest["buckets"],
             engine=manifest["engine"], models=manifest["models"], item_tower=exported.path / ITEM_TOWER,
             log=follower.log,
@@ -68,8 +68,8 @@ def compact(source: str | Path, log: str | Path, target: str | Path, progress: b
     return dataclasses.replace(exported, path=target)
 
 
-def _smoke(bundle: Bundle, exported: Exported, corpus: Corpus) -> Smoke:
-    """The source's smoke request with its answer over the new items."""
+def smoke_over(bundle: Bundle, exported: Exported, corpus: Corpus) -> Smoke:
+    """The smoke request of an export's ``bundle``, with the answer of its networks over another ``corpus``."""
     scorers = [exported.path / f"{graph.signature.stem}.onnx" for graph in exported.graphs[2:]]
     runner = OnnxRunner(exported.path / "user_tower.onnx", scorers)
     scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, runner, bundle.manifest["buckets"])

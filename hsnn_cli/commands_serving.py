@@ -46,6 +46,8 @@ def add_commands(commands: Any) -> None:
                          "many as there are cores (default: the repository's, else 4)")  # fmt: skip
     publish.add_argument("--queue", type=int, metavar="N",
                          help="requests that may wait (default: the repository's, else 64)")  # fmt: skip
+    publish.add_argument("--item-log", metavar="FILE", help="where the server writes item updates, on a local disk; "
+                         "relative to the repository (default: the repository's, else .items/log.db)")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -120,7 +122,7 @@ def run_publish(options: argparse.Namespace) -> None:
     from export.publish import current_options, publish
 
     serving = current_options(options.repository)
-    given = {name: getattr(options, name) for name in ("mode", "workers", "queue")}
+    given = {name: getattr(options, name) for name in ("mode", "workers", "queue", "item_log")}
     serving = replace(serving, **{name: value for name, value in given.items() if value is not None})
     version = publish(options.run, options.repository, options=serving)
     print(f"published: version {version} in {options.repository}")

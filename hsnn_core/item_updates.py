@@ -28,6 +28,8 @@ from .schema import ITEM_SPACE, Feature, Schema, encode_row_values
 # Clocks in nanoseconds stay far below it until the year 2116; what lies above is no clock and no counter.
 MAX_SEQUENCE = 2**62
 MAX_BYTES = 1 << 20  # of one update's JSON
+# What became of an update, by its number on the wire. Refused: not valid. Failed: it could not be written now.
+STATUSES = APPLIED, STALE, REFUSED, FAILED = "applied", "stale", "refused", "failed"
 _UPSERT = ("id", "sequence", "deleted", "features", "eligibility", "bid")
 _DELETE = ("id", "sequence", "deleted")
 

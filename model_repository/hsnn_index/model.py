@@ -1,7 +1,7 @@
 """hsnn_index: item upserts and deletes, written to the log that every orchestrator of the server follows.
 
 Answers when the updates are on the disk. A bad update is refused alone; a log that cannot be written (full disk,
-another server's, another schema's) refuses all of a call, with the reason, and keeps nothing else from working.
+another server's, another schema's) fails all of a call, with the reason, and keeps nothing else from working.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ sys.path.insert(0, str(HERE))
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
-from updater import OUTCOMES, Outcome, Updater  # noqa: E402
+from updater import Outcome, Updater  # noqa: E402
 
 import hsnn_core  # noqa: E402
 from hsnn_core.errors import HsnnError, RequestError, SchemaMismatch, ServerError  # noqa: E402
+from hsnn_core.item_updates import STATUSES  # noqa: E402
 from hsnn_core.schema import Schema  # noqa: E402
 
 PARAMETERS = ("clock",)  # the client's, microseconds since the epoch, where its sequences come from it
@@ -67,7 +68,7 @@ class TritonPythonModel:
             outcome = self._updater.apply(texts, clock)
             self._metrics.add(outcome)
             tensors = {
-                "status": outcome.status,
+                "status": np.array([STATUSES.index(status) for status in outcome.status], np.int32),
                 "message": np.array([text.encode() for text in outcome.messages], np.object_),
                 "position": np.array([outcome.position], np.int64),
             }
@@ -98,13 +99,12 @@ class _Metrics:
                 kind=family.GAUGE,
             ),
         )
-        self._updates = [self._families[0].Metric(labels=labels | {"outcome": name}) for name in OUTCOMES]
+        self._updates = {s: self._families[0].Metric(labels=labels | {"outcome": s}) for s in STATUSES}
         self._position = self._families[1].Metric(labels=labels)
 
     def add(self, outcome: Outcome) -> None:
-        counts = np.bincount(outcome.status, minlength=len(OUTCOMES)).tolist()
-        for metric, count in zip(self._updates, counts):
-            if count:
+        for status, metric in self._updates.items():
+            if count := outcome.status.count(status):
                 metric.increment(count)
         self._position.set(outcome.position)
 

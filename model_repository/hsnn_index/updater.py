@@ -8,26 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from log_owner import LogOwner, this_server
 
 from hsnn_core.errors import FeatureError, FormatError, HsnnError, LogError, RequestError
 from hsnn_core.item_log import ItemLog, LogReader
-from hsnn_core.item_updates import Update, parse_update
+from hsnn_core.item_updates import APPLIED, FAILED, REFUSED, STALE, Update, parse_update
 from hsnn_core.schema import Schema
 
 MAX_UPDATES = 10_000
 MAX_CLOCK_SECONDS = 300.0
-APPLIED, STALE, REFUSED = 0, 1, 2
-OUTCOMES = ("applied", "stale", "refused")
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of n updates: ``status`` (n,) int32, ``messages`` n texts, empty where applied; ``position``: of the
-    log after them, 0 when it cannot be opened."""
+    """What became of n updates: ``status`` n of STATUSES; ``messages`` n texts, empty where applied; ``position``: of
+    the log after them, 0 when it cannot be opened."""
 
-    status: np.ndarray
+    status: list[str]
     messages: list[str]
     position: int
 
@@ -53,7 +50,7 @@ class Updater:
                 f"updates: got {len(texts)}, expected at most {MAX_UPDATES} in one call; split them"
             )
         self._check_clock(client_clock)
-        status = np.full(len(texts), REFUSED, np.int32)
+        status = [REFUSED] * len(texts)
         messages = [""] * len(texts)
         valid: dict[int, Update] = {}
         for number, text in enumerate(texts):
@@ -65,7 +62,7 @@ class Updater:
             appended = self._opened().append(valid.values())
         except (LogError, FormatError) as error:
             for number in valid:
-                messages[number] = str(error)
+                status[number], messages[number] = FAILED, str(error)
             return Outcome(status, messages, self._position())
         for (number, update), applied, known in zip(valid.items(), appended.applied, appended.sequences):
             status[number] = APPLIED if applied else STALE

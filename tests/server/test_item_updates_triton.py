@@ -104,7 +104,7 @@ def test_bad_updates_are_refused_alone(client: ItemClient, reader: LogReader) ->
         505,
         507,
     ]
-    reasons = dict(results.refused())
+    reasons = dict(results.reasons("refused"))
     assert set(results.status) == {"applied", "refused"}
     for number, text in {
         1: "item 501: feature 'price': got nan, expected finite float32 numbers",
@@ -197,14 +197,14 @@ def test_versions_of_one_server_write_side_by_side_and_another_server_is_refused
         with ItemClient(second.urls.grpc) as elsewhere:
             before = client.stats().position
             refused = elsewhere.upsert([{"id": 991}, {"id": 992}])
-            assert refused.status == ["refused", "refused"]
+            assert refused.status == ["failed", "failed"]
             assert f"another server, process {server.pid} on " in refused.messages[0]
             assert "give each server a log of its own" in refused.messages[1]
             assert client.stats().position == before
             server.unload("hsnn_index")
             assert elsewhere.upsert([{"id": 991}]).status == ["applied"]
         server.load("hsnn_index")
-        assert client.upsert([{"id": 993}]).status == ["refused"]
+        assert client.upsert([{"id": 993}]).status == ["failed"]
     assert wait_until(lambda: client.upsert([{"id": 993}]).status == ["applied"], 5.0)
 
 
@@ -229,7 +229,7 @@ def test_a_log_that_cannot_be_opened_refuses_with_the_reason(tmp_path: Path) -> 
         assert "item updates are refused for now" in server.log_file.read_text()
         with ItemClient(server.urls.grpc) as client:
             refused = client.upsert([{"id": 1}])
-            assert (refused.status, refused.position) == (["refused"], 0)
+            assert (refused.status, refused.position) == (["failed"], 0)
             assert f"holds updates of the schema {'0' * 16}, expected {ELIGIBLE.hash}" in refused.messages[0]
             with pytest.raises(ServerError, match="holds updates of the schema"):
                 client.stats()

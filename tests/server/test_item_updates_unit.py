@@ -17,11 +17,12 @@ from index_repository import ELIGIBLE
 from export.vendor import INDEX_SOURCES
 from hsnn_core.errors import LogError, RequestError
 from hsnn_core.item_log import ItemLog, LogReader
+from hsnn_core.item_updates import APPLIED, FAILED, REFUSED, STALE
 
 sys.path.append(str(INDEX_SOURCES))
 
 from log_owner import LogOwner, this_server
-from updater import APPLIED, REFUSED, STALE, Updater
+from updater import Updater
 
 OURS = {"host": "a", "server": 1, "started": 10}
 THEIRS = {"host": "b", "server": 1, "started": 11}
@@ -97,7 +98,7 @@ def test_a_call_by_hand(updater: Updater, path: Path) -> None:
             {"id": 2, "sequence": 1},
         )
     )
-    assert outcome.status.tolist() == [APPLIED, STALE, REFUSED, APPLIED]
+    assert outcome.status == [APPLIED, STALE, REFUSED, APPLIED]
     assert outcome.position == 2
     assert updater.apply([]).position == 2
     assert updater.stats() | {"identity": None} == {
@@ -113,9 +114,7 @@ def test_a_call_by_hand(updater: Updater, path: Path) -> None:
 
 def test_a_clock_may_be_a_little_off(updater: Updater) -> None:
     for seconds in (701, 1299):
-        assert updater.apply(texts({"id": seconds, "sequence": 1}), seconds * 10**6).status.tolist() == [
-            APPLIED
-        ]
+        assert updater.apply(texts({"id": seconds, "sequence": 1}), seconds * 10**6).status == [APPLIED]
     for seconds, text in ((699, "301 s behind"), (1301, "301 s ahead of")):
         with pytest.raises(
             RequestError, match=f"the client's is {text} this server's.*set it right, or send seq"
@@ -131,11 +130,11 @@ def test_a_full_disk_refuses_the_call_and_the_next_one_goes_on(updater: Updater,
     log._connection.execute(f"PRAGMA max_page_count = {pages}")
     many = texts(*({"id": n, "sequence": 2, "features": {"category": list(range(50))}} for n in range(100)))
     full = updater.apply([*many, b"?"])
-    assert full.status.tolist() == [REFUSED] * 101
+    assert full.status == [FAILED] * 100 + [REFUSED]
     assert full.position == 1
     assert {message.partition("(")[0] for message in full.messages[:100]} == {f"{path}: no room on the disk "}
     assert full.messages[100].startswith("update: not valid JSON")
     with LogReader(path, ELIGIBLE.hash) as reader:
         assert [entry.sequence for entry in reader.since(0, 1000)] == [1]
     log._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
-    assert updater.apply(many).status.tolist() == [APPLIED] * 100
+    assert updater.apply(many).status == [APPLIED] * 100
