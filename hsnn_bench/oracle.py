@@ -42,7 +42,16 @@ def top_positions(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def best_items(
-    index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, k: int, rank: np.ndarray
+    index: HierarchicalIndex,
+    scorer: LayerScorer,
+    user: Encoded,
+    k: int,
+    rank: np.ndarray,
+    allowed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first."""
-    return index.item_ids[top_positions(item_scores(index, scorer, user, rank), k)]
+    """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first;
+    ``allowed`` (V,) bool by position: only of these."""
+    scores = item_scores(index, scorer, user, rank)
+    if allowed is not None:
+        scores[~allowed] = -np.inf
+    return index.item_ids[top_positions(scores, k)]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from clients.retrieval import RetrievalClient, WireUsers
 from export.exported import Exported, open_export
+from export.open_items import OpenTargeting, open_items
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
@@ -83,6 +84,7 @@ class BareLoop:
     def __init__(self, exported: Exported, bundle: Bundle, widths: Sequence[int], k: int) -> None:
         files = [exported.path / graph.file for graph in exported.graphs]
         self._bundle, self._widths, self._k = bundle, widths, k
+        self._targeting = OpenTargeting(bundle)
         self.scorer = bundle.scorer(OnnxRunner(files[0], files[2:]))
 
     def encode(self, wire: Wire) -> Encoded:
@@ -93,7 +95,8 @@ class BareLoop:
         """The search of one request."""
         bundle = self._bundle
         users = self.encode(wire)
-        return search(bundle.index, self.scorer, users, self._widths, self._k, bundle.schema.rank)
+        allowed = self._targeting.filter(len(users))
+        return search(bundle.index, self.scorer, users, self._widths, self._k, bundle.schema.rank, allowed)
 
     def __call__(self, wire: Wire) -> Answer:
         began = time.perf_counter()
@@ -181,9 +184,9 @@ def interleave(
 
 def recall(loop: BareLoop, bundle: Bundle, requests: Sequence[Wire], k: int, progress: bool) -> float:
     """Mean share of the exhaustive top ``k`` that the search returns."""
-    shares = []
+    shares, allowed = [], open_items(bundle)
     for wire in tqdm(requests, desc="exhaustive", unit="request", disable=not progress):
-        best = best_items(bundle.index, loop.scorer, loop.encode(wire), k, bundle.schema.rank)
+        best = best_items(bundle.index, loop.scorer, loop.encode(wire), k, bundle.schema.rank, allowed)
         shares.append(float(np.isin(best, loop(wire).item_ids).mean()))
     return float(np.mean(shares))
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from clients.load import METHOD, each_user, serialise
 from clients.retrieval import RetrievalClient, WireUsers
+from export.open_items import open_filter
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
 from hsnn_core.bundle import Bundle
@@ -182,10 +183,12 @@ class _Twins:
         rank = bundle.schema.rank
         if peer.task is not None:  # Faiss ranks by one task alone
             rank = np.eye(len(rank), dtype=np.float32)[peer.task]
+        # Nor does it know whom an item is for.
+        allowed = None if peer.task is not None else open_filter(bundle)
         ids, valid = [], []
         for row in tqdm(range(len(self._users)), desc=f"exhaustive twin of {peer.label}", unit="request"):
             user = Encoded(self._users.dense[row : row + 1], self._users.ids[row : row + 1])
-            found = exhaustive(bundle.index, scorer, user, self._k, rank)
+            found = exhaustive(bundle.index, scorer, user, self._k, rank, allowed)
             ids.append(found.item_ids)
             valid.append(found.valid)
         return np.concatenate(ids), np.concatenate(valid)

@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from clients.retrieval import Results, RetrievalClient, WireUsers
 from export.export_run import export_run
+from export.open_items import open_filter
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
 from hsnn_core.bundle import Bundle
-from hsnn_core.eligibility import AttributeBitmaps, Context
 from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.features import Encoded
-from hsnn_core.item_filter import MaskFilter
 from hsnn_core.search import SearchResult, search
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import load_run, write_json
@@ -124,7 +123,7 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     scorer = bundle.scorer(TorchRunner(run.model))
     rank = run.schema.rank
     widths = bundle.manifest["widths"]
-    allowed = _without_context(bundle)
+    allowed = open_filter(bundle)  # the requests of `ask` have no context
     parts = [
         search(bundle.index, scorer, _row(users, i), widths, k, rank, allowed) for i in range(len(users))
     ]
@@ -153,16 +152,6 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     report["full_width_equals_exhaustive"] = f"{equal} of {len(sample)}"
     report["served_search_recall"] = found / len(sample)
     return report
-
-
-def _without_context(bundle: Bundle) -> MaskFilter | None:
-    """What a request without context may get, as `ask` sends them; None where the schema restricts nothing."""
-    if bundle.attributes is None:
-        return None
-    context = Context.from_wire(bundle.schema, {}, users=1, now=time.time())
-    bits = AttributeBitmaps(bundle.attributes).matching(context, 0)
-    mask = np.unpackbits(bits, count=bundle.index.items, bitorder="little").astype(bool)
-    return MaskFilter(bundle.index, mask[None])
 
 
 def _row(users: Encoded, i: int) -> Encoded:

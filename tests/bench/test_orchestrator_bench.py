@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "core"))
 sys.path.append(str(Path(__file__).parents[1] / "export"))
 from core_fakes import fake_scorer, one_user, random_index, random_users
-from untrained import JOINT, untrained_run
+from untrained import JOINT, TARGETED, untrained_run
 
 from export.export_run import export_run
 from export.sample_users import sample_users
@@ -19,6 +19,7 @@ from hsnn_bench.orchestrator import Answer, interleave
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, PublishError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.item_filter import MaskFilter
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -33,6 +34,11 @@ def test_the_oracle_by_pieces_is_the_exhaustive_twin(monkeypatch, layers, k, ste
     expected = exhaustive(index, scorer, users, k, rank)
     for row in range(3):
         found = oracle.best_items(index, scorer, one_user(users, row), k, rank)
+        np.testing.assert_array_equal(found, expected.item_ids[row, : expected.valid[row]])
+    mask = rng.random(200) < 0.3
+    expected = exhaustive(index, scorer, users, k, rank, MaskFilter(index, np.tile(mask, (3, 1))))
+    for row in range(3):
+        found = oracle.best_items(index, scorer, one_user(users, row), k, rank, mask)
         np.testing.assert_array_equal(found, expected.item_ids[row, : expected.valid[row]])
 
 
@@ -56,7 +62,7 @@ def test_every_request_goes_through_every_way_before_the_next():
 
 @pytest.mark.triton
 def test_the_three_ways_and_their_report(tmp_path):
-    untrained_run(tmp_path / "run", JOINT)
+    untrained_run(tmp_path / "run", JOINT, TARGETED)
     exported = export_run(tmp_path / "run", progress=False)
     bundle = Bundle.open(exported.bundle)
     wire = sample_users(bundle.schema, bundle.transform, 4, seed=2)

@@ -38,7 +38,9 @@ def test_the_items_attributes_reach_the_bundle_by_position(tmp_path: Path) -> No
     np.testing.assert_array_equal(bundle.attributes.keys["shop"], ids)
     np.testing.assert_array_equal(bundle.attributes.flags["paused"], ids % 3 == 0)
     np.testing.assert_array_equal(bundle.attributes.bids, ids.astype(np.float32))
-    np.testing.assert_array_equal(bundle.attributes.sets["market"].keys.reshape(-1, 2)[:, 0], ids % 4)
+    markets = bundle.attributes.sets["market"]
+    np.testing.assert_array_equal(np.diff(markets.ptr), 2 * (ids % 2))
+    np.testing.assert_array_equal(markets.keys[markets.ptr[:-1][ids % 2 > 0]], ids[ids % 2 > 0] % 4)
 
 
 @pytest.mark.tensorrt

@@ -60,7 +60,10 @@ def untrained_run(path: Path, model: Mapping[str, Any], schema: Schema = SCHEMA)
     )
     attributes = None
     if schema.has_attributes:
-        rows = [{"shop": int(key), "paused": key % 3 == 0, "market": [key % 4, 9]} for key in item_ids]
+        rows = [
+            {"shop": int(key), "paused": key % 3 == 0, "market": [key % 4, 9] if key % 2 else None}
+            for key in item_ids
+        ]
         attributes = ItemAttributes.from_rows(schema, rows, item_ids)
     save_inputs(path, recipe, transform, encoded, item_ids, attributes)
     torch.manual_seed(1)
