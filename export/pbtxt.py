@@ -24,7 +24,13 @@ from hsnn_core.schema import Schema, first_difference
 ORCHESTRATOR = "hsnn_retrieve"
 INDEX = "hsnn_index"
 CONFIG_FILE = "config.pbtxt"
-_TYPES = {"FP32": "TYPE_FP32", "INT32": "TYPE_INT32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
+_TYPES = {
+    "FP32": "TYPE_FP32",
+    "FP64": "TYPE_FP64",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "BYTES": "TYPE_STRING",
+}
 DEFAULT_ITEM_LOG = ".items/log.db"
 
 
@@ -63,8 +69,8 @@ class ServingOptions:
 def orchestrator_config(
     schema: Schema, layers: int, k: int, widths: Sequence[int], options: ServingOptions
 ) -> pb.ModelConfig:
-    """Configuration of `hsnn_retrieve`: one tensor per user feature in, the best K items out (N = `layers`, T
-    tasks).
+    """Configuration of `hsnn_retrieve`: one tensor per user feature and, optionally, the request's context in, the best
+    K items out (N = `layers`, T tasks).
 
     `k`, `widths`: the snapshot's defaults, used where `options` leaves them open."""
     widths = tuple(widths) if options.widths is None else options.widths
@@ -77,6 +83,15 @@ def orchestrator_config(
     config = _config(ORCHESTRATOR, "python", options.keep)
     for wire in schema.user_wire():
         config.input.add(name=wire.name, data_type=_type(wire.datatype), dims=wire.shape)
+    for wire in schema.context_wire():
+        # Ragged, or requests that exclude different numbers of items would not be handed over together.
+        config.input.add(
+            name=wire.name,
+            data_type=_type(wire.datatype),
+            dims=wire.shape,
+            optional=True,
+            allow_ragged_batch=True,
+        )
     outputs = (
         ("item_ids", "INT64", (-1,)),
         ("probabilities", "FP32", (-1, tasks)),

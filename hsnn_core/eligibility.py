@@ -188,9 +188,10 @@ class _Postings:
 
     def __init__(self, keys: np.ndarray, rows: np.ndarray) -> None:
         order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
         self._rows = rows[order]
-        self._keys, starts = np.unique(keys[order], return_index=True)
-        self._ptr = np.append(starts, len(keys))
+        self._keys, self._ptr = ordered[starts], np.append(starts, len(keys))
 
     def __contains__(self, key: int) -> bool:
         return len(self.rows(key)) > 0

@@ -135,7 +135,7 @@ class Trainer:
         if resume:
             self._restore()
         else:
-            save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys)
+            save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys, dataset.attributes)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters of the trunks, and all others."""

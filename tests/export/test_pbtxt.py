@@ -36,7 +36,9 @@ def test_the_orchestrator_speaks_the_schema() -> None:
         ("taste", "TYPE_FP32", [2]),
         ("history", "TYPE_INT64", [4]),
         ("country", "TYPE_INT64", [1]),
+        ("exclude_items", "TYPE_INT64", [-1]),
     ]
+    assert [t.name for t in config.input if t.optional] == ["exclude_items"]
     outputs = {t.name: (pb.DataType.Name(t.data_type), list(t.dims)) for t in config.output}
     assert outputs == {
         "item_ids": ("TYPE_INT64", [-1]),
@@ -58,6 +60,27 @@ def test_the_orchestrator_speaks_the_schema() -> None:
     }
     assert config.version_policy.latest.num_versions == 1
     assert [(g.count, g.kind) for g in config.instance_group] == [(1, pb.ModelInstanceGroup.KIND_CPU)]
+
+
+def test_what_a_request_says_of_eligibility_is_optional_and_ragged() -> None:
+    section = {
+        "market": {"kind": "set", "ask": 2},
+        "running": {"kind": "range", "from": "start", "until": "end"},
+        "paused": {"kind": "flag"},
+        "owner": {"kind": "key"},
+    }
+    config = orchestrator(schema=Schema.from_dict(SCHEMA.to_dict() | {"eligibility": section}))
+    assert [
+        (t.name, pb.DataType.Name(t.data_type), list(t.dims), t.allow_ragged_batch)
+        for t in config.input
+        if t.optional
+    ] == [
+        ("context_market", "TYPE_INT64", [2], True),
+        ("context_running", "TYPE_FP64", [1], True),
+        ("exclude_owner", "TYPE_INT64", [-1], True),
+        ("exclude_items", "TYPE_INT64", [-1], True),
+    ]
+    pbtxt.check(config)
 
 
 def test_options_reach_the_configuration_and_come_back() -> None:
