@@ -26,6 +26,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy model_repository/hsnn_index
 
 # NVIDIA's load generator, for `hsnn bench capacity`: the newest one that runs on glibc 2.36, with the CUDA runtime it is
 # linked to, apart from the packages of $(VENV). It also needs libb64.so.0d: apt-get install libb64-0d.

@@ -57,6 +57,12 @@ def translate(
         )
     if kind:
         return ServerError(text)
+    if (
+        "is not healthy" in text
+    ):  # Triton's words; it goes on saying that the model is ready, and starts nothing anew
+        return ServerError(
+            f"the process of {model} at {url} has died ({text}); load the model again, and ask another server meanwhile"
+        )
     if status == "UNAVAILABLE":
         return ServerError(
             f"{model} at {url} is unavailable ({text}); "

@@ -14,7 +14,7 @@ RUN python3 -m pip install --no-cache-dir numpy==1.26.4 \
  && if [ "${MODE}" = in_process ]; then python3 -m pip install --no-cache-dir onnxruntime==1.32.0; fi
 
 COPY docker/entrypoint.sh /usr/local/bin/hsnn-triton
-RUN install --directory --owner=1000 --group=1000 /models
+RUN install --directory --owner=1000 --group=1000 /models /items
 
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1

@@ -64,6 +64,28 @@ def add_commands(commands: Any) -> None:
     stats.add_argument("--json", action="store_true", help="print JSON instead of a table")
     stats.set_defaults(run_command=run_stats)
 
+    follow = kinds.add_parser(
+        "follow-kafka", help="apply the updates of a Kafka topic, until Ctrl-C", formatter_class=FORMAT,
+        description="Apply the updates of a topic as they come: one JSON object per message, as in `hsnn items "
+        "upsert --help`,\neach with a sequence number. At least once: offsets are committed when the updates are on "
+        "the server's disk, and\nwhat comes twice is stale. While the server is away or its disk full, it waits. Bad "
+        "messages are reported and skipped.\n\nEvery server keeps a log of its own, so each needs its own follower "
+        "with its own --group; the topic is the source\nthat they share. Key messages by item id. Needs: pip install "
+        "'hsnn-triton[kafka]'",
+        epilog="examples:\n  hsnn items follow-kafka --brokers kafka:9092 --topic items --group hsnn-1\n"
+        "  hsnn items follow-kafka --brokers kafka:9093 --topic items --group hsnn-1 --dead-letters bad.jsonl \\\n"
+        "      --option security.protocol=SSL --option ssl.ca.location=ca.pem",
+    )  # fmt: skip
+    follow.add_argument("--brokers", required=True, metavar="HOST:PORT[,...]", help="bootstrap servers")
+    follow.add_argument("--topic", required=True)
+    follow.add_argument("--group", required=True, help="consumer group, one per server")
+    follow.add_argument("--dead-letters", metavar="FILE",
+                        help="append bad messages to this file, as JSON lines (default: standard error)")  # fmt: skip
+    follow.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", dest="options",
+                        help="a setting of librdkafka; may be repeated")  # fmt: skip
+    _add_connection(follow)
+    follow.set_defaults(run_command=run_follow_kafka)
+
 
 def _add_connection(parser: Any, batches: bool = True) -> None:
     parser.add_argument(
@@ -97,3 +119,10 @@ def run_stats(options: argparse.Namespace) -> None:
     from .item_commands import stats
 
     stats(options)
+
+
+def run_follow_kafka(options: argparse.Namespace) -> None:
+    """hsnn items follow-kafka."""
+    from .item_commands import follow_kafka
+
+    follow_kafka(options)

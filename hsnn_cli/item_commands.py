@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -65,6 +69,72 @@ def stats(options: argparse.Namespace) -> None:
         ["file", held.log],
     ]
     print(table(["item log", ""], [[name, str(value)] for name, value in rows]))
+
+
+def follow_kafka(options: argparse.Namespace) -> None:
+    """hsnn items follow-kafka."""
+    try:
+        from clients.kafka import DeadLetters, KafkaFollower
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"hsnn items follow-kafka: {error}; install it with: pip install 'hsnn-triton[kafka]'"
+        ) from None
+    settings = _settings(options.options) | {"bootstrap.servers": options.brokers}
+    stop = Event()
+    told = _Told()
+    with (
+        _stopped_by_signals(stop),
+        closing(DeadLetters(Path(options.dead_letters) if options.dead_letters else None)) as dead_letters,
+        ItemClient(options.url, options.timeout, batch=options.batch) as client,
+        KafkaFollower(
+            client, options.topic, options.group, settings, dead_letters, options.batch, told
+        ) as follower,
+        tqdm(unit=" messages", mininterval=0.5, disable=None) as bar,
+    ):
+        print(f"following {options.topic} at {options.brokers} as {options.group} (Ctrl-C stops)", flush=True)
+
+        def progress(count: int) -> None:
+            bar.set_postfix_str(f"{follower.counts}, lag {follower.lag()}", refresh=False)
+            bar.update(count)
+
+        follower.follow(stop.is_set, progress)
+    print(f"stopped: {follower.counts}")
+
+
+class _Told:
+    """Prints what a follower has to say on standard error, the same not more often than once a minute."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def __call__(self, reason: str) -> None:
+        key, now = reason.partition(";")[0], time.monotonic()
+        if now - self._last.get(key, -60.0) >= 60.0:
+            self._last = {key: now}
+            tqdm.write(f"hsnn: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def _stopped_by_signals(stop: Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set ``stop``, so that what was begun is finished and committed."""
+    before = {
+        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _settings(texts: Sequence[str]) -> dict[str, str]:
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RequestError(f"--option: got {text!r}, expected NAME=VALUE, a setting of librdkafka")
+        settings[name] = value
+    return settings
 
 
 class _Outcome:

@@ -43,6 +43,7 @@ def failure(status: str, message: str) -> InferenceServerException:
         ("UNAVAILABLE", "DeadlineUnmeetable: the request has 3 ms", Overloaded, "the request has 3 ms"),
         ("NOT_FOUND", "Request for unknown model", ServerError, "publish a snapshot, load it"),
         ("INTERNAL", "ServerError: hsnn_scorer_l2 failed", ServerError, "hsnn_scorer_l2 failed"),
+        ("INTERNAL", "Stub process 'x_0' is not healthy.", ServerError, "the process of m at h:1 has died"),
         ("INTERNAL", "ValueError: oh", ServerError, "m at h:1 failed with INTERNAL: ValueError: oh"),
     ],
 )

@@ -29,6 +29,7 @@ from docker_checks import (
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from clients.items import INDEX_MODEL
 from clients.wire import MODEL as ORCHESTRATOR
 from hsnn_cli.main import parser
 
@@ -185,9 +186,10 @@ sys.exit(main(["query", "--url", "127.0.0.1:9", "--timeout", "0.2"]))
     assert {"numpy", "pyyaml", "tritonclient"} <= set(image.pins())
 
 
-def test_the_orchestrator_needs_no_more_than_the_serving_image_has() -> None:
+@pytest.mark.parametrize("model", [ORCHESTRATOR, INDEX_MODEL])
+def test_a_served_model_needs_no_more_than_the_serving_image_has(model: str) -> None:
     """Its module-level imports: the standard library, Triton's own module, itself, and NumPy."""
-    sources = [*(ROOT / "model_repository" / ORCHESTRATOR).glob("*.py"), *(ROOT / "hsnn_core").rglob("*.py")]
+    sources = [*(ROOT / "model_repository" / model).glob("*.py"), *(ROOT / "hsnn_core").rglob("*.py")]
     known = {
         *sys.stdlib_module_names,
         "triton_python_backend_utils",
@@ -310,7 +312,8 @@ def test_triton_gets_the_key_the_repository_and_the_time_it_needs() -> None:
     assert f"key_file=/run/secrets/{triton['secrets'][0]}\n" in entrypoint
     assert compose["secrets"][triton["secrets"][0]]["file"].startswith("secrets/")
     assert "repository=/models\n" in entrypoint
-    assert triton["volumes"] == ["models:/models:ro"]
+    assert triton["volumes"] == ["models:/models:ro", "items:/items"]
+    assert "--item-log /items/log.db" in " ".join(compose["services"]["publish"]["command"])
     drain, timeout = (
         int(re.search(pattern, entrypoint)[1])  # type: ignore[index]
         for pattern in (r"drain_seconds=(\d+)", r"--exit-timeout-secs=(\d+)")

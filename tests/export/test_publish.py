@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,12 +98,13 @@ def test_vendored_code_has_no_tests_or_caches_and_edits_are_noticed(
         verify_code(version)
 
 
+@pytest.mark.parametrize("model", ["hsnn_retrieve", "hsnn_index"])
 def test_a_published_version_needs_nothing_but_itself_numpy_and_triton(
-    exported: Exported, tmp_path: Path
+    model: str, exported: Exported, tmp_path: Path
 ) -> None:
     """So it loads in any Triton. Imports inside functions are for what only some ways of serving need."""
     publish(exported.path, tmp_path)
-    version = tmp_path / "hsnn_retrieve" / "1"
+    version = tmp_path / model / "1"
     own = {path.stem for path in version.iterdir()}
     outside = set()
     for path in version.rglob("*.py"):
@@ -129,7 +131,7 @@ def test_a_published_version_needs_nothing_but_itself_numpy_and_triton(
 
 def test_options_stay_until_others_are_given(exported: Exported, tmp_path: Path) -> None:
     assert current_options(tmp_path) == ServingOptions()
-    options = ServingOptions(mode="in_process", workers=3, keep=2)
+    options = ServingOptions(mode="in_process", workers=3, keep=2, item_log="/data/items.db")
     publish(exported.path, tmp_path, options=options)
     publish(exported.path, tmp_path)
     assert current_options(tmp_path) == options
@@ -151,6 +153,34 @@ def test_another_shape_needs_a_new_repository(exported: Exported, tmp_path: Path
         publish(flat.path, repository)
     assert tree(repository) == before
     assert publish(flat.path, tmp_path / "generation2") == 1
+
+
+def test_a_repository_from_before_item_updates_needs_a_new_generation(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """Its snapshots are served as they were."""
+    publish(exported.path, tmp_path)
+    manifest = tmp_path / "hsnn_retrieve" / "1" / "manifest.json"
+    older = json.loads(manifest.read_text())
+    del older["models"]["index"]
+    manifest.write_text(json.dumps(older))
+    shutil.rmtree(tmp_path / "hsnn_index")
+    assert versions(tmp_path) == [1]
+    server = FakeServer(tmp_path)
+    assert promote(tmp_path, server) == 1
+    assert "hsnn_index" not in server.loads
+    with pytest.raises(PublishError, match="model hsnn_index is not there, .* into a new, empty repository"):
+        publish(exported.path, tmp_path)
+
+
+def test_an_export_from_before_item_updates_is_exported_again(tmp_path: Path) -> None:
+    exported = export_source(standin_source(layers=1), tmp_path / "export", progress=False)
+    manifest = exported.bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"index": "hsnn_index"', '"other": "hsnn_index"'))
+    with pytest.raises(
+        PublishError, match="names None for item updates, expected 'hsnn_index'; export the run again"
+    ):
+        publish(exported.path, tmp_path / "repository")
 
 
 def test_a_changed_bundle_is_not_published(tmp_path: Path) -> None:
@@ -292,11 +322,15 @@ def test_networks_that_answer_otherwise_than_at_export_do_not_go_live(
 
 def test_code_that_was_edited_does_not_go_live(exported: Exported, tmp_path: Path) -> None:
     publish(exported.path, tmp_path)
-    (tmp_path / "hsnn_retrieve" / "1" / "model.py").write_text("# edited")
-    server = FakeServer(tmp_path)
-    with pytest.raises(PublishError, match=r"model\.py: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
-        promote(tmp_path, server)
-    assert "hsnn_retrieve" not in server.loads
+    for model in ("hsnn_index", "hsnn_retrieve"):
+        code = tmp_path / model / "1" / "model.py"
+        published = code.read_text()
+        code.write_text("# edited")
+        server = FakeServer(tmp_path)
+        with pytest.raises(PublishError, match=r"model\.py: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+            promote(tmp_path, server)
+        assert "hsnn_retrieve" not in server.loads
+        code.write_text(published)
 
 
 @pytest.mark.parametrize(

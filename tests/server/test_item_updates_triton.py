@@ -208,17 +208,25 @@ def test_versions_of_one_server_write_side_by_side_and_another_server_is_refused
     assert wait_until(lambda: client.upsert([{"id": 993}]).status == ["applied"], 5.0)
 
 
-def test_a_killed_server_leaves_the_log_to_the_next(tmp_path: Path) -> None:
+def test_a_killed_stub_is_loaded_again_and_a_killed_server_leaves_the_log_to_the_next(tmp_path: Path) -> None:
     write_index(tmp_path, 1)
     server = TritonServer(tmp_path, models=["hsnn_index"]).start()
     with ItemClient(server.urls.grpc) as client:
         client.upsert([{"id": 1, "sequence": 4}])
+        (stub,) = (pid for pid in server.pids if pid != server.pid)
+        os.kill(stub, signal.SIGKILL)
+        with pytest.raises(
+            ServerError, match="the process of hsnn_index at .* has died .*; load the model again"
+        ):
+            client.upsert([{"id": 1, "sequence": 5}])
+        server.load("hsnn_index")
+        assert client.upsert([{"id": 1, "sequence": 5}]).status == ["applied"]
     os.killpg(server.pid, signal.SIGKILL)
     server.stop()
     with TritonServer(tmp_path, models=["hsnn_index"]) as again, ItemClient(again.urls.grpc) as client:
         assert wait_until(lambda: client.upsert([{"id": 2, "sequence": 5}]).status == ["applied"], 5.0)
     with LogReader(tmp_path / LOG, ELIGIBLE.hash) as reader:
-        assert [(e.item, e.sequence) for e in reader.since(0, 9)] == [(1, 4), (2, 5)]
+        assert [(e.item, e.sequence) for e in reader.since(0, 9)] == [(1, 5), (2, 5)]
 
 
 def test_a_log_that_cannot_be_opened_refuses_with_the_reason(tmp_path: Path) -> None:
