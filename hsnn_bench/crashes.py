@@ -35,7 +35,7 @@ from export.rollout import promote
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
-from hsnn_core.errors import HsnnError, ServerError
+from hsnn_core.errors import DataError, HsnnError, ServerError
 from hsnn_core.files import write_bytes
 from hsnn_core.item_log import LogReader
 from hsnn_core.item_updates import APPLIED
@@ -63,6 +63,7 @@ class Outcome:
     lost: int = 0
     not_served: int = 0
     seconds: list[float] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
 
 
 class Writing:
@@ -135,6 +136,10 @@ class Crashes:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         self._k = self._run.recipe.search.max_k
+        if self._k < COPIES:
+            raise DataError(
+                f"search.max_k is {self._k}, expected at least {COPIES}: one answer must hold all copies"
+            )
         publish(run_dir, self._repository, options=ServingOptions(mode="in_process", workers=2, k=self._k))
         self._server = self._started()
         dataset = load_data(self._run.recipe)
@@ -162,7 +167,10 @@ class Crashes:
                 outcome = outcomes[kind]
                 outcome.kills += 1
                 outcome.lost += self._lost(acknowledged)
-                outcome.not_served += self._not_served()
+                different = self._not_served()
+                outcome.not_served += len(different)
+                if different:
+                    outcome.details.append(f"kill {number}: {different}")
                 outcome.seconds.append(time.monotonic() - began)
             return outcomes, writing.updates
 
@@ -204,16 +212,17 @@ class Crashes:
             known = {entry.item: entry.sequence for entry in reader.since(0, 10 * COPIES)}
         return sum(known.get(item, -1) < sequence for item, sequence in acknowledged.items())
 
-    def _not_served(self) -> int:
-        """How many copies a search shows otherwise than the log says, when it has had time to follow."""
+    def _not_served(self) -> list[tuple[int, str]]:
+        """The copies that a search shows otherwise than the log says, when it has had time to follow."""
         until = time.monotonic() + PATIENCE
         with LogReader(self._repository / ".items" / "log.db", self._run.schema.hash) as reader:
             while True:
                 # Anew each time: a call that its client has given up may still be written.
                 live = {entry.item for entry in reader.since(0, 10 * COPIES) if not entry.deleted}
-                different = live ^ {item for item in self._found() if item >= FIRST_COPY}
+                answer = self._found()
+                different = live ^ {item for item in answer if item >= FIRST_COPY}
                 if not different or time.monotonic() > until:
-                    return len(different)
+                    return [(item, "not found" if item in live else "found") for item in sorted(different)]
                 time.sleep(0.05)
 
     def _found(self) -> list[int]:

@@ -197,16 +197,18 @@ def test_random_histories_return_nothing_that_must_not_be(tiny_run, tmp_path, mo
 
 
 @pytest.mark.triton
-def test_no_acknowledged_update_is_lost_when_something_is_killed(tiny_run, tmp_path):
+def test_no_acknowledged_update_is_lost_when_something_is_killed(tiny_run, tmp_path, monkeypatch):
     """Five kills, one of each kind; `hsnn bench crashes` does a hundred."""
+    with pytest.raises(DataError, match="max_k is 40, expected at least 60: one answer must hold all copies"):
+        crashes.Crashes(tiny_run[0], tmp_path / "work", seed=1)
+    monkeypatch.setattr(crashes, "COPIES", 30)
     bench = crashes.Crashes(tiny_run[0], tmp_path / "work", seed=1)
     try:
         outcomes, updates = bench.run(len(crashes.KINDS), progress=False)
     finally:
         bench.close()
-    assert {kind: (o.kills, o.lost, o.not_served) for kind, o in outcomes.items()} == dict.fromkeys(
-        crashes.KINDS, (1, 0, 0)
-    )
+    assert [outcome.details for outcome in outcomes.values()] == [[]] * len(crashes.KINDS)
+    assert {(o.kills, o.lost, o.not_served) for o in outcomes.values()} == {(1, 0, 0)}
     assert updates > 0
     page = crashes.report(outcomes, updates, "hsnn bench crashes runs/tiny", "tiny", tmp_path)
     assert "5 kills with SIGKILL" in page.read_text()
