@@ -14,8 +14,6 @@ from .eligibility import Context, clear_bits
 from .live_attributes import AttributeState
 from .live_view import LiveView, bits_at
 
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.int32)
-
 
 class TargetingFilter:
     """An `item_filter.ItemFilter` over a view of an index that changes.
@@ -75,7 +73,7 @@ class _UserItems:
         clear_bits(base, excluded[:cut])
         clear_bits(added, excluded[cut:] - self._base_items)
         self._base, self._added = base, added
-        self._ranks: np.ndarray | None = None
+        self._words, self._ranks = np.empty(0, np.uint64), np.empty(0, np.int64)
         self._of_added: dict[int, np.ndarray] = {}
 
     def counts(self, layer: int, nodes: np.ndarray) -> np.ndarray:
@@ -97,13 +95,16 @@ class _UserItems:
 
     def _rank(self, positions: np.ndarray) -> np.ndarray:
         """How many of the base's items before each position; (n,) int64."""
-        if self._ranks is None:
-            # One byte more, so that the position behind the last item has a rank.
-            self._base = np.append(self._base, np.uint8(0))
-            self._ranks = np.concatenate([[0], np.cumsum(_ONES[self._base], dtype=np.int64)])
-        at = positions >> 3
-        below = ((1 << (positions & 7)) - 1).astype(np.uint8)
-        return self._ranks[at] + _ONES[self._base[at] & below]
+        if not len(self._ranks):
+            # One word more at least, so that the position behind the last item has a rank.
+            padded = np.zeros((self._base_items // 64 + 1) * 8, dtype=np.uint8)
+            padded[: len(self._base)] = self._base
+            self._words = padded.view("<u8")
+            self._ranks = np.zeros(len(self._words) + 1, dtype=np.int64)
+            np.cumsum(_ones(self._words), out=self._ranks[1:])
+        at = positions >> 6
+        below = (np.uint64(1) << (positions & 63).astype(np.uint64)) - np.uint64(1)
+        return self._ranks[at] + _ones(self._words[at] & below)
 
     def _added_under(self, layer: int) -> np.ndarray:
         """(I_l,) how many of the added items under each node."""
@@ -112,6 +113,17 @@ class _UserItems:
             nodes = self._view.added_nodes[mine, layer - 1]
             self._of_added[layer] = np.bincount(nodes, minlength=self._view.nodes(layer))
         return self._of_added[layer]
+
+
+def _ones(words: np.ndarray) -> np.ndarray:
+    """How many bits of each word (n,) uint64 are set, int64: sums of 2, 4, 8 bits side by side, then of all bytes."""
+    pairs, fours, bytes_ = (
+        np.uint64(mask) for mask in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F)
+    )
+    sums = words - ((words >> np.uint64(1)) & pairs)
+    sums = (sums & fours) + ((sums >> np.uint64(2)) & fours)
+    sums = (sums + (sums >> np.uint64(4))) & bytes_
+    return ((sums * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)
 
 
 def _all_bits(count: int) -> np.ndarray:
