@@ -67,12 +67,32 @@ def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
     return state
 
 
+def follows_stream(run: Path) -> bool:
+    """Whether the folder holds a run that follows a stream (`hsnn train --follow`)."""
+    path = run / "checkpoint.pt"
+    return path.exists() and "follow" in load_checkpoint(path, load_recipe_of_run(run).schema)
+
+
+def refuse_followed(run: Path) -> None:
+    """Raise HsnnError when the folder holds a run that follows a stream: it has no train and test of its own."""
+    if follows_stream(run):
+        raise HsnnError(
+            f"run {run}: follows a stream; hsnn train --follow goes on with it, and {run / 'follow.jsonl'} has what "
+            "it said of each file before it learnt from it"
+        )
+
+
 def refuse_unfinished(run: Path) -> None:
-    """Raise HsnnError when the folder holds an interrupted training, which a new one would replace."""
+    """Raise HsnnError when the folder holds an interrupted training, or one that follows a stream, which a new one
+    would replace."""
     path = run / "checkpoint.pt"
     if not path.exists():
         return
     state = load_checkpoint(path, load_recipe_of_run(run).schema)
+    if "follow" in state:
+        raise HsnnError(
+            f"run {run}: holds a run that follows a stream; give another --run, or --restart to train anew and lose it"
+        )
     if not state.get("finished", False):
         raise HsnnError(
             f"run {run}: holds a training that was interrupted at step {int(state['step'])}; go on with "
@@ -80,17 +100,22 @@ def refuse_unfinished(run: Path) -> None:
         )
 
 
-def save_inputs(
-    run: Path, recipe: Recipe, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
-) -> None:
-    """Everything of a run that is known before the first step: recipe, schema, transform and the corpus. What an
-    earlier run left in the folder goes first, so that no checkpoint ever stands beside another run's recipe."""
+def save_meaning(run: Path, recipe: Recipe, transform: FeatureTransform) -> None:
+    """Recipe, schema and transform. What an earlier run left in the folder goes first, so that no checkpoint ever
+    stands beside another run's recipe."""
     run.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "history.jsonl", "metrics.json", "metrics-valid.json"):
+    for name in ("checkpoint.pt", "history.jsonl", "follow.jsonl", "metrics.json", "metrics-valid.json"):
         (run / name).unlink(missing_ok=True)
     write_bytes(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     write_bytes(run / "schema.json", recipe.schema.to_json().encode())
     write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
+
+
+def save_inputs(
+    run: Path, recipe: Recipe, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
+) -> None:
+    """Everything of a run that is known before the first step: see `save_meaning`, and the corpus."""
+    save_meaning(run, recipe, transform)
     write_arrays(
         run / "corpus.hsnn",
         "corpus",
@@ -129,8 +154,8 @@ def check_inputs(
 @dataclass(frozen=True)
 class Run:
     """A trained run, ready to be evaluated or exported. ``items`` (V rows) and ``item_ids`` int64 (V,) are the
-    corpus it was trained on, ``index`` the hard index as of the last refresh, ``finished`` whether it reached the
-    last step."""
+    corpus it was trained on, or of a run that follows a stream the items table as it read it last; ``index`` the hard
+    index as of the last refresh, ``finished`` whether it reached the last step."""
 
     path: Path
     recipe: Recipe
@@ -175,8 +200,11 @@ def load_run(run_dir: str | Path) -> Run:
     transform = FeatureTransform.from_arrays(
         recipe.schema, open_arrays(path / "transform.hsnn", "transform").arrays
     )
-    corpus = open_arrays(path / "corpus.hsnn", "corpus").arrays
     state = load_checkpoint(path / "checkpoint.pt", recipe.schema)
+    if "follow" in state:
+        corpus = {name: array.numpy() for name, array in state["corpus"].items()}
+    else:
+        corpus = dict(open_arrays(path / "corpus.hsnn", "corpus").arrays)
     model = make_model(recipe, transform)
     model.load_state_dict(state["model"])
     return Run(
