@@ -281,9 +281,32 @@ def describe_presets() -> str:
     )  # fmt: skip
 
 
+def describe_stream(path: Path) -> str:
+    """What a run that follows a stream has seen."""
+    from hsnn_train.checkpoint import load_checkpoint, load_recipe_of_run
+    from hsnn_train.follow_report import read_rows
+
+    seen = load_checkpoint(path / "checkpoint.pt", load_recipe_of_run(path).schema)["follow"]
+    bad = ", ".join(seen["bad"])
+    lines = [
+        f"follows {seen['stream']}, began from {seen['base']}",
+        f"{len(seen['files'])} files, {seen['seen']:,} impressions, "
+        f"{seen['dropped']:,} left out (items that the items table lacks), {len(seen['bad'])} bad files"
+        + (f": {bad}" if bad else ""),
+    ]
+    rows = [
+        [row["file"], row["impressions"], own["task"], own["ne"], own["calibration"]]
+        for row in read_rows(path)[-5:]
+        for own in row["pointwise"]
+        if own["layer"] == row["pointwise"][-1]["layer"]
+    ]
+    title = "The latest files, predicted before they were learnt from"
+    return "\n".join([*lines, "", table(["file", "impressions", "task", "NE", "calibration"], rows, title)])
+
+
 def describe_run(path: Path) -> str:
     """One screen about a run."""
-    from hsnn_train.checkpoint import load_run
+    from hsnn_train.checkpoint import follows_stream, load_run
 
     run = load_run(path)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -293,6 +316,8 @@ def describe_run(path: Path) -> str:
         f"{run.model.layers} layers: {', '.join(run.recipe.model.layers)}; {parameters:,} parameters; "
         f"{len(run.item_ids):,} items; index {run.recipe.model.index} {list(run.recipe.model.codebooks)}",
     ]
+    if follows_stream(path):
+        lines += ["", describe_stream(path)]
     metrics = path / "metrics.json"
     if metrics.exists():
         lines += ["", describe(json.loads(metrics.read_text()))]

@@ -64,7 +64,7 @@ class Following:
         self.unsaved = self.unpublished = False
         self.failed = ""  # why the last snapshot was not published
         self.ne = ""
-        self.bar = tqdm(unit="impression", unit_scale=True, disable=not progress, mininterval=0.5)
+        self.bar = tqdm(initial=follower.seen, unit=" impressions", disable=not progress, mininterval=0.5)
 
     def run(self, once: bool) -> None:
         """Until Ctrl-C, or ``once`` over the files that are there now.
@@ -181,7 +181,7 @@ class Following:
         parts += [self.ne] if self.ne else []
         if self.snapshots is not None:
             parts.append(f"next snapshot in {max(0, int(due)) // 60}:{max(0, int(due)) % 60:02d}")
-        self.bar.set_description(doing, refresh=False)
+        self.bar.set_description_str(doing, refresh=False)
         self.bar.set_postfix_str(", ".join(parts))
 
 

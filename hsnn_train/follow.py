@@ -42,6 +42,7 @@ from .data.tables import Log, check_tables, find_rows
 from .evaluate import pointwise, pointwise_report
 from .follow_report import append_rows, keep_rows
 from .guards import deterministic
+from .hsnn import HSNN
 from .objective import Moment, Objective
 from .recipe import Recipe
 from .refresh import index_vectors, refresh
@@ -142,7 +143,9 @@ class Follower:
         """Everything that the log of the run it begins from tells: base rates, popularity, histories."""
         run = load_run(base)
         recipe, schema = self.recipe, self.recipe.schema
-        log = check_tables(recipe_tables(schema, recipe.data, recipe.base))
+        tables = recipe_tables(schema, recipe.data, recipe.base)
+        # An item may have left the table since the run was trained.
+        log = check_tables(replace(tables, unknown_items="drop"))
         if schema.time_key is None or log.tables.unordered:
             raise SchemaError(
                 f"run {base}: its log has no times (schema.keys.time), expected some: a stream goes on in time"
@@ -236,12 +239,14 @@ class Follower:
         self.bad.pop(name, None)
         return Impressions(name, log, examples, dropped, users)
 
-    def validate(self, found: Impressions) -> list[dict[str, Any]]:
+    def validate(
+        self, found: Impressions, model: HSNN | None = None, state: IndexState | None = None
+    ) -> list[dict[str, Any]]:
         """What the model says of impressions that it has not learnt from: NE and calibration by layer and task, NE over
-        the base rate of the run that it began from."""
+        the base rate of the run that it began from. ``model`` and ``state``: another one, on the same items."""
         t = self.recipe.train
         batches = self._batches(unlabelled=0, power=0.0)
-        values = pointwise(self.model, batches, found.examples, self.state, t.seed)
+        values = pointwise(model or self.model, batches, found.examples, state or self.state, t.seed)
         tasks = [task.name for task in self.recipe.schema.tasks]
         return pointwise_report(values, self.rates / (1 + t.negatives), tasks)
 
