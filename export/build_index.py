@@ -61,7 +61,7 @@ def build_index(
     with tqdm(total=len(item_ids), desc="index", unit="items", disable=not progress) as bar:
         return build_corpus(
             schema, transform, items, item_ids, item_tower, codebooks, codeword_projection,
-            progress=lambda count: bar.update(count) and None, paths=paths,
+            progress=lambda count: bar.update(count) and None, paths=paths, records=True,
         )  # fmt: skip
 
 

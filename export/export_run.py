@@ -24,6 +24,7 @@ from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.errors import PublishError
 from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
 from hsnn_core.scorer import LayerScorer, Runner
@@ -37,8 +38,9 @@ _PARITY_PAIRS = 4096
 
 @dataclass(frozen=True)
 class Source:
-    """What an export needs of a trained model. `items` (V rows) and `item_ids` (V,) are the corpus; `paths`
-    (V, N-1) replace the codebooks where the hierarchy came with the data."""
+    """What an export needs of a trained model. `items` (V rows) and `item_ids` (V,) are the corpus, `attributes` its
+    eligibility and bids by row, None where the schema declares none; `paths` (V, N-1) replace the codebooks where the
+    hierarchy came with the data."""
 
     schema: Schema
     transform: FeatureTransform
@@ -52,6 +54,7 @@ class Source:
     widths: tuple[int, ...]
     k: int
     max_k: int
+    attributes: ItemAttributes | None = None
 
 
 def export_run(
@@ -85,6 +88,7 @@ def export_run(
         widths=settings.widths[: model.layers - 1],
         k=min(settings.k, settings.max_k),
         max_k=settings.max_k,
+        attributes=run.attributes,
     )
     return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
 
@@ -130,7 +134,7 @@ def _export(
     corpus = build_index(
         source.schema, source.transform, source.items, source.item_ids, OnnxItemTower(files[1]),
         source.codebooks, source.codeword_projection, source.paths, progress,
-    )  # fmt: skip
+    ).with_attributes(source.attributes)  # fmt: skip
     buckets: list[list[int]] = [[] for _ in files[2:]]  # any candidate count: nothing to pad for
     if engine.library is not None:
         codewords = [len(codebook) for codebook in source.codebooks]
@@ -147,6 +151,7 @@ def _export(
             "item_tower": graphs[1].signature.model_name,
             "scorers": [graph.signature.model_name for graph in graphs[2:]],
         },
+        item_tower=files[1],
     )  # fmt: skip
     report = ParityReport(tuple(_gates(source, corpus, graphs, files, onnx, raw, directory / BUNDLE_DIR)))
     report.require()

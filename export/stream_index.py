@@ -1,6 +1,7 @@
 """Building the index of a corpus that is too large to hold at once, from files of encoded items.
 
-    ITEMS/items-00000.hsnn ...      dense (R, D) float32, ids (R, S) int32, item_ids (R,) int64: what is to be indexed
+    ITEMS/items-00000.hsnn ...      dense (R, D) float32, ids (R, S) int32, item_ids (R,) int64: what is to be indexed,
+                                    and its attributes where the schema declares some
     STAGING/items-00000.hsnn ...    item layer's embeddings, paths and distances of the same rows
 
 The item tower, nearly all of the work, runs file by file; a file that is there is not made again, so an interrupted
@@ -23,21 +24,35 @@ from hsnn_core.errors import DataError
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.files import file_sha256
 from hsnn_core.index import HierarchicalIndex, assign_paths
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import Schema
 
 BATCH = 1024
 ITEMS_KIND, TOWER_KIND = "items", "tower"
 
 
-def write_items(path: Path, items: Encoded, item_ids: np.ndarray) -> None:
-    """A file of R encoded items with ids (R,) int64."""
-    write_arrays(path, ITEMS_KIND, {"dense": items.dense, "ids": items.ids, "item_ids": item_ids})
+def write_items(
+    path: Path, items: Encoded, item_ids: np.ndarray, attributes: ItemAttributes | None = None
+) -> None:
+    """A file of R encoded items with ids (R,) int64 and, where the schema declares some, attributes."""
+    arrays = {"dense": items.dense, "ids": items.ids, "item_ids": item_ids}
+    write_arrays(path, ITEMS_KIND, arrays | ({} if attributes is None else attributes.to_arrays()))
 
 
 def read_items(path: Path) -> tuple[Encoded, np.ndarray]:
     """The items of a file, as views of it."""
     arrays = open_arrays(path, ITEMS_KIND, verify=False).arrays
     return Encoded(arrays["dense"], arrays["ids"]), arrays["item_ids"]
+
+
+def read_attributes(schema: Schema, files: Sequence[Path]) -> ItemAttributes | None:
+    """The attributes of the items of all files, None when the schema declares none. Raises FormatError naming the array
+    that a file lacks."""
+    if not schema.has_attributes:
+        return None
+    opened = [open_arrays(path, ITEMS_KIND, verify=False).arrays for path in files]
+    parts = [ItemAttributes.from_arrays(schema, arrays) for arrays in opened]
+    return ItemAttributes.concatenate([part for part in parts if part is not None])
 
 
 def stream_index(
@@ -84,11 +99,8 @@ def stream_index(
     done = [open_arrays(staging / path.name, TOWER_KIND, verify=False).arrays for path in files]
     parts = [read_items(path) for path in files]
     ids = np.concatenate([ids for _, ids in parts])
-    index = HierarchicalIndex.build(
-        ids,
-        np.concatenate([part["paths"] for part in done]),
-        np.concatenate([part["distances"] for part in done]),
-    )
+    distances = np.concatenate([part["distances"] for part in done])
+    index = HierarchicalIndex.build(ids, np.concatenate([part["paths"] for part in done]), distances)
     position = np.empty(len(ids), dtype=np.int32)
     position[index.row_of_position] = np.arange(len(ids), dtype=np.int32)
     embeddings = np.empty((len(ids), done[0]["last"].shape[1]), dtype=np.float32)
@@ -101,9 +113,10 @@ def stream_index(
         np.concatenate([items.dense for items, _ in parts]), np.concatenate([items.ids for items, _ in parts])
     )
     nodes = OnnxItemTower(item_tower, [f"item_l{layer}" for layer in range(1, layers)])
-    return assemble_corpus(
-        schema, transform, items, index, embeddings, nodes, codebooks, codeword_projection, BATCH
+    corpus = assemble_corpus(
+        schema, transform, items, index, embeddings, nodes, codebooks, codeword_projection, BATCH, distances
     )
+    return corpus.with_attributes(read_attributes(schema, files))
 
 
 def _embed_file(

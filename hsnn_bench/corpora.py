@@ -14,6 +14,7 @@ from tqdm import tqdm
 from export.stream_index import write_items
 from hsnn_core.errors import DataError
 from hsnn_train.checkpoint import Run
+from hsnn_train.data.attributes import read_attributes
 from hsnn_train.data.dataset import item_wire
 from hsnn_train.data.synthetic import WorldConfig, grown_ads, world_of
 
@@ -41,7 +42,7 @@ def corpus_files(run: Run, items: int, folder: Path, progress: bool = True) -> l
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "items-own.hsnn"]
     if not files[0].exists():
-        write_items(files[0], run.items, run.item_ids)
+        write_items(files[0], run.items, run.item_ids, run.attributes)
     world = world_of(config)
     key = run.schema.item_key
     with tqdm(total=items - own, desc="items", unit="items", unit_scale=True, disable=not progress) as bar:
@@ -52,7 +53,9 @@ def corpus_files(run: Run, items: int, folder: Path, progress: bool = True) -> l
             if not path.exists():
                 table = grown_ads(world, config, part, PART).slice(0, count)
                 ids = table.column(key).to_numpy()
-                raw = item_wire(run.schema, table, f"grown ads, part {part}", ids)
-                write_items(path, run.transform.encode_items(raw), ids)
+                where = f"grown ads, part {part}"
+                raw = item_wire(run.schema, table, where, ids)
+                attributes = read_attributes(run.schema, table, where)
+                write_items(path, run.transform.encode_items(raw), ids, attributes)
             bar.update(count)
     return files

@@ -17,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.features import Encoded
+from hsnn_core.index import HierarchicalIndex
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.checkpoint import load_run
@@ -62,11 +64,11 @@ def measure(
             return {}
         corpus = corpus_of(run.model, dataset, run.index)
         scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(run.model))
-        rows[row] = _asker(scorer, asked, run.recipe)
+        rows[row] = _asker(corpus.index, scorer, asked, run.recipe)
     return {} if asked is None else interleave(rows, len(asked), progress)
 
 
-def _asker(scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
+def _asker(index: HierarchicalIndex, scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
     """Request number -> its search at the recipe's widths and k."""
     widths = list(recipe.search.widths[: len(recipe.model.layers) - 1])
     k = min(recipe.search.k, asked.items)
@@ -74,10 +76,10 @@ def _asker(scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
     def ask(number: int) -> SearchResult:
         part = slice(number, number + 1)
         users = Encoded(asked.users.dense[part], asked.users.ids[part])
-        mask = asked.eligible(part)
+        mask, allowed = asked.eligible(part), None
         if mask is not None:
-            mask = mask[:, scorer.index.row_of_position]
-        return search(scorer.index, scorer, users, widths, k, recipe.schema.rank, mask)
+            allowed = MaskFilter(index, mask[:, index.row_of_position])
+        return search(index, scorer, users, widths, k, recipe.schema.rank, allowed, adapt=False)
 
     return ask
 

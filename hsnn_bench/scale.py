@@ -27,7 +27,7 @@ from export.exported import Exported, open_export
 from export.stream_index import BATCH, read_items, stream_index
 from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
-from hsnn_core.bundle import FILES, Bundle, Smoke, write_bundle
+from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.features import Encoded
 from hsnn_core.files import write_bytes
@@ -66,6 +66,7 @@ def build(run: Run, exported: Exported, items: int, work: Path, progress: bool =
         folder, run.schema, run.transform, corpus, _no_smoke(run, settings.k),
         widths=settings.widths, k=settings.k, max_k=settings.max_k, buckets=[[] for _ in corpus.embeddings],
         engine=exported.engine.name, models=Bundle.open(exported.bundle, verify=False).manifest["models"],
+        item_tower=exported.path / "item_tower.onnx",
     )  # fmt: skip
     found = {
         "seconds": built,
@@ -73,7 +74,7 @@ def build(run: Run, exported: Exported, items: int, work: Path, progress: bool =
         "write_seconds": time.perf_counter() - began,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "index_bytes_per_item": index_bytes(corpus) / items,
-        "bundle_bytes": sum((folder / name).stat().st_size for name in FILES),
+        "bundle_bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }
     write_json(kept, found)
     return found
@@ -84,7 +85,7 @@ def index_bytes(corpus: Corpus) -> int:
     embeddings, codebooks, and the table of positions by id."""
     total = sum(array.nbytes for array in corpus.index.to_arrays().values())
     total += sum(table.nbytes for table in (*corpus.embeddings[:-1], *corpus.codebooks))
-    return total + (corpus.i2if.position_of_id.nbytes if corpus.i2if is not None else 0)
+    return total + (corpus.i2if.position_of_id.positions().nbytes if corpus.i2if is not None else 0)
 
 
 def rates(run: Run, exported: Exported, files: Sequence[Path]) -> dict[str, float]:

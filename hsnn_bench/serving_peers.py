@@ -29,7 +29,7 @@ from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import snapshot_models
 from export.vendor import vendor
-from hsnn_core.bundle import FILES, MANIFEST, Bundle
+from hsnn_core.bundle import MANIFEST, Bundle
 from hsnn_core.errors import DataError, PublishError
 from hsnn_core.files import write_bytes
 from hsnn_core.onnx_runner import OnnxRunner
@@ -189,7 +189,7 @@ def _add_ebr(repository: Path, two_tower: Exported, dataset: Dataset, kind: str,
     bundle = Bundle.open(two_tower.bundle, verify=False)
     target = _add_sources(repository, name, bundle)
     # The flat peer's version holds the same bundle, with the names of the networks in this repository.
-    for file in (MANIFEST, *FILES):
+    for file in (MANIFEST, *bundle.manifest["files"]):
         os.link(repository / "two_tower_flat" / str(VERSION) / file, target / file)
     items = np.ascontiguousarray(bundle.embeddings[0], np.float32)
     task = int(np.argmax(bundle.schema.rank))

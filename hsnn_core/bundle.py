@@ -3,8 +3,12 @@
 manifest.json    what the snapshot is, and sha256 and length of every other file
 schema.json      the schema
 transform.hsnn   vocabularies and normalisation
-index.hsnn       index, I2IF forward lists, node embeddings and codebooks, memory-mapped
+index.hsnn       index, I2IF forward lists, node embeddings, codebooks and items' attributes, memory-mapped
 smoke.npz        a few users' raw wire tensors and the items they must get
+records.hsnn     what changing the items needs: their features and distances
+item_tower.onnx  embeds items that are added
+
+The last two are in every bundle that this release writes; without them items cannot change.
 
 Files that the manifest does not list (the orchestrator's code lies in the same directory) are left alone.
 """
@@ -27,9 +31,11 @@ from .arrayfile import open_arrays, write_arrays
 from .corpus import Corpus
 from .errors import FormatError, PublishError, SchemaMismatch
 from .features import FeatureTransform
-from .files import file_sha256, sync_directory, write_bytes
+from .files import copy_file, file_sha256, sync_directory, write_bytes
 from .i2if import I2IF
 from .index import HierarchicalIndex
+from .item_attributes import ItemAttributes
+from .item_records import ItemRecords
 from .schema import Schema
 from .scorer import LayerScorer, Runner
 
@@ -37,6 +43,7 @@ FORMAT = "hsnn-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FILES = ("schema.json", "transform.hsnn", "index.hsnn", "smoke.npz")
+RECORDS, ITEM_TOWER = "records.hsnn", "item_tower.onnx"
 FIELDS = (
     "schema_hash", "tasks", "layers", "nodes", "widths", "k", "max_k", "buckets", "embedding_widths",
     "engine", "models", "created", "files",
@@ -59,7 +66,8 @@ class Smoke:
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle; arrays are read-only views of the mapped files. ``i2if`` is None without
-    interactions."""
+    interactions, ``records`` in a bundle that was written before items could change, ``attributes`` (by position)
+    without eligibility attributes and bid."""
 
     path: Path
     manifest: dict[str, Any]
@@ -69,6 +77,8 @@ class Bundle:
     i2if: I2IF | None
     embeddings: list[np.ndarray]
     codebooks: list[np.ndarray]
+    records: ItemRecords | None
+    attributes: ItemAttributes | None
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = True) -> Bundle:
@@ -99,6 +109,10 @@ class Bundle:
                 f"{directory / 'index.hsnn'}: nodes per layer {nodes}, the manifest says "
                 f"{manifest['nodes']}; the directory mixes two snapshots, export again"
             )
+        records = None
+        if RECORDS in manifest["files"]:
+            file = open_arrays(directory / RECORDS, "records", verify=False)
+            records = ItemRecords.from_arrays(file.arrays, index)
         return cls(
             directory,
             manifest,
@@ -108,7 +122,14 @@ class Bundle:
             I2IF.from_arrays(schema, transform, arrays) if schema.interactions else None,
             _numbered("embedding", arrays),
             _numbered("codebook", arrays),
+            records,
+            ItemAttributes.from_arrays(schema, arrays),
         )
+
+    @property
+    def log_position(self) -> int:
+        """How much of the log of item updates the bundle contains."""
+        return int(self.manifest.get("log_position", 0))
 
     def scorer(self, runner: Runner) -> LayerScorer:
         """A scorer over this bundle's data with the buckets its networks were built for."""
@@ -134,12 +155,17 @@ def write_bundle(
     buckets: Sequence[Sequence[int]],
     engine: str,
     models: Mapping[str, Any],
+    item_tower: Path | None = None,
+    log_position: int = 0,
 ) -> dict[str, Any]:
     """Write a bundle and return its manifest. All or nothing: written aside, synced, renamed.
 
     ``widths``, ``k``: the search's defaults; ``max_k``: the most a request may ask for; ``buckets``:
     candidate counts per layer ([] for any); ``models``: {"user_tower": name, "item_tower": name, "scorers":
-    [name, ...]}. Raises PublishError when the directory exists or the settings do not fit the index.
+    [name, ...]}. ``item_tower``: ONNX graph that embeds items that are added, for a corpus with records;
+    ``log_position``: how much of the log of item updates the corpus contains.
+
+    Raises PublishError when the directory exists or the settings do not fit the index.
     """
     directory = Path(directory)
     layers = corpus.index.layers
@@ -154,6 +180,11 @@ def write_bundle(
             )
     if not 1 <= k <= max_k:
         raise PublishError(f"{directory}: k {k} and max_k {max_k}, expected 1 <= k <= max_k")
+    if schema.has_attributes and corpus.attributes is None:
+        raise PublishError(
+            f"{directory}: the schema declares eligibility or a bid, the corpus has no attributes; give it "
+            "Corpus.with_attributes"
+        )
     if directory.exists():
         raise PublishError(
             f"{directory}: exists already; a bundle is never overwritten, remove it or write elsewhere"
@@ -167,6 +198,11 @@ def write_bundle(
         write_arrays(aside / "transform.hsnn", "transform", transform.to_arrays(), {})
         write_arrays(aside / "index.hsnn", "index", _corpus_arrays(corpus), {})
         write_bytes(aside / "smoke.npz", _smoke_bytes(smoke))
+        names = list(FILES)
+        if corpus.records is not None and item_tower is not None:
+            write_arrays(aside / RECORDS, "records", corpus.records.to_arrays(), {})
+            copy_file(item_tower, aside / ITEM_TOWER)
+            names += [RECORDS, ITEM_TOWER]
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -182,7 +218,8 @@ def write_bundle(
             "engine": engine,
             "models": dict(models),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": {name: _fingerprint(aside / name) for name in FILES},
+            "log_position": int(log_position),
+            "files": {name: _fingerprint(aside / name) for name in names},
         }
         write_bytes(aside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         sync_directory(aside)
@@ -247,6 +284,8 @@ def _corpus_arrays(corpus: Corpus) -> dict[str, np.ndarray]:
         arrays |= corpus.i2if.to_arrays()
     for kind, tables in (("embedding", corpus.embeddings), ("codebook", corpus.codebooks)):
         arrays |= {f"{kind}.{number}": table for number, table in enumerate(tables, start=1)}
+    if corpus.attributes is not None:
+        arrays |= corpus.attributes.to_arrays()
     return arrays
 
 

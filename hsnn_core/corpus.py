@@ -7,7 +7,7 @@ The same code serves evaluation (torch item tower) and export (ONNX item tower).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from .errors import DataError
 from .features import Encoded, FeatureTransform
 from .i2if import I2IF
 from .index import HierarchicalIndex, assign_paths, centroid_distances
+from .item_attributes import ItemAttributes
+from .item_records import ItemRecords
 from .schema import Schema
 
 ItemTower = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -26,13 +28,22 @@ class Corpus:
 
     ``embeddings[l-1]`` (I_l, E_l) float32: what the layer's scorer knows of each node; for layer N of each
     item, by position. ``i2if`` is None when the schema has no interactions. ``codebooks[l-1]`` (K_l, d)
-    float32, empty when the hierarchy came with the data.
+    float32, empty when the hierarchy came with the data. ``records``: what changing the items needs, if asked for.
+    ``attributes``: the items' eligibility and bids by position, None when the schema declares none.
     """
 
     index: HierarchicalIndex
     i2if: I2IF | None
     embeddings: list[np.ndarray]
     codebooks: list[np.ndarray]
+    records: ItemRecords | None = None
+    attributes: ItemAttributes | None = None
+
+    def with_attributes(self, attributes: ItemAttributes | None) -> Corpus:
+        """The corpus with attributes that are given by row of the table it was built from."""
+        if attributes is None:
+            return self
+        return replace(self, attributes=attributes.take(self.index.row_of_position))
 
 
 def build_corpus(
@@ -46,6 +57,7 @@ def build_corpus(
     batch_size: int = 1024,
     progress: Callable[[int], object] | None = None,
     paths: np.ndarray | None = None,
+    records: bool = False,
 ) -> Corpus:
     """Run the item tower over all V items and build the index.
 
@@ -80,8 +92,9 @@ def build_corpus(
     index = HierarchicalIndex.build(item_ids, paths, distances)
     last = tables[f"item_l{layers}"][index.row_of_position]
     return assemble_corpus(
-        schema, transform, items, index, last, item_tower, codebooks, codeword_projection, batch_size
-    )
+        schema, transform, items, index, last, item_tower, codebooks, codeword_projection, batch_size,
+        distances if records else None,
+    )  # fmt: skip
 
 
 def assemble_corpus(
@@ -94,21 +107,31 @@ def assemble_corpus(
     codebooks: Sequence[np.ndarray],
     codeword_projection: Sequence[tuple[np.ndarray, np.ndarray]],
     batch_size: int = 1024,
+    distances: np.ndarray | None = None,
 ) -> Corpus:
     """The corpus of an index that is built, as `build_corpus`; ``last`` (V, E_N) float32: the item layer's embeddings,
-    by position."""
+    by position; ``distances`` (V, N-1) of the items by corpus row: with them it has `ItemRecords`."""
     embeddings = _node_embeddings(index, item_tower, items, batch_size)
-    for layer, (weight, bias) in enumerate(codeword_projection, start=1):
-        codes = index.codes[layer - 1]
-        chain = sum(codebook[codes[:, step]] for step, codebook in enumerate(codebooks[:layer]))
-        embeddings[layer - 1] += chain @ weight + bias
+    for layer, projection in enumerate(codeword_projection, start=1):
+        embeddings[layer - 1] += codeword_term(codebooks, projection, index.codes[layer - 1])
     embeddings.append(last)
     return Corpus(
         index,
         _interactions(schema, transform, items, index),
         embeddings,
         [np.asarray(codebook, dtype=np.float32) for codebook in codebooks],
+        None if distances is None else ItemRecords.build(index, items, distances, codeword_projection),
     )
+
+
+def codeword_term(
+    codebooks: Sequence[np.ndarray], projection: tuple[np.ndarray, np.ndarray], codes: np.ndarray
+) -> np.ndarray:
+    """What the paths ``codes`` (I_l, l) add to the embeddings of layer l, (I_l, E_l); ``projection``: W (d, E_l), b."""
+    weight, bias = projection
+    # One row at a time gives the same bits however many rows there are, which a matrix product does not.
+    chain = sum(codebooks[step][codes[:, step]] for step in range(codes.shape[1]))
+    return np.einsum("nd,de->ne", chain, weight) + bias
 
 
 def _check_arguments(

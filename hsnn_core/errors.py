@@ -30,6 +30,10 @@ class FormatError(HsnnError):
     """A file is not readable as its format: magic, version, kind, length or sha256."""
 
 
+class LogError(HsnnError):
+    """The item log cannot be written or read now: no room, another server's, or what is asked for is forgotten."""
+
+
 class SearchError(HsnnError):
     """A search was asked for something impossible, or a scorer gave unusable scores."""
 

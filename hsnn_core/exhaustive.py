@@ -12,22 +12,33 @@ from time import perf_counter_ns
 import numpy as np
 
 from .features import Encoded
-from .index import HierarchicalIndex
-from .search import LayerTrace, Scorer, SearchResult, checked_request, checked_scores, rank_scores, sigmoid
+from .item_filter import ItemFilter
+from .search import (
+    Bids,
+    LayerTrace,
+    Scorer,
+    SearchIndex,
+    SearchResult,
+    checked_request,
+    checked_scores,
+    rank_scores,
+    sigmoid,
+)
 
 
 def exhaustive(
-    index: HierarchicalIndex,
+    index: SearchIndex,
     scorer: Scorer,
     users: Encoded,
     k: int,
     rank: np.ndarray,
-    item_mask: np.ndarray | None = None,
+    item_filter: ItemFilter | None = None,
+    bids: Bids | None = None,
 ) -> SearchResult:
     """The best K of all V items for each of B users; arguments and errors as `search.search`."""
     began = perf_counter_ns()
     batch = len(users.ids)
-    rank = checked_request(index, batch, k, rank, item_mask)
+    rank = checked_request(batch, k, rank)
     state = scorer.open(users)
     user_done = perf_counter_ns()
 
@@ -37,7 +48,8 @@ def exhaustive(
         start = perf_counter_ns()
         every = np.tile(np.arange(index.nodes(layer)), (batch, 1))  # (B, I_l)
         monn, logits = scorer.score(state, layer, every, carried)
-        checked_scores(layer, monn, logits, np.ones(every.shape, dtype=bool), len(rank))
+        there = index.present(layer, every)
+        checked_scores(layer, monn, logits, np.ones(every.shape, bool) if there is None else there, len(rank))
         if layer < index.layers:
             carried = np.concatenate([carried, monn], axis=2)[:, index.parents(layer + 1)]
         counts = np.full(batch, index.nodes(layer))
@@ -50,8 +62,15 @@ def exhaustive(
     rank_score = np.full((batch, k), -np.inf, dtype=np.float32)
     valid = np.zeros(batch, dtype=np.int32)
     scores = rank_scores(logits, rank)  # (B, V)
+    every_item = np.arange(index.items)
+    if bids is not None:
+        scores = scores + bids.log(index.layers, every_item)
     for user in range(batch):
-        allowed = np.arange(index.items) if item_mask is None else np.flatnonzero(item_mask[user])
+        if item_filter is None:
+            present = index.present(index.layers, every_item)
+        else:
+            present = item_filter.counts(index.layers, np.full(index.items, user), every_item) > 0
+        allowed = every_item if present is None else np.flatnonzero(present)
         if len(allowed) > k:  # sort only those that are at least as good as the k-th, ties with it included
             keys = scores[user, allowed]
             allowed = allowed[keys >= np.partition(keys, len(keys) - k)[len(keys) - k]]
@@ -59,7 +78,7 @@ def exhaustive(
         top = allowed[np.argsort(-scores[user, allowed], kind="stable")][:k]
         valid[user] = len(top)
         positions[user, : len(top)] = top
-        item_ids[user, : len(top)] = index.item_ids[top]
+        item_ids[user, : len(top)] = index.ids(top)
         probabilities[user, : len(top)] = sigmoid(logits[user, top])
         rank_score[user, : len(top)] = scores[user, top]
     return SearchResult(

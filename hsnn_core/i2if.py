@@ -18,6 +18,7 @@ function turns them into features. Padding (0) and unknown (1) never match and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from threading import local
 from typing import NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 
 from .errors import FeatureError, FormatError
 from .features import Encoded, FeatureTransform, without_gaps, without_repeats
+from .row_table import RowTable
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
 
 DENSE_PER_INTERACTION = 3
@@ -102,33 +104,73 @@ class Postings:
     lists: tuple[PostingList, ...]
 
 
+class PositionTable:
+    """Position of every id of the item space, -1 for items that are not there: a table, and what changed since."""
+
+    def __init__(
+        self, base: np.ndarray, ids: np.ndarray | None = None, changed: np.ndarray | None = None
+    ) -> None:
+        self._base = base
+        self._ids = np.empty(0, dtype=np.int32) if ids is None else ids  # ascending
+        self._changed = np.empty(0, dtype=np.int32) if changed is None else changed
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of ids of any shape, int32."""
+        positions = self._base[ids]
+        if len(self._ids):
+            at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+            positions = np.where(self._ids[at] == ids, self._changed[at], positions)
+        return positions
+
+    def positions(self) -> np.ndarray:
+        """(cardinality,) int32, all of them."""
+        return self._base if not len(self._ids) else self.take(np.arange(len(self), dtype=np.int32))
+
+    def with_changes(self, ids: np.ndarray, positions: np.ndarray) -> PositionTable:
+        """A table with ids (n,), all different, at other positions (n,)."""
+        order = np.argsort(ids)
+        ids, positions = ids[order].astype(np.int32), positions[order].astype(np.int32)
+        at = np.searchsorted(self._ids, ids)
+        known = np.isin(ids, self._ids, assume_unique=True)
+        changed = self._changed.copy()
+        changed[at[known]] = positions[known]
+        return PositionTable(
+            self._base,
+            np.insert(self._ids, at[~known], ids[~known]),
+            np.insert(changed, at[~known], positions[~known]),
+        )
+
+
 class I2IF:
     """The interactions of a schema over V items, known by their position.
 
     ``forward[feature]`` (V, L) int32: the terms of every item in an item feature, different within an item, 0 at the
-    end (`build` makes them); interactions with the same item feature share them. ``position_of_id`` (cardinality of
-    the item space,) int32: position of an item id, -1 when it is not in the corpus. Safe to share between threads.
-    Raises FormatError when the arrays do not fit.
+    end (`forward_lists` makes them); interactions with the same item feature share them. ``position_of_id``
+    (cardinality of the item space,) int32: position of an item id, -1 when it is not in the corpus. Safe to share
+    between threads. Raises FormatError when the arrays do not fit.
     """
 
     def __init__(
         self, specs: Sequence[CrossSpec], forward: Mapping[str, np.ndarray], position_of_id: np.ndarray
     ) -> None:
         self.specs = tuple(specs)
-        self.forward = {spec.interaction.item: _forward_list(spec, forward) for spec in self.specs}
-        self.position_of_id = np.asarray(position_of_id)
+        self.forward = {spec.interaction.item: RowTable(_forward_list(spec, forward)) for spec in self.specs}
+        position_of_id = np.asarray(position_of_id)
         rows = {len(lists) for lists in self.forward.values()}
         if len(rows) != 1:
             raise FormatError(
                 f"i2if: forward lists of {sorted(rows)} items, expected lists of the same items"
             )
         self.positions = rows.pop()
-        if self.position_of_id.ndim != 1 or self.position_of_id.max(initial=-1) >= self.positions:
+        if position_of_id.ndim != 1 or position_of_id.max(initial=-1) >= self.positions:
             raise FormatError(
-                f"i2if: position_of_id of shape {self.position_of_id.shape} reaches position "
-                f"{self.position_of_id.max(initial=-1)}, expected one axis and positions below "
-                f"{self.positions}"
+                f"i2if: position_of_id of shape {position_of_id.shape} reaches position "
+                f"{position_of_id.max(initial=-1)}, expected one axis and positions below {self.positions}"
             )
+        self.position_of_id = PositionTable(position_of_id)
         slots, stop = [], 0
         for spec in self.specs:
             start, stop = stop, stop + spec.interaction.matches
@@ -141,13 +183,7 @@ class I2IF:
         cls, schema: Schema, transform: FeatureTransform, items: Encoded, position_of_id: np.ndarray
     ) -> I2IF:
         """From encoded items, row = position. Raises FormatError when the schema has no interactions."""
-        columns = {slot.feature.name: slice(slot.start, slot.stop) for slot in schema.layout("item").slots}
-        forward = {}
-        for interaction in schema.interactions:
-            terms = items.ids[:, columns[interaction.item]]
-            known = np.where(terms < ID_FIRST, np.int32(ID_PADDING), terms)
-            forward[interaction.item] = np.ascontiguousarray(without_gaps(without_repeats(known)))
-        return cls(_specs(schema, transform), forward, position_of_id)
+        return cls(_specs(schema, transform), forward_lists(schema, items), position_of_id)
 
     @classmethod
     def from_arrays(
@@ -164,9 +200,16 @@ class I2IF:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Named arrays for an array file."""
         names = _stored_names([spec.interaction for spec in self.specs])
-        arrays = {names[feature]: lists for feature, lists in self.forward.items()}
-        arrays["i2if.position_of_id"] = self.position_of_id
+        arrays = {names[feature]: lists.part(slice(0, len(lists))) for feature, lists in self.forward.items()}
+        arrays["i2if.position_of_id"] = self.position_of_id.positions()
         return arrays
+
+    def over(self, forward: Mapping[str, RowTable], position_of_id: PositionTable) -> I2IF:
+        """The same interactions over items that have changed; it shares the threads' scratch memory."""
+        changed = copy(self)
+        changed.forward, changed.position_of_id = dict(forward), position_of_id
+        changed.positions = len(next(iter(forward.values())))
+        return changed
 
     @property
     def dense_width(self) -> int:
@@ -192,8 +235,8 @@ class I2IF:
         weights = _occurrence_weights(ids, spec.interaction.fade)
         if not spec.interaction.through:
             return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
-        positions = np.where(ids < ID_FIRST, -1, self.position_of_id[ids])
-        terms = self.forward[spec.interaction.item][positions]  # (B, S, L)
+        positions = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+        terms = self.forward[spec.interaction.item].take(np.maximum(positions, 0))  # (B, S, L)
         terms[positions < 0] = ID_PADDING
         spread = np.broadcast_to(weights[:, :, None], terms.shape)
         return _summed(terms.reshape(len(ids), -1), spread.reshape(len(ids), -1))
@@ -202,7 +245,7 @@ class I2IF:
         """Crossings of each user with positions (B, C) of its own, from the forward lists."""
         batch, count = positions.shape
         crossings = self._empty(batch, count)
-        wanted = {feature: np.take(lists, positions, axis=0) for feature, lists in self.forward.items()}
+        wanted = {feature: lists.take(positions) for feature, lists in self.forward.items()}
         counts = {feature: _over_slots(lists != ID_PADDING) for feature, lists in wanted.items()}
         for number, (spec, users) in enumerate(zip(self.specs, query.terms)):
             lists = wanted[spec.interaction.item]  # (B, C, L)
@@ -225,7 +268,7 @@ class I2IF:
 
     def postings(self, positions: np.ndarray) -> Postings:
         """The inverted index over the nodes whose items are at positions (R',), in that order."""
-        inverted = {feature: _inverted(lists[positions]) for feature, lists in self.forward.items()}
+        inverted = {feature: _inverted(lists.take(positions)) for feature, lists in self.forward.items()}
         return Postings(len(positions), tuple(inverted[spec.interaction.item] for spec in self.specs))
 
     def walk(self, query: Query, postings: Postings) -> Crossings:
@@ -290,6 +333,17 @@ class I2IF:
         if table is None or len(table) < size:
             table = self._scratch.table = np.zeros(size, dtype=np.int32)
         return table
+
+
+def forward_lists(schema: Schema, items: Encoded) -> dict[str, np.ndarray]:
+    """Item feature -> (R, L) int32 terms of R encoded items, different within an item, 0 at the end."""
+    columns = {slot.feature.name: slice(slot.start, slot.stop) for slot in schema.layout("item").slots}
+    forward = {}
+    for interaction in schema.interactions:
+        terms = items.ids[:, columns[interaction.item]]
+        known = np.where(terms < ID_FIRST, np.int32(ID_PADDING), terms)
+        forward[interaction.item] = np.ascontiguousarray(without_gaps(without_repeats(known)))
+    return forward
 
 
 def _specs(schema: Schema, transform: FeatureTransform) -> list[CrossSpec]:

@@ -124,12 +124,26 @@ class HierarchicalIndex:
         """(I_l,) int64 number of items under each node."""
         return np.diff(self.item_ptr(layer))
 
-    def eligible_nodes(self, layer: int, item_mask: np.ndarray) -> np.ndarray:
-        """(B, I_l) bool: which nodes hold at least one item of the mask (B, V) bool, by position."""
-        self._check_layer(layer)
+    def children(self, layer: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What lies in ``layer`` (from 2) under ``nodes`` (n,) of the layer above it: the children (m,) int64,
+        ascending under each node, and for each of them (m,) int64 which of the ``nodes`` it lies under, ascending."""
+        ptr = self.child_ptr[layer - 2]
+        return slices(ptr[nodes], ptr[nodes + 1] - ptr[nodes])
+
+    def present(self, layer: int, nodes: np.ndarray) -> np.ndarray | None:
+        """Which of the nodes hold an item: all of them, said as None."""
+        return None
+
+    def counts(self, layer: int, nodes: np.ndarray) -> np.ndarray:
+        """Number of items under each of ``nodes`` (any shape), int64."""
         if layer == self.layers:
-            return item_mask
-        return np.logical_or.reduceat(item_mask, self.item_ptr(layer)[:-1], axis=1)
+            return np.ones(nodes.shape, dtype=np.int64)
+        ptr = self._item_ptrs[layer - 1]
+        return ptr[nodes + 1] - ptr[nodes]
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """Item ids, int64, at positions of any shape."""
+        return self.item_ids[positions]
 
     @cached_property
     def _item_ptrs(self) -> tuple[np.ndarray, ...]:
@@ -183,6 +197,13 @@ class HierarchicalIndex:
             tuple(found[f"layer{number}_representative"] for number in numbers),
             tuple(found[f"layer{number}_codes"] for number in numbers),
         )
+
+
+def slices(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers first[i]..first[i]+counts[i]-1 of every i, one after the other (m,), and their i (m,)."""
+    before = counts.cumsum() - counts
+    numbers = np.repeat(first - before, counts) + np.arange(counts.sum())
+    return numbers, np.repeat(np.arange(len(counts)), counts)
 
 
 def assign_paths(codebooks: Sequence[np.ndarray], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,12 @@ requests carry them, are int64: integers as they are, strings as `stable_key`; K
     interactions:
       topics: {user: history, item: category, matches: 4}
       seen:   {user: history, item: item}
+    eligibility:                                    # optional: which requests may return an item
+      market:  {kind: set, type: string, max: 30}   # item: up to `max` keys, none: open to all; request: up to `ask`
+      running: {kind: range, from: start_time, until: end_time, default: now}   # from <= value < until
+      paused:  {kind: flag}                         # set: never returned
+      owner:   {kind: key}                          # one per item; a request may exclude some
+    bid: bid                                        # optional: the column of what items bid
 """
 
 from __future__ import annotations
@@ -32,22 +38,17 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import FeatureError, SchemaError, SchemaMismatch
+from .keys import KEY_MISSING, KeyType, keys_of, shortened
+from .keys import stable_key as stable_key
+from .schema_eligibility import EXCLUDED_ITEMS, Attribute, WireTensor
 
 Owner = Literal["user", "item"]
 Kind = Literal["dense", "sparse", "sequence"]
 Encoding = Literal["vocab", "hash", "range", "item"]
-KeyType = Literal["int", "string"]
 
 OWNERS: tuple[Owner, ...] = ("user", "item")
 ITEM_SPACE = "item"
-KEY_MISSING = np.iinfo(np.int64).min
 ID_PADDING, ID_UNKNOWN, ID_FIRST = 0, 1, 2
-
-
-def stable_key(text: str) -> int:
-    """The int64 key (>= 0) of a string, the same in every process: 8 bytes of blake2b, sign cleared."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & 0x7FFF_FFFF_FFFF_FFFF
 
 
 @dataclass(frozen=True)
@@ -152,20 +153,13 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class WireTensor:
-    """A raw tensor of a request; ``shape`` without the batch axis."""
-
-    name: str
-    datatype: Literal["FP32", "INT64"]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Schema:
     """A checked schema; make one with `load_schema`, `from_dict` or `from_json`.
 
     Features, tasks and interactions keep the order of declaration: it is the order of the packed tensors.
     Feature names are unique over users and items. ``time_key`` is None when the data has no order in time.
+    ``eligibility``: the attributes of items that decide which requests may return them; ``bid``: the item table's
+    column with what an item bids, None when items have no bids.
     """
 
     name: str
@@ -176,6 +170,8 @@ class Schema:
     user_features: tuple[Feature, ...]
     item_features: tuple[Feature, ...]
     interactions: tuple[Interaction, ...]
+    eligibility: tuple[Attribute, ...] = ()
+    bid: str | None = None
 
     @classmethod
     def from_dict(cls, raw: Any) -> Schema:
@@ -200,13 +196,19 @@ class Schema:
         keys = {"user": self.user_key, "item": self.item_key}
         if self.time_key is not None:
             keys["time"] = self.time_key
-        return {
+        entries: dict[str, Any] = {
             "name": self.name,
             "keys": keys,
             "tasks": [{"name": t.name, "weight": t.weight, "rank": t.rank} for t in self.tasks],
             "features": {owner: {f.name: f.to_dict() for f in self.features_of(owner)} for owner in OWNERS},
             "interactions": {i.name: i.to_dict() for i in self.interactions},
         }
+        # Only where they are declared: a schema without them keeps the hash it always had.
+        if self.eligibility:
+            entries["eligibility"] = {attribute.name: attribute.to_dict() for attribute in self.eligibility}
+        if self.bid is not None:
+            entries["bid"] = self.bid
+        return entries
 
     def to_json(self) -> str:
         """The canonical text, whose order is the order of declaration."""
@@ -256,6 +258,22 @@ class Schema:
         """As `user_wire`, of the items."""
         return [_wire(feature) for feature in self.item_features]
 
+    def context_wire(self) -> list[WireTensor]:
+        """The tensors that a request may carry beside `user_wire`, one row per user: of a set INT64 (ask,), of a
+        range FP64 (1,), of a key the excluded ones INT64 (-1,); and ``exclude_items`` INT64 (-1,), raw item keys.
+        KEY_MISSING is padding, NaN no value."""
+        return [*(a.wire() for a in self.eligibility if a.kind != "flag"), EXCLUDED_ITEMS]
+
+    @property
+    def has_attributes(self) -> bool:
+        """Whether items carry anything beside their features: eligibility attributes or a bid."""
+        return bool(self.eligibility) or self.bid is not None
+
+    @property
+    def item_key_type(self) -> KeyType:
+        """Of the items' own keys: that of the features made of them, int where there are none."""
+        return next((f.type for f in self.features if f.encoding == "item"), "int")
+
 
 def load_schema(path: str | Path) -> Schema:
     """The schema in a YAML file. Raises SchemaError naming the file and the dotted path that is wrong."""
@@ -298,7 +316,7 @@ def encode_row_values(feature: Feature, value: Any) -> np.ndarray:
     if feature.kind == "dense":
         return _dense_row(feature, value)
     row = np.full(feature.length, KEY_MISSING, dtype=np.int64)
-    keys = _keys(feature, value)
+    keys = keys_of(f"feature {feature.name!r}", feature.type, value, feature.kind)
     keys = keys[-feature.length :] if feature.kind == "sequence" else keys[: feature.length]
     row[: len(keys)] = keys
     return row
@@ -310,12 +328,12 @@ def _dense_row(feature: Feature, value: Any) -> np.ndarray:
     numbers = np.asarray(value)
     if numbers.dtype.kind not in "biuf" or numbers.shape not in _dense_shapes(feature.dim):
         wanted = "a number" if feature.dim == 1 else f"a list of {feature.dim} numbers"
-        raise FeatureError(f"feature {feature.name!r}: got {_short(value)}, expected {wanted} (dense)")
+        raise FeatureError(f"feature {feature.name!r}: got {shortened(value)}, expected {wanted} (dense)")
     with np.errstate(over="ignore"):
         row = numbers.astype(np.float32).reshape(feature.dim)
     if not np.isfinite(row).all():
         raise FeatureError(
-            f"feature {feature.name!r}: got {_short(value)}, expected finite float32 numbers; "
+            f"feature {feature.name!r}: got {shortened(value)}, expected finite float32 numbers; "
             "leave the feature out (or None) when it is missing"
         )
     return row
@@ -323,51 +341,6 @@ def _dense_row(feature: Feature, value: Any) -> np.ndarray:
 
 def _dense_shapes(dim: int) -> tuple[tuple[int, ...], ...]:
     return ((), (1,)) if dim == 1 else ((dim,),)
-
-
-def _keys(feature: Feature, value: Any) -> np.ndarray | list[int]:
-    if value is None:
-        return []
-    if (
-        isinstance(value, np.ndarray)
-        and value.ndim == 1
-        and value.dtype.kind == "i"
-        and feature.type == "int"
-    ):
-        if (value == KEY_MISSING).any():
-            raise FeatureError(_wrong_key(feature, KEY_MISSING))
-        return value.astype(np.int64, copy=False)
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1:
-        return [_key(feature, element) for element in value]
-    if feature.kind == "sequence" or isinstance(value, list | tuple | np.ndarray):
-        kinds = "a list" if feature.kind == "sequence" else "one key or a list"
-        raise FeatureError(
-            f"feature {feature.name!r}: got {_short(value)}, expected {kinds} of {feature.type} keys "
-            f"({feature.kind})"
-        )
-    return [_key(feature, value)]
-
-
-def _key(feature: Feature, value: Any) -> int:
-    if feature.type == "string":
-        if isinstance(value, str):
-            return stable_key(value)
-    elif isinstance(value, int | np.integer) and not isinstance(value, bool) and -(2**63) < value < 2**63:
-        return int(value)
-    raise FeatureError(_wrong_key(feature, value))
-
-
-def _wrong_key(feature: Feature, value: Any) -> str:
-    wanted = "a string" if feature.type == "string" else "an integer of 64 bits above -2**63"
-    return (
-        f"feature {feature.name!r}: got {_short(value)} ({type(value).__name__}) as a key, expected {wanted} "
-        f"(type: {feature.type})"
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _slots(widths: list[tuple[Feature, int]]) -> Iterator[Slot]:

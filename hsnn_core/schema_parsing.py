@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import SchemaError
-from .schema import ITEM_SPACE, OWNERS, Encoding, Feature, Interaction, KeyType, Kind, Owner, Schema, Task
+from .keys import KeyType
+from .schema import ITEM_SPACE, OWNERS, Encoding, Feature, Interaction, Kind, Owner, Schema, Task
+from .schema_eligibility import EXCLUDED_ITEMS, Attribute, AttributeKind
 
 Choice = TypeVar("Choice", bound=str)
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -25,12 +27,20 @@ SETTINGS = {
     "sparse": ("kind", *ENCODINGS, "type", "max", "same_as", "from"),
     "sequence": ("kind", *ENCODINGS, "type", "length", "same_as", "from"),
 }
+ATTRIBUTE_KINDS: dict[str, AttributeKind] = {"set": "set", "range": "range", "flag": "flag", "key": "key"}
+ATTRIBUTE_SETTINGS = {
+    "set": ("kind", "type", "max", "ask"),
+    "range": ("kind", "from", "until", "default"),
+    "flag": ("kind",),
+    "key": ("kind", "type"),
+}
+SECTIONS = ("name", "keys", "tasks", "features", "interactions", "eligibility", "bid")
 
 
 def parse_schema(raw: Any) -> Schema:
     """See `Schema.from_dict`."""
     top = _mapping("schema", raw)
-    _known("schema", top, ("name", "keys", "tasks", "features", "interactions"))
+    _known("schema", top, SECTIONS)
     for section in ("name", "keys", "tasks", "features"):
         if section not in top:
             raise SchemaError(f"{section}: missing; a schema needs name, keys, tasks and features")
@@ -40,6 +50,8 @@ def parse_schema(raw: Any) -> Schema:
     features = _features(top["features"], tasks)
     interactions = _interactions(top.get("interactions"), features)
     by_owner = {owner: tuple(f for f in features.values() if f.owner == owner) for owner in OWNERS}
+    eligibility = _eligibility(top.get("eligibility"), features)
+    bid = top.get("bid")
     return Schema(
         name,
         keys["user"],
@@ -49,6 +61,8 @@ def parse_schema(raw: Any) -> Schema:
         by_owner["user"],
         by_owner["item"],
         interactions,
+        eligibility,
+        None if bid is None else _text("bid", bid),
     )
 
 
@@ -252,6 +266,55 @@ def _side(path: str, owner: Owner, name: Any, features: dict[str, Feature]) -> F
             f"({', '.join(usable) or 'there is none'})"
         )
     return features[name]
+
+
+def _eligibility(raw: Any, features: dict[str, Feature]) -> tuple[Attribute, ...]:
+    found = []
+    taken = {
+        feature.name: f"features.user.{feature.name}"
+        for feature in features.values()
+        if feature.owner == "user"
+    }
+    if EXCLUDED_ITEMS.name in taken:
+        raise SchemaError(
+            f"{taken[EXCLUDED_ITEMS.name]}: the name is kept for the items that a request excludes; rename it"
+        )
+    taken[EXCLUDED_ITEMS.name] = "the items that a request excludes"
+    for name, entry in _mapping("eligibility", raw or {}).items():
+        path = f"eligibility.{name}"
+        _name(path, name)
+        attribute = _attribute(path, name, _mapping(path, entry))
+        tensor = attribute.wire().name
+        if attribute.kind != "flag" and tensor in taken:
+            raise SchemaError(
+                f"{path}: its request tensor {tensor} has the name of {taken[tensor]}; rename one of them"
+            )
+        found.append(attribute)
+    return tuple(found)
+
+
+def _attribute(path: str, name: str, entry: dict[str, Any]) -> Attribute:
+    kind = _choice(f"{path}.kind", entry.get("kind"), ATTRIBUTE_KINDS)
+    _known(path, entry, ATTRIBUTE_SETTINGS[kind], f"{kind} ")
+    if kind == "range":
+        columns = [_text(f"{path}.{side}", entry.get(side)) for side in ("from", "until")]
+        if columns[0] == columns[1]:
+            raise SchemaError(
+                f"{path}: from and until are both {columns[0]}, expected a column of its own for each"
+            )
+        now = entry.get("default")
+        if now not in (None, "now"):
+            raise SchemaError(
+                f"{path}.default: got {now!r}, expected now (the server's clock), or leave it out"
+            )
+        return Attribute(name, kind, start=columns[0], until=columns[1], now=now == "now")
+    if kind == "flag":
+        return Attribute(name, kind)
+    key_type = _choice(f"{path}.type", entry.get("type", "int"), TYPES)
+    if kind == "key":
+        return Attribute(name, kind, key_type)
+    most, ask = (_whole(f"{path}.{setting}", entry.get(setting, 1)) for setting in ("max", "ask"))
+    return Attribute(name, kind, key_type, most, ask)
 
 
 def _mapping(path: str, raw: Any) -> dict[str, Any]:

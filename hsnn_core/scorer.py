@@ -9,6 +9,7 @@ The search asks for scores of <user, node> pairs by node number. `LayerScorer` t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
@@ -18,7 +19,7 @@ import numpy as np
 from .errors import SearchError
 from .features import Encoded
 from .i2if import I2IF, Crossings, Postings, Query
-from .index import HierarchicalIndex
+from .row_table import RowTable
 
 # <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache;
 # larger calls take longer per pair, smaller ones pay for the calls (docs/performance.md).
@@ -49,6 +50,17 @@ class Runner(Protocol):
         ...
 
 
+class ScoredIndex(Protocol):
+    """What scoring needs of an index; see `search.SearchIndex`."""
+
+    @property
+    def layers(self) -> int: ...
+
+    def nodes(self, layer: int) -> int: ...
+
+    def representatives(self, layer: int) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class UserState:
     """What is computed once per request: the user tower's outputs and the I2IF query."""
@@ -61,16 +73,17 @@ class UserState:
 class LayerScorer:
     """Scores nodes of a layer for B users.
 
-    ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather). ``buckets[l-1]``: the
+    ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather), an array or a table of rows.
+    ``buckets[l-1]``: the
     candidate counts the layer's network takes, ascending; C is padded up to the next one and cut into pieces
     of the largest. An empty list, or no buckets at all, means any count.
     """
 
     def __init__(
         self,
-        index: HierarchicalIndex,
+        index: ScoredIndex,
         i2if: I2IF | None,
-        embeddings: Sequence[np.ndarray],
+        embeddings: Sequence[np.ndarray | RowTable],
         runner: Runner,
         buckets: Sequence[Sequence[int]] | None = None,
     ) -> None:
@@ -79,7 +92,7 @@ class LayerScorer:
                 f"{len(embeddings)} embedding tables, expected {index.layers}: one per layer of the index"
             )
         for layer, table in enumerate(embeddings, start=1):
-            if table.ndim != 2 or len(table) != index.nodes(layer):
+            if len(table.shape) != 2 or len(table) != index.nodes(layer):
                 raise SearchError(
                     f"embeddings of layer {layer}: shape {table.shape}, expected ({index.nodes(layer)}, "
                     "width), one row per node"
@@ -97,11 +110,20 @@ class LayerScorer:
                 )
         self.index = index
         self._i2if = i2if
-        self._embeddings = [np.asarray(table) for table in embeddings]
+        self._embeddings = [_rows(table) for table in embeddings]
         self._runner = runner
         self._buckets = [tuple(sizes) for sizes in buckets]
-        self._postings: dict[int, Postings] = {}
+        self._postings: dict[int, tuple[np.ndarray, Postings]] = {}
         self._lock = Lock()
+
+    def over(
+        self, index: ScoredIndex, i2if: I2IF | None, embeddings: Sequence[np.ndarray | RowTable]
+    ) -> LayerScorer:
+        """The same networks over items that have changed; what was built for nodes that did not is shared."""
+        changed = copy(self)
+        changed.index, changed._i2if = index, i2if
+        changed._embeddings = [_rows(table) for table in embeddings]
+        return changed
 
     def open(self, users: Encoded) -> UserState:
         """Run the user tower for B users and build their I2IF query. Raises SearchError on malformed
@@ -152,10 +174,10 @@ class LayerScorer:
             inputs = {"user": state.towers[layer - 1]}
             if everything:
                 # One block of the table serves all users; for a single user it is a view.
-                block = self._embeddings[layer - 1][part].astype(np.float32, copy=False)
+                block = self._embeddings[layer - 1].part(part).astype(np.float32, copy=False)
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
-                rows = np.take(self._embeddings[layer - 1], nodes[:, part], axis=0)
+                rows = self._embeddings[layer - 1].take(nodes[:, part])
                 inputs["item"] = rows.astype(np.float32, copy=False)
             within = part
             if walked is None:
@@ -180,18 +202,25 @@ class LayerScorer:
         if self._i2if is None or state.query is None:
             return {}
         # Requests share the scorer: the first one that walks a layer builds its postings for all.
+        representatives = self.index.representatives(layer)
         with self._lock:
-            if layer not in self._postings:
-                self._postings[layer] = self._i2if.postings(self.index.representatives(layer))
-        return _named(self._i2if.walk(state.query, self._postings[layer]))
+            built = self._postings.get(layer)
+            if built is None or built[0] is not representatives:
+                built = (representatives, self._i2if.postings(representatives))
+                self._postings[layer] = built
+        return _named(self._i2if.walk(state.query, built[1]))
 
     def _probe(self, state: UserState, layer: int, nodes: np.ndarray) -> dict[str, np.ndarray]:
         if self._i2if is None or state.query is None:
             return {}
         # A node of the item layer is its own position: no table of V entries per request.
         item_layer = layer == self.index.layers
-        positions = nodes if item_layer else self.index.representative[layer - 1][nodes]
+        positions = nodes if item_layer else self.index.representatives(layer)[nodes]
         return _named(self._i2if.probe(state.query, positions))
+
+
+def _rows(table: np.ndarray | RowTable) -> RowTable:
+    return table if isinstance(table, RowTable) else RowTable(table)
 
 
 def _named(crossings: Crossings) -> dict[str, np.ndarray]:

@@ -18,7 +18,38 @@ import numpy as np
 
 from .errors import SearchError
 from .features import Encoded
-from .index import HierarchicalIndex
+from .item_filter import ItemFilter
+
+
+class SearchIndex(Protocol):
+    """What the search needs of an index: an immutable one (`index.HierarchicalIndex`) or one that changes
+    (`live_view.LiveView`). Nodes of layer N are positions."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def items(self) -> int: ...
+
+    def nodes(self, layer: int) -> int: ...
+
+    def children(self, layer: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def parents(self, layer: int) -> np.ndarray: ...
+
+    def present(self, layer: int, nodes: np.ndarray) -> np.ndarray | None: ...
+
+    def counts(self, layer: int, nodes: np.ndarray) -> np.ndarray: ...
+
+    def ids(self, positions: np.ndarray) -> np.ndarray: ...
+
+
+class Bids(Protocol):
+    """What items are worth: a factor of the rank score."""
+
+    def log(self, layer: int, nodes: np.ndarray) -> np.ndarray:
+        """float32, by node of any shape: the logarithm of an item's bid; of a node an upper bound of its items'."""
+        ...
 
 
 class Scorer(Protocol):
@@ -63,30 +94,35 @@ class SearchResult:
 
 
 def search(
-    index: HierarchicalIndex,
+    index: SearchIndex,
     scorer: Scorer,
     users: Encoded,
     widths: Sequence[int],
     k: int,
     rank: np.ndarray,
-    item_mask: np.ndarray | None = None,
+    item_filter: ItemFilter | None = None,
+    bids: Bids | None = None,
+    adapt: bool = True,
     deadline: Callable[[], None] | None = None,
 ) -> SearchResult:
     """The best K items of each of B users, by beams of ``widths`` (N-1 of them) nodes.
 
-    Items and nodes are ordered by the rank score of their layer (`rank_scores`); ties go to the smaller node
-    number (for items: position). ``rank`` (T,): exponent of each task's probability. ``item_mask`` (B, V)
-    bool by position: each user's candidates; a node without one is dropped before pruning, so that narrow
-    targeting cannot starve. Widths do not adapt: where the kept nodes hold fewer than K candidates, ``valid``
-    says how many came back. ``deadline`` is called before the user tower and before every layer and may raise
-    DeadlineExceeded.
+    Items and nodes are ordered by the rank score of their layer (`rank_scores`, plus the logarithm of the bid with
+    ``bids``); ties go to the smaller node number (for items: position). ``rank`` (T,): exponent of each task's
+    probability.
 
-    Raises SearchError: k or a width below 1, wrong number of widths, mask or rank of another shape, scores
-    that are not finite (naming the layer).
+    ``item_filter`` says which items each user may get; a node without one is dropped before pruning. With ``adapt`` a
+    beam takes more nodes than its width, the next best ones, until they hold K of these items and as many of them as
+    the best ``width`` nodes hold items at all: K items come back whenever there are K, and a narrow filter is searched
+    as deep as none. Without it widths are exact, as an evaluation of them needs. ``deadline`` is called before the
+    user tower and before every layer and may raise DeadlineExceeded.
+
+    Raises SearchError: k or a width below 1, wrong number of widths, rank of another shape, scores that are
+    not finite (naming the layer).
     """
     began = perf_counter_ns()
     batch = len(users.ids)
-    rank = checked_request(index, batch, k, rank, item_mask)
+    rank = checked_request(batch, k, rank)
     _check_widths(index, widths)
     if deadline is not None:
         deadline()
@@ -99,24 +135,29 @@ def search(
         start = perf_counter_ns()
         if deadline is not None:
             deadline()
-        eligible = None if item_mask is None else index.eligible_nodes(layer, item_mask)
-        if beam is None:
-            nodes, alive, carried = _roots(index, batch, eligible)
+        found = _candidates(index, layer, beam, batch, item_filter)
+        monn, logits = _score(scorer, state, layer, found, len(rank))
+        keys = rank_scores(logits, rank)
+        if bids is not None:
+            keys = keys + bids.log(layer, found.nodes)
+        keys = np.where(found.alive, keys, -np.inf)
+        if layer == index.layers:
+            chosen = best(keys, k)
         else:
-            nodes, alive, carried = _children(index, layer, beam, eligible)
-        monn, logits = _score(scorer, state, layer, nodes, carried, alive, len(rank))
-        keys = np.where(alive, rank_scores(logits, rank), -np.inf)
-        kept = np.nonzero(best(keys, k if layer == index.layers else widths[layer - 1]))
-        rows, best_nodes = _Rows(kept[0], batch), nodes[kept]
-        beam = _Beam(rows, best_nodes, np.concatenate([carried[kept], monn[kept]], axis=1))
+            chosen = best(keys, widths[layer - 1])
+            if adapt:
+                _widen(index, layer, keys, chosen, k, found)
+        kept = np.nonzero(chosen)
+        rows, best_nodes = _Rows(kept[0], batch), found.nodes[kept]
+        beam = _Beam(rows, best_nodes, np.concatenate([found.carried[kept], monn[kept]], axis=1))
         took = (perf_counter_ns() - start) // 1000
-        traces.append(LayerTrace(alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
+        traces.append(LayerTrace(found.alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
 
     # Stable by descending score within each user: equal scores stay in order of position.
     order = np.lexsort((-keys[kept], kept[0]))
     positions = best_nodes[order]
     return SearchResult(
-        item_ids=rows.fill(index.item_ids[positions], k),
+        item_ids=rows.fill(index.ids(positions), k),
         probabilities=rows.fill(sigmoid(logits[kept][order]), k),
         rank_score=rows.fill(keys[kept][order], k, empty=-np.inf),
         valid=rows.counts.astype(np.int32),
@@ -160,9 +201,7 @@ def best(keys: np.ndarray, width: int) -> np.ndarray:
     return above | (level & (level.cumsum(axis=1) <= room))
 
 
-def checked_request(
-    index: HierarchicalIndex, batch: int, k: int, rank: np.ndarray, item_mask: np.ndarray | None
-) -> np.ndarray:
+def checked_request(batch: int, k: int, rank: np.ndarray) -> np.ndarray:
     """The rank exponents as (T,) float32; SearchError on a request that cannot be answered."""
     if batch < 1:
         raise SearchError("no users, expected at least one row of user features")
@@ -171,11 +210,6 @@ def checked_request(
     rank = np.asarray(rank, dtype=np.float32)
     if rank.ndim != 1 or len(rank) == 0 or not np.isfinite(rank).all():
         raise SearchError(f"rank exponents {rank.tolist()}, expected one finite number per task")
-    if item_mask is not None and (item_mask.shape != (batch, index.items) or item_mask.dtype != bool):
-        raise SearchError(
-            f"item mask: {item_mask.dtype} of shape {item_mask.shape}, "
-            f"expected bool of shape {(batch, index.items)}: users, items by position"
-        )
     return rank
 
 
@@ -225,50 +259,85 @@ class _Beam:
     carried: np.ndarray  # (n, l*T)
 
 
-def _roots(
-    index: HierarchicalIndex, batch: int, eligible: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidates of layer 1: all nodes for all users. Shapes as `_children`."""
-    nodes = np.tile(np.arange(index.nodes(1)), (batch, 1))
-    alive = np.ones(nodes.shape, dtype=bool) if eligible is None else eligible
-    return nodes, alive, np.zeros((*nodes.shape, 0), dtype=np.float32)
+@dataclass(frozen=True)
+class _Candidates:
+    """The candidates of a layer: ``nodes`` (B, C) int64, ``alive`` (B, C) bool, ``carried`` (B, C, (l-1)*T) float32;
+    with a filter ``counts`` (B, C) int64 of the items under them. Padded to the longest user."""
+
+    nodes: np.ndarray
+    alive: np.ndarray
+    carried: np.ndarray
+    counts: np.ndarray | None
 
 
-def _children(
-    index: HierarchicalIndex, layer: int, beam: _Beam, eligible: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidates of ``layer``: nodes (B, C), alive (B, C), carried (B, C, (l-1)*T), padded to the longest
-    user."""
-    ptr = index.child_ptr[layer - 2]
-    first, counts = ptr[beam.nodes], ptr[beam.nodes + 1] - ptr[beam.nodes]
-    before = counts.cumsum() - counts
-    nodes = np.repeat(first - before, counts) + np.arange(counts.sum())
-    parent = np.repeat(np.arange(len(counts)), counts)
-    if eligible is not None:
-        stay = np.flatnonzero(eligible[beam.rows.user[parent], nodes])
+def _candidates(
+    index: SearchIndex, layer: int, beam: _Beam | None, batch: int, item_filter: ItemFilter | None
+) -> _Candidates:
+    """All nodes of layer 1, then the children of the kept ones; never one without an item that the user may get."""
+    if beam is None:
+        count = index.nodes(1)
+        nodes = np.tile(np.arange(count), (batch, 1))
+        carried = np.zeros((batch, count, 0), dtype=np.float32)
+        if item_filter is None:
+            present = index.present(1, nodes)
+            return _Candidates(
+                nodes, np.ones(nodes.shape, dtype=bool) if present is None else present, carried, None
+            )
+        user = np.repeat(np.arange(batch), count)
+        counts = item_filter.counts(1, user, nodes.reshape(-1)).reshape(nodes.shape)
+        return _Candidates(nodes, counts > 0, carried, counts)
+
+    nodes, parent = index.children(layer, beam.nodes)
+    held = None
+    if item_filter is not None:
+        held = item_filter.counts(layer, beam.rows.user[parent], nodes)
+        present = held > 0
+    else:
+        present = index.present(layer, nodes)
+    if present is not None and not present.all():
+        stay = np.flatnonzero(present)
         nodes, parent = nodes[stay], parent[stay]
-    rows = _Rows(beam.rows.user[parent], len(beam.rows.counts))
-    nodes = rows.fill(nodes)
-    alive = np.arange(nodes.shape[1]) < rows.counts[:, None]
-    return nodes, alive, rows.fill(beam.carried[parent])
+        held = None if held is None else held[stay]
+    rows = _Rows(beam.rows.user[parent], batch)
+    filled = rows.fill(nodes)
+    alive = np.arange(filled.shape[1]) < rows.counts[:, None]
+    return _Candidates(
+        filled, alive, rows.fill(beam.carried[parent]), None if held is None else rows.fill(held)
+    )
+
+
+def _widen(
+    index: SearchIndex, layer: int, keys: np.ndarray, chosen: np.ndarray, k: int, found: _Candidates
+) -> None:
+    """Add the next best candidates to those ``chosen`` (B, C) in a layer above the items, where they hold too few
+    items (see `search`)."""
+    kept = np.nonzero(chosen)
+    under = index.counts(layer, found.nodes[kept])
+    needed = np.full(len(keys), k)
+    if found.counts is not None:
+        in_beam = np.bincount(kept[0], under, minlength=len(keys)).astype(np.int64)
+        needed = np.maximum(needed, in_beam)
+        under = found.counts[kept]
+    held = np.bincount(kept[0], under, minlength=len(keys)).astype(np.int64)
+    more = chosen.sum(axis=1) < found.alive.sum(axis=1)
+    for user in np.flatnonzero((held < needed) & more):
+        counts = index.counts(layer, found.nodes[user]) if found.counts is None else found.counts[user]
+        order = np.argsort(-keys[user], kind="stable")
+        reached = np.where(found.alive[user], counts, 0)[order].cumsum()
+        enough = int(np.searchsorted(reached, needed[user])) + 1
+        chosen[user] = best(keys[user : user + 1], enough)[0]
 
 
 def _score(
-    scorer: Scorer,
-    state: Any,
-    layer: int,
-    nodes: np.ndarray,
-    carried: np.ndarray,
-    alive: np.ndarray,
-    tasks: int,
+    scorer: Scorer, state: Any, layer: int, found: _Candidates, tasks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    if not alive.any():
-        empty = np.zeros((*nodes.shape, tasks), dtype=np.float32)
+    if not found.alive.any():
+        empty = np.zeros((*found.nodes.shape, tasks), dtype=np.float32)
         return empty, empty
-    return checked_scores(layer, *scorer.score(state, layer, nodes, carried), alive, tasks)
+    return checked_scores(layer, *scorer.score(state, layer, found.nodes, found.carried), found.alive, tasks)
 
 
-def _check_widths(index: HierarchicalIndex, widths: Sequence[int]) -> None:
+def _check_widths(index: SearchIndex, widths: Sequence[int]) -> None:
     if len(widths) != index.layers - 1:
         raise SearchError(
             f"{len(widths)} widths, expected {index.layers - 1}: one for each layer above the items"

@@ -17,6 +17,7 @@ from hsnn_core.arrayfile import open_arrays, write_arrays
 from hsnn_core.errors import DataError, FormatError, HsnnError, SchemaMismatch
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.files import write_bytes, written_aside
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import Schema
 
 from .batches import IndexState
@@ -112,14 +113,21 @@ def save_meaning(run: Path, recipe: Recipe, transform: FeatureTransform) -> None
 
 
 def save_inputs(
-    run: Path, recipe: Recipe, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
+    run: Path,
+    recipe: Recipe,
+    transform: FeatureTransform,
+    items: Encoded,
+    item_keys: np.ndarray,
+    attributes: ItemAttributes | None = None,
 ) -> None:
-    """Everything of a run that is known before the first step: see `save_meaning`, and the corpus."""
+    """Everything of a run that is known before the first step: see `save_meaning`, and the corpus, with its attributes
+    by row where the schema declares some."""
     save_meaning(run, recipe, transform)
     write_arrays(
         run / "corpus.hsnn",
         "corpus",
-        {"dense": items.dense, "ids": items.ids, "item_ids": item_keys},
+        {"dense": items.dense, "ids": items.ids, "item_ids": item_keys}
+        | (attributes.to_arrays() if attributes is not None else {}),
         {"schema": recipe.schema.hash},
     )
 
@@ -155,7 +163,8 @@ def check_inputs(
 class Run:
     """A trained run, ready to be evaluated or exported. ``items`` (V rows) and ``item_ids`` int64 (V,) are the
     corpus it was trained on, or of a run that follows a stream the items table as it read it last; ``index`` the hard
-    index as of the last refresh, ``finished`` whether it reached the last step."""
+    index as of the last refresh, ``finished`` whether it reached the last step, ``attributes`` the items' eligibility
+    and bids by row, None when the schema declares none."""
 
     path: Path
     recipe: Recipe
@@ -167,6 +176,7 @@ class Run:
     index: IndexState
     step: int
     finished: bool
+    attributes: ItemAttributes | None
 
 
 def make_model(recipe: Recipe, transform: FeatureTransform) -> HSNN:
@@ -218,4 +228,5 @@ def load_run(run_dir: str | Path) -> Run:
         index=IndexState(state["paths"].numpy(), state["representative"].numpy()),
         step=int(state["step"]),
         finished=bool(state.get("finished", False)),
+        attributes=ItemAttributes.from_arrays(recipe.schema, corpus),
     )

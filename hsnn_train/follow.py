@@ -22,6 +22,7 @@ from hsnn_core.arrayfile import open_arrays
 from hsnn_core.errors import DataError, FeatureError, HsnnError, SchemaError
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.i2if import I2IF
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import Schema
 
 from .batches import BatchMaker, IndexState
@@ -61,14 +62,20 @@ from .trainer import NotSaved, rows_i2ifs
 @dataclass(frozen=True)
 class StreamItems:
     """The items table as it was read last: V encoded rows, keys (V,) int64, positives of the first task seen so far
-    (V,) int64. What the lists of neighbours were made of ended before the stream began, so there are no folds."""
+    (V,) int64, eligibility and bids (None where the schema declares none). What the lists of neighbours were made of ended before the stream began, so there are no folds."""
 
     schema: Schema
     transform: FeatureTransform
     items: Encoded
     item_keys: np.ndarray
     item_counts: np.ndarray
+    attributes: ItemAttributes | None
     folds: tuple[Encoded, ...] = ()
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What a snapshot is made of, by name."""
+        arrays = {"dense": self.items.dense, "ids": self.items.ids, "item_ids": self.item_keys}
+        return arrays | ({} if self.attributes is None else self.attributes.to_arrays())
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class Follower:
         counts = np.bincount(counted, minlength=len(log.item_keys))
         row = find_rows(log.item_keys, run.item_ids)
         counts = np.where(row < 0, 0, counts[row])
-        self._set_items(StreamItems(schema, self.transform, run.items, run.item_ids, counts))
+        self._set_items(StreamItems(schema, self.transform, run.items, run.item_ids, counts, run.attributes))
 
     # The items and users of the moment.
 
@@ -185,17 +192,16 @@ class Follower:
         """Make these the tables; the index is made anew when the items are others."""
         before = self.items
         items, keys = tables.encoded_items(self.transform, (before.items, before.item_keys))
-        self.tables = tables
-        same = np.array_equal(keys, before.item_keys)
-        if (
-            same
-            and np.array_equal(items.ids, before.items.ids)
-            and np.array_equal(items.dense, before.items.dense)
-        ):
-            return ""
         row = find_rows(before.item_keys, keys)
         counts = np.where(row < 0, 0, before.item_counts[row])
-        self._set_items(replace(before, items=items, item_keys=keys, item_counts=counts))
+        now = replace(
+            before, items=items, item_keys=keys, item_counts=counts, attributes=tables.item_attributes()
+        )
+        self.tables = tables
+        then, found = before.to_arrays(), now.to_arrays()
+        if all(np.array_equal(array, then[name]) for name, array in found.items()):
+            return ""
+        self._set_items(now)
         self._refresh(revive=False)
         gone = len(before.item_keys) - int((row >= 0).sum())
         return f"items read again: {int((row < 0).sum())} new, {gone} gone, {len(keys):,} in all"
@@ -338,7 +344,7 @@ class Follower:
             "paths": torch.from_numpy(self.state.paths),
             "representative": torch.from_numpy(self.state.representative),
             "history": [],
-            "corpus": {name: torch.from_numpy(np.array(array)) for name, array in corpus.items()},
+            "corpus": {name: torch.from_numpy(np.array(a)) for name, a in self.items.to_arrays().items()},
             "follow": follow,
         }
         try:
@@ -375,9 +381,11 @@ class Follower:
             for task, kept in follow["recent"].items()
         }
         corpus = {name: array.numpy() for name, array in saved["corpus"].items()}
+        schema = self.recipe.schema
         items = Encoded(corpus["dense"], corpus["ids"])
+        attributes = ItemAttributes.from_arrays(schema, corpus)
         counts = follow["counts"].numpy()
-        self._set_items(StreamItems(self.recipe.schema, self.transform, items, corpus["item_ids"], counts))
+        self._set_items(StreamItems(schema, self.transform, items, corpus["item_ids"], counts, attributes))
 
 
 def _check_base(run: Path, base: Path | None) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hsnn_core.corpus import Corpus, build_corpus
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.features import Encoded
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.data.dataset import Dataset
@@ -78,18 +79,18 @@ def retrieval(
     for start in tqdm(range(0, len(requests), USERS_PER_CALL), desc="retrieve", disable=not progress):
         part = slice(start, start + USERS_PER_CALL)
         users = Encoded(requests.users.dense[part], requests.users.ids[part])
-        mask = requests.eligible(part)
+        mask, allowed = requests.eligible(part), None
         if mask is None:
             eligible += len(users) * requests.items
         else:
             eligible += int(mask.sum())
-            mask = mask[:, corpus.index.row_of_position]
+            allowed = MaskFilter(corpus.index, mask[:, corpus.index.row_of_position])
         began = time.perf_counter()
-        found.append(search(corpus.index, scorer, users, widths, k, rank, mask))
+        found.append(search(corpus.index, scorer, users, widths, k, rank, allowed, adapt=False))
         seconds += time.perf_counter() - began
         if model.layers > 1:
             # Its traces name every node of every layer per request; nobody reads them, and they fill memory.
-            exact.append(replace(exhaustive(corpus.index, scorer, users, k, rank, mask), layers=()))
+            exact.append(replace(exhaustive(corpus.index, scorer, users, k, rank, allowed), layers=()))
     if model.layers == 1:
         exact = found  # without a beam the search is exhaustive itself
     ks = [n for n in RECALL_AT if n <= k]

@@ -141,7 +141,7 @@ class Trainer:
         if resume:
             self._restore()
         else:
-            save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys)
+            save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys, dataset.attributes)
 
     def _kmeans_schedule(self) -> set[int]:
         """Steps at which codebooks are set by k-means: at the start, and where the item tower has settled, which for

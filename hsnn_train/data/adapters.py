@@ -81,10 +81,18 @@ def adapt(schema: Schema, section: Mapping[str, Any], base_dir: Path) -> LogTabl
 
 
 def synthetic(
-    users: int = 12_000, ads: int = 6_000, impressions: int = 300_000, days: int = 14, seed: int = 7
+    users: int = 12_000,
+    ads: int = 6_000,
+    impressions: int = 300_000,
+    days: int = 14,
+    seed: int = 7,
+    targeted: float = 0.5,
 ) -> Raw:
     """A simulated ads world (`synthetic.simulate`)."""
-    simulation = simulate(WorldConfig(users=users, ads=ads, impressions=impressions, days=days, seed=seed))
+    config = WorldConfig(
+        users=users, ads=ads, impressions=impressions, days=days, seed=seed, targeted=targeted
+    )
+    simulation = simulate(config)
     note = f"simulated: no figure made from this data says anything about a real system (seed {seed})"
     return Raw(simulation.impressions, simulation.users, simulation.ads, (note,))
 

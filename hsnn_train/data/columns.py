@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hsnn_core.errors import DataError
-from hsnn_core.schema import KEY_MISSING, Feature, stable_key
+from hsnn_core.keys import KEY_MISSING, KeyType, stable_key
+from hsnn_core.schema import Feature
 
 
 def column(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
@@ -48,7 +49,7 @@ def keys_of(values: pa.Array, name: str, where: str) -> np.ndarray:
     """Keys of users or items (R,) int64: integers as they are, strings as `stable_key`; none missing."""
     if values.null_count:
         raise DataError(
-            f"{where}: column {name!r}, row {_first(values.is_null())}: the key is missing; "
+            f"{where}: column {name!r}, row {first(values.is_null())}: the key is missing; "
             "every row needs one"
         )
     if is_text(values.type):
@@ -66,9 +67,9 @@ def labels_of(values: pa.Array, name: str, where: str) -> np.ndarray:
     numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
     wrong = (numbers != 0) & (numbers != 1)
     if wrong.any():
-        row = _first(wrong)
+        row = first(wrong)
         raise DataError(
-            f"{where}: column {name!r}, row {row}: got {_shown(values, row)}, expected a label 0 or 1"
+            f"{where}: column {name!r}, row {row}: got {shown(values, row)}, expected a label 0 or 1"
         )
     return numbers.astype(np.float32)
 
@@ -76,7 +77,7 @@ def labels_of(values: pa.Array, name: str, where: str) -> np.ndarray:
 def times_of(values: pa.Array, name: str, where: str) -> np.ndarray:
     """Times (R,) int64: integers as they are, dates and timestamps as milliseconds since 1970."""
     if values.null_count:
-        raise DataError(f"{where}: column {name!r}, row {_first(values.is_null())}: the time is missing")
+        raise DataError(f"{where}: column {name!r}, row {first(values.is_null())}: the time is missing")
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
         # Sub-millisecond digits are cut: events of one millisecond count as simultaneous.
         return np.asarray(values.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()))
@@ -96,7 +97,7 @@ def wire_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if feature.encoding == "range":
         outside = (rows != KEY_MISSING) & ((rows < 0) | (rows >= feature.size))
         if outside.any():
-            row = _first(outside.any(axis=1))
+            row = first(outside.any(axis=1))
             raise DataError(
                 f"{where}: column {feature.name!r}, row {row}: got {rows[row][outside[row]][0]}, expected "
                 f"0 to {feature.size - 1} (the schema says range: {feature.size})"
@@ -106,7 +107,7 @@ def wire_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
 
 def _key_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if not is_list(values.type):
-        keys = _feature_keys(values, feature, where)
+        keys = typed_keys(values, feature.name, feature.type, where)
         rows = missing_rows(feature, len(keys))
         rows[:, 0] = keys
         return rows
@@ -114,9 +115,9 @@ def _key_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     flat = pc.list_flatten(values)
     of_row = np.repeat(np.arange(len(lengths)), lengths)
     if flat.null_count:
-        row = of_row[_first(flat.is_null())]
+        row = of_row[first(flat.is_null())]
         raise DataError(f"{where}: column {feature.name!r}, row {row}: null inside a list; leave it out")
-    keys = _feature_keys(flat, feature, where)
+    keys = typed_keys(flat, feature.name, feature.type, where)
     place = np.arange(len(keys)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if feature.kind == "sequence":
         place -= np.repeat(np.maximum(lengths - feature.length, 0), lengths)
@@ -133,14 +134,15 @@ def missing_rows(feature: Feature, rows: int) -> np.ndarray:
     return np.full((rows, feature.length), KEY_MISSING, np.int64)
 
 
-def _feature_keys(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
-    fits = is_text(values.type) if feature.type == "string" else pa.types.is_integer(values.type)
+def typed_keys(values: pa.Array, name: str, key_type: KeyType, where: str) -> np.ndarray:
+    """Keys of a column of features or attributes (n,) int64, of the declared type; null is KEY_MISSING."""
+    fits = is_text(values.type) if key_type == "string" else pa.types.is_integer(values.type)
     if not fits and not pa.types.is_null(values.type):
         raise DataError(
-            f"{where}: column {feature.name!r}: got {values.type}, expected {feature.type} keys "
-            f"(the schema says type: {feature.type})"
+            f"{where}: column {name!r}: got {values.type}, expected {key_type} keys "
+            f"(the schema says type: {key_type})"
         )
-    if feature.type == "string":
+    if key_type == "string":
         return text_keys(values.cast(pa.string()))
     return np.asarray(pc.fill_null(values.cast(pa.int64()), int(KEY_MISSING)))
 
@@ -151,7 +153,7 @@ def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if is_list(values.type):
         lengths = np.asarray(pc.fill_null(pc.list_value_length(values), feature.dim))
         if (lengths != feature.dim).any():
-            row = _first(lengths != feature.dim)
+            row = first(lengths != feature.dim)
             raise DataError(
                 f"{where}: column {feature.name!r}, row {row}: got {lengths[row]} numbers, "
                 f"expected {feature.dim}"
@@ -166,9 +168,9 @@ def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     rows[there] = numbers
     wrong = ~np.isfinite(rows).all(axis=1)
     if wrong.any():
-        row = _first(wrong)
+        row = first(wrong)
         raise DataError(
-            f"{where}: column {feature.name!r}, row {row}: got {_shown(values, row)}, "
+            f"{where}: column {feature.name!r}, row {row}: got {shown(values, row)}, "
             "expected finite numbers; leave missing values empty (null)"
         )
     return rows
@@ -184,10 +186,12 @@ def _numbers(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
         return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan)).astype(np.float32)
 
 
-def _first(mask: Any) -> int:
+def first(mask: Any) -> int:
+    """The number of the first row that the mask holds for."""
     return int(np.argmax(np.asarray(mask)))
 
 
-def _shown(values: pa.Array, row: int) -> str:
+def shown(values: pa.Array, row: int) -> str:
+    """A value as error messages show it."""
     value = values[row].as_py()
     return "nothing (null)" if value is None else repr(value)

@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from hsnn_core.errors import DataError
 from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import KEY_MISSING, Feature, Schema
 
+from .attributes import read_attributes
 from .columns import column, missing_rows, wire_rows
 from .history import Histories
 from .neighbours import FOLDS, fold_of, neighbours
@@ -66,7 +68,8 @@ class Dataset:
     raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
     would carry them. earlier: (split, rows (R,)) -> per example the int32 item rows of its whole history, the
     strictly earlier positives of the first task in any split, oldest first. notes: what a person should know
-    about the data; simulated: whether figures must be labelled so.
+    about the data; simulated: whether figures must be labelled so; attributes: eligibility and bids by row of the item
+    table, None when the schema declares none.
     """
 
     schema: Schema
@@ -84,6 +87,7 @@ class Dataset:
     seed: int = 1
     notes: tuple[str, ...] = ()
     simulated: bool = False
+    attributes: ItemAttributes | None = None
 
     def relevant(self, split: str, max_requests: int | None = None) -> tuple[Encoded, list[np.ndarray]]:
         """The users who have a positive (of the first task) in the split, as of their first impression there (R
@@ -202,6 +206,7 @@ def build_dataset(
         seed=seed,
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,
+        attributes=read_attributes(schema, log.tables.items, log.tables.where("items")),
     )
 
 

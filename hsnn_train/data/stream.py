@@ -17,8 +17,10 @@ import pyarrow as pa
 
 from hsnn_core.errors import DataError
 from hsnn_core.features import Encoded, FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import Schema
 
+from .attributes import read_attributes
 from .dataset import Examples, UserFeatures, encode_examples, item_wire, recipe_tables
 from .recent import RecentPositives
 from .tables import Log, LogTables, check_tables, read_table, unique_keys
@@ -99,6 +101,10 @@ class LiveTables:
             if slot.feature.derive_from is not None:
                 items.ids[row, slot.start : slot.stop] = items_before.ids[row_before, slot.start : slot.stop]
         return items, keys
+
+    def item_attributes(self) -> ItemAttributes | None:
+        """Eligibility and bids by row of the items table; None when the schema declares none. Raises DataError."""
+        return read_attributes(self.log.schema, self.log.items, self.log.where("items"))
 
     def with_impressions(self, path: Path) -> tuple[Log, int] | None:
         """The checked impressions of a file, and how many were left out because the items table lacks their item; None

@@ -21,6 +21,7 @@ from hsnn_core.errors import DataError
 from hsnn_core.files import written_aside
 
 from .tables import SIMULATED
+from .targeting import DAY, targeting_columns
 
 LOG_BEGIN = 1_700_000_000 // 86_400 * 86_400  # seconds since 1970, a midnight
 GENDERS = ("female", "male", "other")
@@ -36,7 +37,7 @@ POLICY_CHUNK = 1 << 15
 class WorldConfig:
     """Sizes of the world; rates are what the log's means are set to (conversions: per click).
 
-    choices: ads that the logging policy picks one of for an impression.
+    choices: ads that the logging policy picks one of for an impression; targeted: see `targeting.targeting_columns`.
     """
 
     users: int = 12_000
@@ -47,11 +48,14 @@ class WorldConfig:
     conversion_rate: float = 0.15
     choices: int = 12
     seed: int = 7
+    targeted: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("users", "ads", "impressions", "days", "choices"):
             if getattr(self, name) < 1:
                 raise DataError(f"synthetic.{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.targeted <= 1:
+            raise DataError(f"synthetic.targeted: got {self.targeted}, expected a share from 0 to 1")
 
     @property
     def groups(self) -> int:
@@ -181,7 +185,7 @@ def simulate(config: WorldConfig) -> Simulation:
             "conversion": converted.astype(np.int8),
         }
     )
-    users, ads = _user_table(world, rng), _ad_table(world, rng)
+    users, ads = _user_table(world, rng), _ad_table(world, config, rng)
     return Simulation(world, _marked(impressions), _marked(users), _marked(ads), click, conversion)
 
 
@@ -282,7 +286,7 @@ def grown_ads(world: World, config: WorldConfig, part: int, count: int) -> pa.Ta
         ad_trust=trust,
         ad_created=rng.uniform(-1.5 * config.days, 0.9 * config.days, count),
     )
-    return _marked(_ad_table(ads, rng, FIRST_AD + config.ads + part * count))
+    return _marked(_ad_table(ads, config, rng, config.ads + part * count))
 
 
 def world_of(config: WorldConfig) -> World:
@@ -341,25 +345,31 @@ def _user_table(world: World, rng: np.random.Generator) -> pa.Table:
     )
 
 
-def _ad_table(world: World, rng: np.random.Generator, first: int = FIRST_AD) -> pa.Table:
-    """What the platform knows of the ads; topics are the nearest one and others almost as near, at most 3."""
+def _ad_table(world: World, config: WorldConfig, rng: np.random.Generator, first: int = 0) -> pa.Table:
+    """What the platform knows of the ads, which have the numbers from ``first`` on; topics are the nearest one and
+    others almost as near, at most 3. The advertiser is the creator."""
     near = world.ad_vector @ world.topic_vector.T
     best = np.sort(near, axis=1)
     count = len(near)
-    return pa.table(
-        {
-            "ad_id": np.arange(count) + first,
-            "campaign_id": world.ad_campaign,
-            "creator_id": world.ad_creator,
-            "creator_group": world.ad_group,
-            "topics": _id_lists((near >= best[:, -3:-2]) & (near >= best[:, -1:] - 0.15)),
-            "format": pa.array(np.array(FORMATS)[world.ad_format]),
-            "made_for": pa.array(np.array(COUNTRIES)[world.ad_country]),
-            "price": np.exp(world.ad_price).astype(np.float32),
-            "quality": (world.ad_quality + 0.4 * rng.normal(size=count)).astype(np.float32),
-            "created": world.ad_created.astype(np.float32),
-        }
+    number = np.arange(count) + first
+    columns = {
+        "ad_id": number + FIRST_AD,
+        "campaign_id": world.ad_campaign,
+        "creator_id": world.ad_creator,
+        "creator_group": world.ad_group,
+        "topics": _id_lists((near >= best[:, -3:-2]) & (near >= best[:, -1:] - 0.15)),
+        "format": pa.array(np.array(FORMATS)[world.ad_format]),
+        "made_for": pa.array(np.array(COUNTRIES)[world.ad_country]),
+        "price": np.exp(world.ad_price).astype(np.float32),
+        "quality": (world.ad_quality + 0.4 * rng.normal(size=count)).astype(np.float32),
+        "created": world.ad_created.astype(np.float32),
+        "advertiser": world.ad_creator,
+    }
+    start, end = LOG_BEGIN + np.floor(DAY * world.ad_created), LOG_BEGIN + DAY * config.days
+    targeting = targeting_columns(
+        number, config.seed, config.targeted, world.ad_country, COUNTRIES, start, end
     )
+    return pa.table(columns | targeting)
 
 
 def _id_lists(chosen: np.ndarray) -> pa.Array:

@@ -133,6 +133,8 @@ def _read_csv(path: Path, schema: Schema) -> pa.Table:
     types = {f.name: pa.string() for f in schema.features if f.type == "string" or max(f.length, f.dim) > 1}
     if any(f.encoding == "item" and f.type == "string" for f in schema.features):
         types[schema.item_key] = pa.string()
+    several = {a.name: a for a in schema.eligibility if a.kind == "set" and a.max > 1}
+    types |= {a.name: pa.string() for a in schema.eligibility if a.type == "string" or a.name in several}
     # Only the empty field is null: "NaN" is an error to report and "NA" a country.
     options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
     table = pyarrow.csv.read_csv(path, convert_options=options)
@@ -143,6 +145,11 @@ def _read_csv(path: Path, schema: Schema) -> pa.Table:
             if feature.kind == "dense" or feature.type == "int":
                 lists = lists.cast(pa.list_(number))
             table = table.set_column(table.column_names.index(feature.name), feature.name, lists)
+    for name, attribute in several.items():
+        if name in table.column_names and pa.types.is_string(table.schema.field(name).type):
+            lists = pc.split_pattern(table.column(name), "|")
+            lists = lists.cast(pa.list_(pa.int64())) if attribute.type == "int" else lists
+            table = table.set_column(table.column_names.index(name), name, lists)
     return table
 
 

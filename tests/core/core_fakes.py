@@ -113,9 +113,12 @@ class World:
         return build_corpus(self.schema, self.transform, **arguments)
 
 
-def small_world(layers: int = 3, items: int = 30, users: int = 4, interactions: bool = True) -> World:
+def small_world(
+    layers: int = 3, items: int = 30, users: int = 4, interactions: bool = True, **changes
+) -> World:
+    """``changes``: sections of the schema."""
     rng = np.random.default_rng(7)
-    schema = Schema.from_dict(SMALL_SCHEMA if interactions else SMALL_SCHEMA | {"interactions": {}})
+    schema = Schema.from_dict(SMALL_SCHEMA | ({} if interactions else {"interactions": {}}) | changes)
     item_keys = rng.permutation(10 * items)[:items].astype(np.int64)
 
     def keys(values: np.ndarray, missing: float) -> np.ndarray:

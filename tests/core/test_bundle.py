@@ -11,6 +11,7 @@ from core_fakes import assert_same_result, small_world, write_small_bundle
 from hsnn_core import bundle as bundle_module
 from hsnn_core.bundle import Bundle, read_manifest
 from hsnn_core.errors import FormatError, PublishError, SchemaMismatch
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 
@@ -112,13 +113,15 @@ def test_smoke_request_replays(written):
 
 
 def test_the_first_format_version_stays_readable():
-    """tests/core/golden/bundle_v1 was written by `write_small_bundle` at format version 1."""
+    """tests/core/golden/bundle_v1 was written by `write_small_bundle` at format version 1, when widths were exact."""
     bundle = Bundle.open(GOLDEN)
     assert bundle.manifest["format_version"] == 1
     smoke = bundle.smoke()
     users = bundle.transform.encode_users(smoke.users)
     scorer = bundle.scorer(small_world().runner)
-    result = search(bundle.index, scorer, users, bundle.manifest["widths"], 5, np.array([1.0, 0.5]))
+    result = search(
+        bundle.index, scorer, users, bundle.manifest["widths"], 5, np.array([1.0, 0.5]), adapt=False
+    )
     np.testing.assert_array_equal(result.item_ids, smoke.item_ids)
     np.testing.assert_allclose(result.probabilities, smoke.probabilities, atol=1e-5)
 
@@ -264,3 +267,25 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         write_small_bundle(tmp_path / "bundle", small_world())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attributes_lie_in_the_index_by_position(tmp_path):
+    world = small_world(eligibility={"shop": {"kind": "key"}, "paused": {"kind": "flag"}}, bid="bid")
+    rows = [{"shop": int(key)} for key in world.item_keys]
+    attributes = ItemAttributes.from_rows(world.schema, rows, np.arange(1, 31))
+    settings = {
+        "smoke": bundle_module.Smoke({}, np.zeros((0, 5), np.int64), np.zeros((0, 5, 2), np.float32)),
+        "widths": [2, 3], "k": 5, "max_k": 20, "buckets": [[], [], []], "engine": "onnxruntime",
+        "models": {"scorers": ["a", "b", "c"]},
+    }  # fmt: skip
+    bare = world.corpus()
+    with pytest.raises(
+        PublishError, match="the schema declares eligibility or a bid, the corpus has no attributes"
+    ):
+        bundle_module.write_bundle(tmp_path / "b", world.schema, world.transform, bare, **settings)
+    corpus = bare.with_attributes(attributes)
+    bundle_module.write_bundle(tmp_path / "b", world.schema, world.transform, corpus, **settings)
+    opened = Bundle.open(tmp_path / "b")
+    np.testing.assert_array_equal(opened.attributes.keys["shop"], opened.index.item_ids)
+    np.testing.assert_array_equal(opened.attributes.bids, 1 + opened.index.row_of_position)
+    assert bare.with_attributes(None) is bare

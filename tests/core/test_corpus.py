@@ -7,6 +7,7 @@ from core_fakes import assert_same_result, small_world
 from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.index import assign_paths, centroid_distances
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 
@@ -119,7 +120,7 @@ def test_an_item_the_transform_does_not_know_is_indexed_but_in_no_history():
     world.item_raw["item"] = world.item_keys[:, None]
     corpus = world.corpus()
     assert 100_000 in corpus.index.item_ids
-    position_of_id = corpus.i2if.position_of_id
+    position_of_id = corpus.i2if.position_of_id.positions()
     assert (position_of_id >= 0).sum() == 29
     assert (position_of_id[:2] == -1).all()
     for row, key in enumerate(known):
@@ -138,9 +139,9 @@ def test_search_at_full_width_equals_exhaustive_with_real_crossings(layers, inte
     widths = [corpus.index.nodes(layer) for layer in range(1, layers)]
     rank = np.array([1.0, 0.5])
     mask = np.random.default_rng(0).random((4, 30)) < 0.6
-    for item_mask in (None, mask):
-        ours = search(corpus.index, scorer, users, widths, 8, rank, item_mask)
-        assert_same_result(ours, exhaustive(corpus.index, scorer, users, 8, rank, item_mask))
+    for allowed in (None, MaskFilter(corpus.index, mask)):
+        ours = search(corpus.index, scorer, users, widths, 8, rank, allowed)
+        assert_same_result(ours, exhaustive(corpus.index, scorer, users, 8, rank, allowed))
 
 
 def broken_tower(world, name, change):

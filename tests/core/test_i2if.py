@@ -88,14 +88,14 @@ def slow_crossings(i2if: I2IF, user_ids: np.ndarray, positions: np.ndarray) -> C
     dense = np.zeros((*positions.shape, i2if.dense_width), np.float32)
     ids = np.zeros((*positions.shape, i2if.ids_width), np.int32)
     for number, (spec, slot) in enumerate(zip(i2if.specs, i2if.id_slots)):
-        lists = i2if.forward[spec.interaction.item]
+        lists = i2if.forward[spec.interaction.item].base
         for user, row in enumerate(user_ids[:, spec.user].tolist()):
             row = [value for value in row if value > 0]
             fade = spec.interaction.fade
             weights = [1 if fade == 1 else max(1, round(256 * fade**age)) for age in range(len(row))][::-1]
             known = [(value, weight) for value, weight in zip(row, weights) if value > 1]
             if spec.interaction.through:
-                held = [(i2if.position_of_id[value], weight) for value, weight in known]
+                held = [(i2if.position_of_id.positions()[value], weight) for value, weight in known]
                 known = [(int(term), w) for at, w in held if at >= 0 for term in lists[at] if term > 0]
             total = sum(weight for _, weight in known)
             for column, position in enumerate(positions[user]):
@@ -142,7 +142,7 @@ def test_both_plans_equal_the_slow_twin(seed, rows, nodes, few):
 
 def test_item_that_left_the_corpus_gives_no_terms():
     schema, transform, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
-    position_of_id = i2if.position_of_id.copy()
+    position_of_id = i2if.position_of_id.positions().copy()
     position_of_id[2] = -1
     gone = I2IF.from_arrays(schema, transform, i2if.to_arrays() | {"i2if.position_of_id": position_of_id})
     users = transform.encode_users({"history": np.array([[10, 20, X, X, X]])})
@@ -158,7 +158,7 @@ def test_terms_of_an_item_are_unique_and_known():
     transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, table, items)
     encoded = transform.encode_items({"category": np.array([[8, 66, 8, 7], [X, X, X, X]])})
     i2if = I2IF.build(schema, transform, encoded, np.array([-1, -1, 0, 1], np.int32))
-    assert i2if.forward["category"].tolist() == [[3, 2, 0, 0], [0, 0, 0, 0]]
+    assert i2if.forward["category"].base.tolist() == [[3, 2, 0, 0], [0, 0, 0, 0]]
 
 
 def test_threads_share_one_i2if():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hsnn_core import index as index_module
 from hsnn_core.errors import DataError, FormatError
 from hsnn_core.index import HierarchicalIndex, assign_paths, centroid_distances
+from hsnn_core.item_filter import MaskFilter
 
 
 def small_index() -> HierarchicalIndex:
@@ -38,9 +39,17 @@ def test_build_by_hand():
     assert index.parents(2).tolist() == [0, 0, 1]
     assert index.occupancy(1).tolist() == [4, 2]
     assert index.occupancy(2).tolist() == [2, 2, 2]
-    mask = np.array([[False, True, False, False, False, False], [False] * 6])
-    assert index.eligible_nodes(1, mask).tolist() == [[True, False], [False, False]]
-    assert index.eligible_nodes(2, mask).tolist() == [[True, False, False], [False] * 3]
+    allowed = MaskFilter(index, np.array([[False, True, True, False, False, False], [False] * 6]))
+    users = np.array([0, 0, 1])
+    assert allowed.counts(1, users, np.array([0, 1, 0])).tolist() == [2, 0, 0]
+    assert allowed.counts(2, users, np.array([0, 2, 0])).tolist() == [1, 0, 0]
+    assert allowed.counts(3, users, np.array([1, 3, 1])).tolist() == [1, 0, 0]
+    assert index.counts(1, np.array([1, 0])).tolist() == [2, 4]
+    assert index.counts(3, np.array([5])).tolist() == [1]
+    children, parent = index.children(2, np.array([1, 0]))
+    assert children.tolist() == [2, 0, 1]
+    assert parent.tolist() == [0, 1, 1]
+    assert index.children(3, np.array([2]))[0].tolist() == [4, 5]
 
 
 @settings(max_examples=50, deadline=None)
@@ -54,6 +63,7 @@ def test_build_of_random_trees(seed, layers, items):
 
     np.testing.assert_array_equal(index.item_ids, ids[index.row_of_position])
     mask = rng.random((2, items)) < 0.3
+    allowed = MaskFilter(index, mask)
     for layer in range(1, layers):
         members: dict[tuple, list[int]] = {}
         for row, path in enumerate(paths):
@@ -66,8 +76,8 @@ def test_build_of_random_trees(seed, layers, items):
             assert sorted(held) == sorted(rows)
             nearest = min(rows, key=lambda row: (distances[row, layer - 1], ids[row]))
             assert index.row_of_position[index.representatives(layer)[node]] == nearest
-            eligible = index.eligible_nodes(layer, mask)[:, node]
-            assert eligible.tolist() == [bool(mask[user, of_node == node].any()) for user in (0, 1)]
+            held = allowed.counts(layer, np.array([0, 1]), np.array([node, node]))
+            assert held.tolist() == [mask[user, of_node == node].sum() for user in (0, 1)]
     leaf = index.ancestors(layers - 1) if layers > 1 else np.zeros(items, dtype=int)
     assert all((leaf[p], index.item_ids[p]) < (leaf[p + 1], index.item_ids[p + 1]) for p in range(items - 1))
 
@@ -78,7 +88,8 @@ def test_flat_index_is_one_list_by_item_id():
     assert index.item_ids.tolist() == [3, 5, 7]
     assert index.nodes(1) == 3
     assert index.representatives(1).tolist() == [0, 1, 2]
-    assert index.eligible_nodes(1, np.array([[True, False, True]])).tolist() == [[True, False, True]]
+    allowed = MaskFilter(index, np.array([[True, False, True]]))
+    assert allowed.counts(1, np.zeros(3, int), np.arange(3)).tolist() == [1, 0, 1]
 
 
 def test_arrays_round_trip():

@@ -172,7 +172,7 @@ def at(path: str, value):
     [
         (
             at("feature", {}),
-            "feature: unknown setting, expected one of name, keys, tasks, features, interactions; did",
+            "feature: unknown setting, expected one of name, keys, tasks, features, interactions, eligibility, bid; d",
         ),
         (at("name", " "), "name: got ' ', expected a text that is not empty"),
         (at("keys.user", None), "keys.user: missing; expected the column with the user's key"),

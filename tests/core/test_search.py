@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from core_fakes import assert_same_result, fake_scorer, one_user, random_index, random_users
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from hsnn_core.errors import DeadlineExceeded, SearchError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.search import best, rank_scores, search, sigmoid
 
 RANK = np.array([1.0, 0.5], dtype=np.float32)
@@ -17,8 +20,13 @@ def full_widths(index):
     return [index.nodes(layer) for layer in range(1, index.layers)]
 
 
-def naive_search(index, scorer, users, widths, k, rank, mask):
+def naive_search(index, scorer, users, widths, k, rank, mask, adapt):
     """Algorithm 2 for one user at a time with lists, dictionaries and sorting."""
+
+    def holds(node, layer, row=None):
+        inside = index.ancestors(layer) == node
+        return int(inside.sum() if row is None else mask[row, inside].sum())
+
     found, kept_nodes = [], []
     for row in range(len(users.ids)):
         user = one_user(users, row)
@@ -31,8 +39,14 @@ def naive_search(index, scorer, users, widths, k, rank, mask):
                 previous = np.array(candidates[node], dtype=np.float32).reshape(1, 1, -1)
                 monn, logits = scorer.score(state, layer, np.array([[node]]), previous)
                 scored.append((-rank_scores(logits, rank)[0, 0], node, list(monn[0, 0])))
-            scored = sorted(scored)[: k if layer == index.layers else widths[layer - 1]]
-            if layer < index.layers:
+            scored, others = sorted(scored), []
+            if layer == index.layers:
+                scored = scored[:k]
+            else:
+                scored, others = scored[: widths[layer - 1]], scored[widths[layer - 1] :]
+                needed = max(k, sum(holds(node, layer) for _, node, _ in scored))
+                while adapt and others and sum(holds(node, layer, row) for _, node, _ in scored) < needed:
+                    scored.append(others.pop(0))
                 kept_nodes.append(sorted(node for _, node, _ in scored))
                 below = index.parents(layer + 1)
                 candidates = {
@@ -60,8 +74,9 @@ def test_full_width_equals_exhaustive(seed, layers, items, batch, k, step, maske
     scorer, _ = fake_scorer(rng, index, step)
     users = random_users(rng, batch)
     mask = None if masked is None else rng.random((batch, items)) < masked
-    ours = search(index, scorer, users, full_widths(index), k, RANK, mask)
-    assert_same_result(ours, exhaustive(index, scorer, users, k, RANK, mask))
+    allowed = None if mask is None else MaskFilter(index, mask)
+    ours = search(index, scorer, users, full_widths(index), k, RANK, allowed)
+    assert_same_result(ours, exhaustive(index, scorer, users, k, RANK, allowed))
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,18 +87,21 @@ def test_full_width_equals_exhaustive(seed, layers, items, batch, k, step, maske
     width=st.integers(1, 4),
     step=st.sampled_from([0.0, 0.5, 50.0]),
     masked=st.sampled_from([1.0, 0.5, 0.05]),
+    k=st.integers(1, 12),
+    adapt=st.booleans(),
 )
-def test_narrow_beams_equal_a_naive_search(seed, layers, batch, width, step, masked):
+def test_narrow_beams_equal_a_naive_search(seed, layers, batch, width, step, masked, k, adapt):
     rng = np.random.default_rng(seed)
     index = random_index(rng, layers, 30)
     scorer, _ = fake_scorer(rng, index, step)
     users = random_users(rng, batch)
     mask = rng.random((batch, 30)) < masked
     widths = [width + layer for layer in range(layers - 1)]
-    result = search(index, scorer, users, widths, 5, RANK, mask)
-    found, kept = naive_search(index, scorer, users, widths, 5, RANK, mask)
+    result = search(index, scorer, users, widths, k, RANK, MaskFilter(index, mask), adapt=adapt)
+    found, kept = naive_search(index, scorer, users, widths, k, RANK, mask, adapt)
     for row in range(batch):
         count = result.valid[row]
+        assert not adapt or count == min(k, mask[row].sum())
         ours = list(zip(result.item_ids[row, :count].tolist(), result.rank_score[row, :count]))
         assert ours == found[row]
     ours_kept = [
@@ -107,7 +125,8 @@ def test_nodes_without_an_eligible_item_take_no_place_of_the_beam(seed, layers, 
     scorer, _ = fake_scorer(rng, index)
     mask = rng.random((len(shares), 40)) < np.array(shares)[:, None]  # every user has a mask of their own
     users = random_users(rng, len(shares))
-    result = search(index, scorer, users, [width] * (layers - 1), 40, RANK, mask)
+    allowed = MaskFilter(index, mask)
+    result = search(index, scorer, users, [width] * (layers - 1), 40, RANK, allowed, adapt=False)
     for row in range(len(shares)):
         for layer, trace in enumerate(result.layers, start=1):
             holding = np.unique(index.ancestors(layer)[mask[row]])
@@ -131,9 +150,11 @@ def test_users_of_a_batch_do_not_touch_each_other():
     scorer, _ = fake_scorer(rng, index)
     users = random_users(rng, 5)
     mask = rng.random((5, 200)) < np.array([[1.0], [0.5], [0.02], [0.0], [0.3]])
-    together = search(index, scorer, users, [2, 5], 20, RANK, mask)
+    together = search(index, scorer, users, [2, 5], 20, RANK, MaskFilter(index, mask))
     for row in range(5):
-        alone = search(index, scorer, one_user(users, row), [2, 5], 20, RANK, mask[row : row + 1])
+        alone = search(
+            index, scorer, one_user(users, row), [2, 5], 20, RANK, MaskFilter(index, mask[row : row + 1])
+        )
         for name in ("item_ids", "positions", "rank_score", "probabilities", "valid"):
             np.testing.assert_array_equal(getattr(together, name)[row], getattr(alone, name)[0])
         for ours, theirs in zip(together.layers, alone.layers):
@@ -149,7 +170,9 @@ def test_excluded_items_never_come_back_and_valid_counts_the_rest():
     mask = np.zeros((3, 40), dtype=bool)
     mask[0, [3, 17, 31]] = True
     mask[1] = True
-    result = search(index, scorer, random_users(rng, 3), full_widths(index), 10, RANK, mask)
+    result = search(
+        index, scorer, random_users(rng, 3), full_widths(index), 10, RANK, MaskFilter(index, mask)
+    )
     assert result.valid.tolist() == [3, 10, 0]
     assert sorted(result.positions[0, :3]) == [3, 17, 31]
     assert np.isneginf(result.rank_score[0, 3:]).all()
@@ -173,7 +196,7 @@ def test_narrow_targeting_does_not_starve():
     for position in range(0, 100, 7):
         mask = np.zeros((1, 100), dtype=bool)
         mask[0, position] = True
-        result = search(index, scorer, users, [1, 1, 1], 5, RANK, mask)
+        result = search(index, scorer, users, [1, 1, 1], 5, RANK, MaskFilter(index, mask))
         assert result.valid.tolist() == [1]
         assert result.positions[0, 0] == position
 
@@ -194,7 +217,7 @@ def test_nobody_has_a_candidate():
     index = random_index(rng, 3, 20)
     scorer, runner = fake_scorer(rng, index)
     nothing = np.zeros((2, 20), dtype=bool)
-    result = search(index, scorer, random_users(rng, 2), [2, 2], 4, RANK, nothing)
+    result = search(index, scorer, random_users(rng, 2), [2, 2], 4, RANK, MaskFilter(index, nothing))
     assert result.valid.tolist() == [0, 0]
     assert result.item_ids.tolist() == [[0] * 4, [0] * 4]
     assert runner.calls == []
@@ -253,7 +276,7 @@ def test_a_broken_score_of_an_excluded_item_does_not_matter():
     runner.score = broken
     mask = np.ones((1, 10), dtype=bool)
     mask[0, 4] = False
-    result = search(index, scorer, random_users(rng, 1), [], 10, RANK, mask)
+    result = search(index, scorer, random_users(rng, 1), [], 10, RANK, MaskFilter(index, mask))
     assert result.valid.tolist() == [9]
     assert 4 not in result.positions[0, :9]
 
@@ -264,11 +287,6 @@ def test_a_broken_score_of_an_excluded_item_does_not_matter():
         ({"k": 0}, "k is 0, expected at least 1"),
         ({"widths": [2]}, "1 widths, expected 2: one for each layer above the items"),
         ({"widths": [2, 0]}, "the width of layer 2 is 0, expected at least 1"),
-        (
-            {"item_mask": np.ones((1, 5), dtype=bool)},
-            "item mask: bool of shape (1, 5), expected bool of shape (2, 30): users, items by position",
-        ),
-        ({"item_mask": np.ones((2, 30))}, "item mask: float64 of shape (2, 30), expected bool"),
         ({"rank": np.array([])}, "rank exponents [], expected one finite number per task"),
         ({"rank": np.array([1.0, np.nan])}, "rank exponents [1.0, nan], expected one finite number per task"),
         (
@@ -285,6 +303,82 @@ def test_requests_that_cannot_be_answered(change, text):
     with pytest.raises(SearchError) as caught:
         search(index, scorer, random_users(rng, 2), **arguments)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (
+            np.ones((1, 5), dtype=bool),
+            "bool of shape (1, 5), expected bool of shape (users, 30): users, items",
+        ),
+        (np.ones((2, 30)), "item mask: float64 of shape (2, 30), expected bool"),
+        (np.ones((1, 30), dtype=bool), "item mask of 1 users, asked for user 1"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, text):
+    rng = np.random.default_rng(11)
+    index = random_index(rng, 3, 30)
+    scorer, _ = fake_scorer(rng, index)
+    with pytest.raises(SearchError, match=re.escape(text)):
+        search(index, scorer, random_users(rng, 2), [2, 2], 3, RANK, MaskFilter(index, mask))
+
+
+def test_a_width_that_holds_too_few_items_is_widened_until_there_are_k():
+    rng = np.random.default_rng(14)
+    index = random_index(rng, 3, 60)
+    scorer, _ = fake_scorer(rng, index)
+    users = random_users(rng, 2)
+    narrow = search(index, scorer, users, [1, 1], 50, RANK, adapt=False)
+    assert (narrow.valid < 50).all()
+    result = search(index, scorer, users, [1, 1], 50, RANK)
+    assert result.valid.tolist() == [50, 50]
+    assert search(index, scorer, users, [1, 1], 90, RANK).valid.tolist() == [60, 60]
+    # Without need the widths are what was asked for.
+    assert [trace.kept.tolist() for trace in search(index, scorer, users, [2, 3], 1, RANK).layers[:2]] == [
+        [2, 2], [3, 3],
+    ]  # fmt: skip
+
+
+def test_a_filter_that_everything_passes_changes_nothing():
+    rng = np.random.default_rng(15)
+    index = random_index(rng, 3, 80)
+    scorer, _ = fake_scorer(rng, index)
+    users = random_users(rng, 2)
+    everything = MaskFilter(index, np.ones((2, 80), dtype=bool))
+    assert_same_result(
+        search(index, scorer, users, [2, 3], 5, RANK),
+        search(index, scorer, users, [2, 3], 5, RANK, everything),
+    )
+
+
+class FixedBids:
+    """Bids by position; a node's is the largest under it."""
+
+    def __init__(self, index, bids):
+        self.index, self.bids = index, bids
+
+    def log(self, layer, nodes):
+        most = np.maximum.reduceat(self.bids, self.index.item_ptr(layer)[:-1])
+        return np.log(most[nodes]).astype(np.float32)
+
+
+def test_bids_order_items_and_nodes():
+    rng = np.random.default_rng(16)
+    index = random_index(rng, 3, 60)
+    scorer, _ = fake_scorer(rng, index)
+    users = random_users(rng, 3)
+    bids = FixedBids(index, rng.lognormal(size=60).astype(np.float32))
+    ours = search(index, scorer, users, full_widths(index), 12, RANK, bids=bids)
+    assert_same_result(ours, exhaustive(index, scorer, users, 12, RANK, bids=bids))
+    plain = exhaustive(index, scorer, users, 60, RANK)
+    for row in range(3):
+        worth = plain.rank_score[row] + np.log(bids.bids[plain.positions[row]])
+        best_first = plain.item_ids[row][np.argsort(-worth, kind="stable")]
+        assert ours.item_ids[row].tolist() == best_first[:12].tolist()
+    # A beam of one node follows the bids: the item that is worth most by far is found.
+    bids.bids[17] = 1e6
+    assert (search(index, scorer, users, [1, 1], 1, RANK, bids=bids).positions[:, 0] == 17).all()
 
 
 def test_a_batch_of_no_users():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from standin_world import SCHEMA, standin_source
-from untrained import FLAT, HIERARCHY, JOINT, TWO_TOWER, untrained_run
+from untrained import FLAT, HIERARCHY, JOINT, TARGETED, TWO_TOWER, untrained_run
 
 from export.export_run import export_run, sample_users
 from export.exported import open_export
@@ -28,6 +28,17 @@ def test_a_run_is_exported_and_published(model: dict, tmp_path: Path) -> None:
     np.testing.assert_array_equal(bundle.smoke().users["history"], users["history"][:4])
     assert publish(tmp_path / "run", tmp_path / "repository") == 1
     assert versions(tmp_path / "repository") == [1]
+
+
+def test_the_items_attributes_reach_the_bundle_by_position(tmp_path: Path) -> None:
+    untrained_run(tmp_path / "run", HIERARCHY, TARGETED)
+    bundle = export_run(tmp_path / "run", progress=False).verify()
+    assert bundle.attributes is not None
+    ids = bundle.index.item_ids
+    np.testing.assert_array_equal(bundle.attributes.keys["shop"], ids)
+    np.testing.assert_array_equal(bundle.attributes.flags["paused"], ids % 3 == 0)
+    np.testing.assert_array_equal(bundle.attributes.bids, ids.astype(np.float32))
+    np.testing.assert_array_equal(bundle.attributes.sets["market"].keys.reshape(-1, 2)[:, 0], ids % 4)
 
 
 @pytest.mark.tensorrt

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from untrained import JOINT, untrained_run
+from untrained import JOINT, TARGETED, untrained_run
 
 from export import stream_index as module
 from export.build_index import OnnxItemTower
@@ -23,14 +23,15 @@ from hsnn_train.checkpoint import Run, load_run
 def world(tmp_path_factory) -> tuple[Run, Path, list[Path]]:
     """A run, its item tower, and its 60 items in three files of different sizes."""
     folder = tmp_path_factory.mktemp("stream")
-    untrained_run(folder / "run", JOINT)
+    untrained_run(folder / "run", JOINT, TARGETED)
     run = load_run(folder / "run")
     export_graph(serving_graphs(run.model)[1], folder / "item_tower.onnx")
     files, ends = [], [0, 31, 32, len(run.item_ids)]
     for number, (start, stop) in enumerate(pairwise(ends)):
         files.append(folder / f"items-{number}.hsnn")
         part = Encoded(run.items.dense[start:stop], run.items.ids[start:stop])
-        write_items(files[-1], part, run.item_ids[start:stop])
+        attributes = run.attributes.take(np.arange(start, stop))
+        write_items(files[-1], part, run.item_ids[start:stop], attributes)
     return run, folder / "item_tower.onnx", files
 
 
@@ -52,6 +53,8 @@ def test_it_is_the_corpus_that_is_built_at_once(world, tmp_path):
     )  # fmt: skip
     for name, array in theirs.index.to_arrays().items():
         np.testing.assert_array_equal(ours.index.to_arrays()[name], array)
+    for name, array in theirs.with_attributes(run.attributes).attributes.to_arrays().items():
+        np.testing.assert_array_equal(ours.attributes.to_arrays()[name], array)
     for name, array in theirs.i2if.to_arrays().items():
         np.testing.assert_array_equal(ours.i2if.to_arrays()[name], array)
     assert len(ours.embeddings) == len(theirs.embeddings) == 3

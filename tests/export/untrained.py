@@ -11,6 +11,7 @@ import torch
 from standin_world import SCHEMA, raw_world
 
 from hsnn_core.features import FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import Schema
 from hsnn_train.checkpoint import make_model, save_checkpoint, save_inputs
 from hsnn_train.recipe import Recipe, recipe_from_dict
@@ -23,13 +24,25 @@ HIERARCHY = {
     "columns": ["item"],
     "codebooks": [],
 }
+# SCHEMA of items that not every request may return.
+TARGETED = Schema.from_dict(
+    SCHEMA.to_dict()
+    | {
+        "eligibility": {
+            "shop": {"kind": "key"},
+            "paused": {"kind": "flag"},
+            "market": {"kind": "set", "max": 2},
+        },
+        "bid": "price",
+    }
+)
 FLAT = {"layers": ["cpu_s"], "codebooks": []}
 # Takes no interaction features, though a schema may have them.
 TWO_TOWER = {"layers": ["two_tower_xs"], "codebooks": []}
 
 
 def untrained_run(path: Path, model: Mapping[str, Any], schema: Schema = SCHEMA) -> Recipe:
-    """A run in the folder `path` over the 60 items of `raw_world`; `schema`: SCHEMA or less of it."""
+    """A run in the folder `path` over the 60 items of `raw_world`; `schema`: SCHEMA, less of it, or TARGETED."""
     item_ids, users, items = raw_world(np.random.default_rng(0))
     users = {feature.name: users[feature.name] for feature in schema.user_features}
     items = {feature.name: items[feature.name] for feature in schema.item_features}
@@ -45,7 +58,11 @@ def untrained_run(path: Path, model: Mapping[str, Any], schema: Schema = SCHEMA)
         "untrained",
         path,
     )
-    save_inputs(path, recipe, transform, encoded, item_ids)
+    attributes = None
+    if schema.has_attributes:
+        rows = [{"shop": int(key), "paused": key % 3 == 0, "market": [key % 4, 9]} for key in item_ids]
+        attributes = ItemAttributes.from_rows(schema, rows, item_ids)
+    save_inputs(path, recipe, transform, encoded, item_ids, attributes)
     torch.manual_seed(1)
     network = make_model(recipe, transform)
     state, _ = refresh(network, encoded, item_ids)

@@ -1,0 +1,47 @@
+"""Which items a request may get, and how many of them lie under a node: what the search asks before it prunes.
+
+A node without such an item is no candidate, so narrow targeting cannot starve; and a beam whose nodes hold few of
+them takes more nodes (`search`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from .errors import SearchError
+from .index import HierarchicalIndex
+
+
+class ItemFilter(Protocol):
+    """The items that each of B users may get."""
+
+    def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """Number of items that user users[i] may get under node nodes[i] of the layer: (n,), (n,) -> (n,) int64; at
+        layer N 0 or 1."""
+        ...
+
+
+class MaskFilter:
+    """A mask (B, V) bool by position, as evaluation has it."""
+
+    def __init__(self, index: HierarchicalIndex, mask: np.ndarray) -> None:
+        if mask.ndim != 2 or mask.shape[1] != index.items or mask.dtype != bool:
+            raise SearchError(
+                f"item mask: {mask.dtype} of shape {mask.shape}, expected bool of shape (users, {index.items}): "
+                "users, items by position"
+            )
+        self._mask = mask
+        self._layers = index.layers
+        self._counts = [
+            np.add.reduceat(mask, index.item_ptr(layer)[:-1], axis=1, dtype=np.int64)
+            for layer in range(1, index.layers)
+        ]
+
+    def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """See `ItemFilter`."""
+        table = self._mask if layer == self._layers else self._counts[layer - 1]
+        if len(users) and users.max() >= len(table):
+            raise SearchError(f"item mask of {len(table)} users, asked for user {users.max()}")
+        return table[users, nodes].astype(np.int64)

@@ -1,0 +1,121 @@
+"""Targeting before pruning: the items that each user of a request may get, counted under every node.
+
+Bitmaps say which items match (`eligibility`); those that are gone and those that the request excludes are taken out.
+How many are left under a node of the base is a difference of two ranks, since its items lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .eligibility import Context, clear_bits
+from .live_attributes import AttributeState
+from .live_view import LiveView, bits_at
+
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.int32)
+
+
+class TargetingFilter:
+    """An `item_filter.ItemFilter` over a view of an index that changes.
+
+    ``attributes`` and ``context`` (of B users): None where the schema declares no attributes. ``excluded``: positions
+    that each of the B users must not get, those of items that are not there left out.
+    """
+
+    def __init__(
+        self,
+        view: LiveView,
+        users: int,
+        attributes: AttributeState | None,
+        context: Context | None,
+        excluded: Sequence[np.ndarray],
+    ) -> None:
+        self._users = [
+            _UserItems(view, attributes, context, user, np.sort(excluded[user])) for user in range(users)
+        ]
+
+    def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """See `ItemFilter`."""
+        if len(self._users) == 1:
+            return self._users[0].counts(layer, nodes)
+        counts = np.empty(len(nodes), dtype=np.int64)
+        # A request's users stand one after the other.
+        bounds = np.searchsorted(users, np.arange(len(self._users) + 1))
+        for items, start, stop in zip(self._users, bounds, bounds[1:]):
+            counts[start:stop] = items.counts(layer, nodes[start:stop])
+        return counts
+
+
+class _UserItems:
+    """The items that one user may get: bits of the base and of what was added."""
+
+    def __init__(
+        self,
+        view: LiveView,
+        attributes: AttributeState | None,
+        context: Context | None,
+        user: int,
+        excluded: np.ndarray,
+    ) -> None:
+        self._view = view
+        self._base_items = view.base.items
+        base, added = _all_bits(self._base_items), _all_bits(len(view.added_ids))
+        if attributes is not None and context is not None:
+            base &= attributes.base.matching(context, user)
+            added &= attributes.added.matching(context, user)
+        if view.gone is not None:
+            # The byte in which the base ends holds added items' bits as well; those of `base` are 0 there.
+            base &= ~view.gone[: len(base)]
+            behind = np.unpackbits(view.gone[self._base_items >> 3 :], bitorder="little")
+            behind = behind[self._base_items & 7 :][: len(view.added_ids)]
+            added &= ~np.packbits(behind, bitorder="little")
+        cut = int(np.searchsorted(excluded, self._base_items))
+        clear_bits(base, excluded[:cut])
+        clear_bits(added, excluded[cut:] - self._base_items)
+        self._base, self._added = base, added
+        self._ranks: np.ndarray | None = None
+        self._of_added: dict[int, np.ndarray] = {}
+
+    def counts(self, layer: int, nodes: np.ndarray) -> np.ndarray:
+        """Items under each of ``nodes`` (n,) of the layer: (n,) int64."""
+        if layer == self._view.layers:
+            if not len(self._added):
+                return bits_at(self._base, nodes).astype(np.int64)
+            late = nodes >= self._base_items
+            there = bits_at(self._base, np.where(late, 0, nodes))
+            there[late] = bits_at(self._added, nodes[late] - self._base_items)
+            return there.astype(np.int64)
+        ptr = self._view.base.item_ptr(layer)
+        inside = np.minimum(nodes, len(ptr) - 2)
+        counts = self._rank(ptr[inside + 1]) - self._rank(ptr[inside])
+        counts[nodes > inside] = 0
+        if len(self._added):
+            counts += self._added_under(layer)[nodes]
+        return counts
+
+    def _rank(self, positions: np.ndarray) -> np.ndarray:
+        """How many of the base's items before each position; (n,) int64."""
+        if self._ranks is None:
+            # One byte more, so that the position behind the last item has a rank.
+            self._base = np.append(self._base, np.uint8(0))
+            self._ranks = np.concatenate([[0], np.cumsum(_ONES[self._base], dtype=np.int64)])
+        at = positions >> 3
+        below = ((1 << (positions & 7)) - 1).astype(np.uint8)
+        return self._ranks[at] + _ONES[self._base[at] & below]
+
+    def _added_under(self, layer: int) -> np.ndarray:
+        """(I_l,) how many of the added items under each node."""
+        if layer not in self._of_added:
+            mine = np.unpackbits(self._added, bitorder="little")[: len(self._view.added_ids)].astype(bool)
+            nodes = self._view.added_nodes[mine, layer - 1]
+            self._of_added[layer] = np.bincount(nodes, minlength=self._view.nodes(layer))
+        return self._of_added[layer]
+
+
+def _all_bits(count: int) -> np.ndarray:
+    bits = np.full(-(-count // 8), 255, dtype=np.uint8)
+    if count & 7:
+        bits[-1] = (1 << (count & 7)) - 1
+    return bits
