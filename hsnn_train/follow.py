@@ -11,7 +11,7 @@ unknown, and a new item is what its other features say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from hsnn_core.errors import DataError, FeatureError, HsnnError, SchemaError
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.i2if import I2IF
 from hsnn_core.item_attributes import ItemAttributes
-from hsnn_core.schema import Schema
 
 from .batches import BatchMaker, IndexState
 from .checkpoint import (
@@ -35,11 +34,21 @@ from .checkpoint import (
     save_checkpoint,
     save_meaning,
 )
-from .data.dataset import Examples, recipe_tables
+from .data.dataset import recipe_tables
 from .data.recent import RecentPositives
 from .data.splits import TRAIN, Split
-from .data.stream import LiveTables, Signatures, extended, history_tasks, read_examples, signature, waiting
-from .data.tables import Log, check_tables, find_rows
+from .data.stream import (
+    Impressions,
+    LiveTables,
+    Signatures,
+    StreamItems,
+    extended,
+    history_tasks,
+    read_examples,
+    signature,
+    waiting,
+)
+from .data.tables import check_tables, find_rows
 from .evaluate import pointwise, pointwise_report
 from .follow_report import append_rows, keep_rows
 from .guards import deterministic
@@ -57,37 +66,6 @@ from .steps import (
     set_learning_rate,
 )
 from .trainer import NotSaved, rows_i2ifs
-
-
-@dataclass(frozen=True)
-class StreamItems:
-    """The items table as it was read last: V encoded rows, keys (V,) int64, positives of the first task seen so far
-    (V,) int64, eligibility and bids (None where the schema declares none). What the lists of neighbours were made of ended before the stream began, so there are no folds."""
-
-    schema: Schema
-    transform: FeatureTransform
-    items: Encoded
-    item_keys: np.ndarray
-    item_counts: np.ndarray
-    attributes: ItemAttributes | None
-    folds: tuple[Encoded, ...] = ()
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What a snapshot is made of, by name."""
-        arrays = {"dense": self.items.dense, "ids": self.items.ids, "item_ids": self.item_keys}
-        return arrays | ({} if self.attributes is None else self.attributes.to_arrays())
-
-
-@dataclass(frozen=True)
-class Impressions:
-    """A file that can be learnt from: its checked log, the examples in order of time, how many rows were left out,
-    and raw wire tensors of its last users."""
-
-    name: str
-    log: Log
-    examples: Examples
-    dropped: int
-    users: dict[str, np.ndarray]
 
 
 class Follower:
@@ -329,11 +307,6 @@ class Follower:
             "rates": torch.from_numpy(self.rates), "recent": recent,
             "counts": torch.from_numpy(self.items.item_counts),
         }  # fmt: skip
-        corpus = {
-            "dense": self.items.items.dense,
-            "ids": self.items.items.ids,
-            "item_ids": self.items.item_keys,
-        }
         state = {
             "schema_hash": self.recipe.schema.hash,
             "step": self.step,

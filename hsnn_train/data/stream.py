@@ -128,6 +128,41 @@ class LiveTables:
         return log, impressions.num_rows - len(log.time)
 
 
+@dataclass(frozen=True)
+class StreamItems:
+    """The items table as it was read last.
+
+    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: positives of the first task seen so far;
+    attributes: eligibility and bids, None where the schema declares none; folds: none, for what the lists of
+    neighbours were made of ended before the stream began.
+    """
+
+    schema: Schema
+    transform: FeatureTransform
+    items: Encoded
+    item_keys: np.ndarray
+    item_counts: np.ndarray
+    attributes: ItemAttributes | None
+    folds: tuple[Encoded, ...] = ()
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What a snapshot is made of, by name."""
+        arrays = {"dense": self.items.dense, "ids": self.items.ids, "item_ids": self.item_keys}
+        return arrays | ({} if self.attributes is None else self.attributes.to_arrays())
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """A file that can be learnt from: its checked log, the examples in order of time, how many rows were left out,
+    and raw wire tensors of its last users."""
+
+    name: str
+    log: Log
+    examples: Examples
+    dropped: int
+    users: dict[str, np.ndarray]
+
+
 def read_examples(
     log: Log, transform: FeatureTransform, recent: Mapping[int, RecentPositives]
 ) -> tuple[Examples, dict[str, np.ndarray]]:

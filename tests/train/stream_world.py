@@ -14,22 +14,24 @@ from hsnn_train.trainer import Trainer
 BASE_ROWS, FILE_ROWS = 900, 100
 
 
-def write_base(folder: Path, **sections: dict) -> Path:
-    """Tables of the first impressions, and a run trained on them; returns the run."""
+def write_base(folder: Path, positives: bool = False, model: dict | None = None, **train: object) -> Path:
+    """Tables of the first impressions, or of their clicks alone, and a run trained on them; returns the run."""
     log = tables()
+    first = log.impressions[:BASE_ROWS]
+    written = {"impressions": clicks(first) if positives else first, "users": log.users, "items": log.items}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in (
-        ("impressions", log.impressions[:BASE_ROWS]),
-        ("users", log.users),
-        ("items", log.items),
-    ):
+    for name, table in written.items():
         pa.parquet.write_table(table, folder / f"{name}.parquet")
-    made = recipe(train={"max_steps": 6}, **sections)
-    names = ("impressions", "users", "items")
-    made = replace(made, data={name: f"{name}.parquet" for name in names}, base=folder)
+    made = recipe(train={"max_steps": 6, **train}, model=model or {})
+    made = replace(made, data={name: f"{name}.parquet" for name in written}, base=folder)
     data = load_dataset(made.schema, made.data, made.split, made.base, seed=1, progress=False)
     Trainer(made, data, folder / "run", progress=False).train()
     return folder / "run"
+
+
+def clicks(table: pa.Table) -> pa.Table:
+    """The impressions that were clicked."""
+    return table.filter(pa.array(np.asarray(table["click"]) == 1))
 
 
 def later(number: int) -> pa.Table:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from stream_world import arrive, grown_items, later, with_column, write_base
+from stream_world import arrive, clicks, grown_items, later, with_column, write_base
 
 from hsnn_core.errors import DataError, FeatureError, HsnnError
 from hsnn_train.checkpoint import load_checkpoint, load_run
@@ -210,6 +210,42 @@ def test_a_file_without_rows_is_none(base, tmp_path):
     follower = Follower(tmp_path / "stream", tmp_path / "run", base)
     assert follower.take("a.parquet") == (None, [])
     assert follower.waiting() == []
+
+
+HIERARCHY = {"index": "hierarchy", "codebooks": [], "columns": ["shop", "shop"]}
+
+
+@pytest.mark.parametrize(
+    "model", [{"index": "kmeans"}, HIERARCHY, {"layers": ["two_tower_xs"], "codebooks": []}]
+)
+def test_other_indexes_are_followed_too(tmp_path, stream, model):
+    follower = Follower(stream, tmp_path / "run", write_base(tmp_path / "base", model=model))
+    follower.take(NAMES[0])
+    follower.save()
+    follower.take(NAMES[1])
+    again = Follower(stream, tmp_path / "run")
+    again.take(NAMES[1])
+    same = zip(follower.model.state_dict().values(), again.model.state_dict().values())
+    assert all(torch.equal(one, other) for one, other in same)
+    assert np.array_equal(follower.state.paths, again.state.paths)
+
+
+def test_a_log_of_positives_alone(tmp_path):
+    train = {"negatives": 4, "hard": 2, "pool": 32, "unlabelled": 0}
+    base = write_base(tmp_path / "base", positives=True, **train)
+    arrive(tmp_path / "stream", clicks(later(0)), "a.parquet")
+    arrive(tmp_path / "stream", later(1), "b.parquet")
+    follower = Follower(tmp_path / "stream", tmp_path / "run", base)
+    trunk, rest = (group["lr"] for group in follower.optimizer.param_groups)
+    assert (trunk, rest) == pytest.approx(
+        (0.01 * 0.1 * 0.2, 0.01 * 0.1)
+    )  # where the schedules of training ended
+    row, _ = follower.take("a.parquet")
+    assert row["impressions"] == len(clicks(later(0)))
+    with pytest.raises(
+        DataError, match=r"b.parquet\): has rows with click = 0, expected positives alone, as the run"
+    ):
+        follower.take("b.parquet")
 
 
 def test_divergence_names_the_file_and_keeps_the_checkpoint_from_before(base, stream, tmp_path):

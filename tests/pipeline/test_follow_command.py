@@ -9,11 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from clients.retrieval import RetrievalClient
+from export.publish import publish
 from export.repository import versions
+from export.rollout import promote
 from hsnn_cli import follow
 from hsnn_cli.main import main
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
+from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import load_run
 from hsnn_train.follow import Follower
 from hsnn_train.follow_report import read_rows
@@ -95,6 +99,7 @@ def test_a_gate_that_fails_keeps_what_is_published_and_training_goes_on(own, cap
             raise PublishError("graph scorer_l1: differs by 1.0, allowed are 1e-05")
         return export_run(*args, **options)
 
+    (own / "stream" / "2.parquet").unlink()
     export_run = follow.export_run
     monkeypatch.setattr(follow, "export_run", fails_first)
     monkeypatch.setattr(follow, "LOOK_SECONDS", 0.0)
@@ -104,8 +109,8 @@ def test_a_gate_that_fails_keeps_what_is_published_and_training_goes_on(own, cap
     assert (
         "not published: graph scorer_l1: differs by 1.0, allowed are 1e-05; what was served before is" in out
     )
-    assert "2.parquet: 128 impressions" in out
-    assert versions(own / "repository") == [1, 2]
+    assert "1.parquet: 128 impressions" in out
+    assert versions(own / "repository") == [1]
 
     def fails(*_, **__):
         raise PublishError("no space")
@@ -115,8 +120,21 @@ def test_a_gate_that_fails_keeps_what_is_published_and_training_goes_on(own, cap
     monkeypatch.setattr(follow, "export_run", fails)
     assert main(arguments(own, *options)) == 1
     assert "hsnn: not published: no space" in capsys.readouterr().err
-    assert versions(own / "repository") == [1, 2]
-    assert len(read_rows(own / "live")) == 4
+    assert versions(own / "repository") == [1]
+    assert len(read_rows(own / "live")) == 3
+
+
+@pytest.mark.triton
+def test_a_running_server_takes_over_what_was_learnt(own, capsys):
+    repository = own / "repository"
+    publish(own / "run", repository)
+    with TritonServer(repository) as server:
+        promote(repository, server.admin)
+        options = ("--once", "--repository", str(repository), "--url", server.urls.grpc)
+        assert main(arguments(own, *options, "--admin-key", str(server.key_file))) == 0
+        assert f"published version 2, served at {server.urls.grpc}" in capsys.readouterr().out
+        with RetrievalClient(server.urls.grpc, timeout=20) as client:
+            assert client.retrieve([{"age": 31, "country": "IT"}], k=5).version == "2"
 
 
 def test_ctrl_c_ends_after_the_file_and_the_same_command_goes_on(own, capsys, monkeypatch):
