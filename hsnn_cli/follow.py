@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ from export.export_run import export_run
 from export.publish import publish
 from export.rollout import promote
 from hsnn_core.errors import DataError, FeatureError, HsnnError, PublishError, SchemaError
+from hsnn_train.checkpoint import write_json
 from hsnn_train.follow import Follower
 from hsnn_train.follow_report import read_rows
 from hsnn_train.guards import interrupt_flag
 from hsnn_train.plots import progressive_validation
 from hsnn_train.trainer import Interrupted
 
-LOCK_FILE = ".follow.lock"
+LOCK_FILE, PUBLISHED = ".follow.lock", "published.json"
 CHECKPOINT_SECONDS = 60.0  # a checkpoint at least this often while there is something to learn from
 LOOK_SECONDS = 1.0  # between two looks into the folder
 
@@ -39,8 +41,15 @@ class Snapshots:
     url: str | None
     key: str | None
 
-    def make(self, users: dict[str, Any] | None) -> str:
-        """One snapshot of the run's checkpoint; says what was done. Raises HsnnError and OSError."""
+    def last(self) -> dict[str, Any]:
+        """What the newest one here was made of: version, files, repository; empty before the first."""
+        path = self.run / PUBLISHED
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("repository") == str(self.repository.absolute()) else {}
+
+    def make(self, files: int, users: dict[str, Any] | None) -> str:
+        """One snapshot of the run's checkpoint, which has learnt from ``files`` files; says what was done. Raises
+        HsnnError and OSError."""
         began = time.monotonic()
         exported = export_run(self.run, self.engine, users=users, progress=False)
         version = publish(exported.path, self.repository)
@@ -49,6 +58,8 @@ class Snapshots:
             with RepositoryAdmin(self.url, self.key) as admin:
                 promote(self.repository, admin)
             served = f", served at {self.url}"
+        made = {"repository": str(self.repository.absolute()), "version": version, "files": files}
+        write_json(self.run / PUBLISHED, made)
         return f"published version {version}{served}, {time.monotonic() - began:.1f} s after the checkpoint"
 
 
@@ -61,7 +72,10 @@ class Following:
     def __init__(self, follower: Follower, snapshots: Snapshots | None, every: float, progress: bool) -> None:
         self.follower, self.snapshots, self.every = follower, snapshots, every
         self.saved_at = self.published_at = time.monotonic()
-        self.unsaved = self.unpublished = False
+        # A run that was stopped may have learnt more than its last snapshot has.
+        learnt, made = len(follower.files), snapshots.last() if snapshots is not None else {}
+        self.unpublished = bool(follower.note) or (learnt > 0 and made.get("files") != learnt)
+        self.unsaved = bool(follower.note)
         self.failed = ""  # why the last snapshot was not published
         self.ne = ""
         self.bar = tqdm(initial=follower.seen, unit=" impressions", disable=not progress, mininterval=0.5)
@@ -142,9 +156,10 @@ class Following:
         last = [own for own in row["pointwise"] if own["layer"] == follower.model.layers]
         self.ne = ", ".join(f"{own['task']} NE {_figure(own['ne'])}" for own in last)
         rate = row["impressions"] / (time.monotonic() - began)
+        simulated = " (simulated)" if row["simulated"] else ""
         left_out = f" ({row['dropped']} left out)" if row["dropped"] else ""
         self.say(
-            f"{name}: {row['impressions']:,} impressions{left_out}, {self.ne}; {rate:,.0f} impressions/s"
+            f"{name}{simulated}: {row['impressions']:,} impressions{left_out}, {self.ne}; {rate:,.0f} impressions/s"
         )
         for warning in warnings:
             self.say(f"warning: {warning}")
@@ -164,7 +179,7 @@ class Following:
             return
         self._show("a snapshot")
         try:
-            self.say(self.snapshots.make(self.follower.users))
+            self.say(self.snapshots.make(len(self.follower.files), self.follower.users))
             self.unpublished, self.failed = False, ""
         except (HsnnError, OSError) as error:
             self.failed = f"not published: {error}"
@@ -214,5 +229,6 @@ def run_follow(options: argparse.Namespace) -> None:
     with alone(options.run):
         follower = Follower(options.follow, options.run, options.base)
         following = Following(follower, snapshots, 60 * (options.publish_every or 10.0), progress=True)
+        following.say(follower.note)
         following.say(f"follows {follower.stream}, began from {follower.base}: {following.summary()}")
         following.run(options.once)

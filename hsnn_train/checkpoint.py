@@ -75,7 +75,7 @@ def follows_stream(run: Path) -> bool:
 
 
 def refuse_followed(run: Path) -> None:
-    """Raise HsnnError when the folder holds a run that follows a stream: it has no train and test of its own."""
+    """Raise HsnnError when the folder holds a run that follows a stream."""
     if follows_stream(run):
         raise HsnnError(
             f"run {run}: follows a stream; hsnn train --follow goes on with it, and {run / 'follow.jsonl'} has what "
@@ -136,7 +136,9 @@ def check_inputs(
     run: Path, schema: Schema, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
 ) -> None:
     """Refuse a data set that is encoded otherwise than the one the run was trained on: the same id would mean
-    another thing to its embeddings. Raises SchemaMismatch or DataError that names the first difference."""
+    another thing to its embeddings. Raises SchemaMismatch or DataError that names the first difference, and HsnnError
+    for a run that follows a stream: what it learnt from is in no table."""
+    refuse_followed(run)
     own = load_recipe_of_run(run).schema
     if own.hash != schema.hash:
         raise SchemaMismatch(f"run {run}: trained on schema {own.hash}, asked for schema {schema.hash}")

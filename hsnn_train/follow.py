@@ -76,6 +76,8 @@ class Follower:
         run: its own run directory; goes on from the checkpoint there, or begins.
         base: finished run to begin from; needed for the beginning alone.
 
+    ``note``: how the items differ from those it began or went on from, "" when they do not.
+
     Raises DataError, SchemaError and HsnnError when the run cannot begin or go on like this.
     """
 
@@ -103,7 +105,7 @@ class Follower:
             self._restore(saved, base)
         else:
             self._begin(source)
-        self._read_tables(self.tables)
+        self.note = self._read_tables(self.tables)
         if not begun:
             save_meaning(run, self.recipe, self.transform)
             self.save()
@@ -283,7 +285,8 @@ class Follower:
         self.users = found.users
         row = {
             "file": name, "impressions": len(found.examples), "dropped": found.dropped, "seen": self.seen,
-            "step": self.step, "items": len(self.items.item_keys), "pointwise": before,
+            "step": self.step, "items": len(self.items.item_keys), "simulated": found.log.tables.simulated,
+            "pointwise": before,
         }  # fmt: skip
         self.reports.append(row)
         return row, warnings

@@ -97,11 +97,9 @@ def progressive_validation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         last = [[own for own in row["pointwise"] if own["task"] == task][-1]["ne"] for row in rows]
         axis.plot([row["seen"] for row in rows], [np.nan if ne is None else ne for ne in last], marker="o",
                   markersize=3, linewidth=1.2, label=task)  # fmt: skip
-    axis.set(
-        xlabel="impressions seen",
-        ylabel="NE",
-        title="Following a stream: NE of each file before learning from it",
-    )
+    title = "Following a stream: NE of each file before learning from it"
+    simulated = " (simulated)" if any(row["simulated"] for row in rows) else ""
+    axis.set(xlabel="impressions seen", ylabel="NE", title=title + simulated)
     axis.grid(alpha=0.3)
     if tasks:
         axis.legend(fontsize=8)

@@ -153,6 +153,8 @@ def test_ctrl_c_ends_after_the_file_and_the_same_command_goes_on(own, capsys, mo
     )
     assert main(arguments(own, "--once")) == 0
     assert [row["file"] for row in read_rows(own / "live")] == ["0.parquet", "1.parquet", "2.parquet"]
+    assert main(arguments(own, "--once", "--repository", str(own / "repository"))) == 0  # not a new file, yet
+    assert versions(own / "repository") == [1]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Following a stream: exactly once, bit for bit after a restart, honest figures, items that come and go."""
 
 import copy
+import errno
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from hsnn_train.checkpoint import load_checkpoint, load_run
 from hsnn_train.follow import Follower
 from hsnn_train.follow_report import read_rows
 from hsnn_train.steps import Diverged
+from hsnn_train.trainer import NotSaved
 
 NAMES = [f"{number:03d}.parquet" for number in range(4)]
 
@@ -258,6 +261,22 @@ def test_divergence_names_the_file_and_keeps_the_checkpoint_from_before(base, st
     ):
         follower.take(NAMES[0])
     assert content(tmp_path / "run") == before
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(base, stream, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    follower = Follower(stream, tmp_path / "run", base)
+    before = content(tmp_path / "run")
+    follower.take(NAMES[0])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NotSaved, match=r"after 1 files could not be .*No space left"):
+        follower.save()
+    monkeypatch.undo()
+    assert content(tmp_path / "run") == before
+    assert Follower(stream, tmp_path / "run").waiting() == NAMES
+    assert read_rows(tmp_path / "run") == []
 
 
 def test_beginnings_that_make_no_sense_are_refused(base, stream, tmp_path):
