@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from hsnn_core.arrayfile import open_arrays
@@ -164,7 +165,7 @@ class Follower:
         try:
             tables = LiveTables.of(self.recipe.schema, self.recipe.data, self.recipe.base)
             return self._read_tables(tables)
-        except (DataError, FeatureError, OSError) as error:
+        except (DataError, FeatureError, OSError, pa.ArrowException) as error:
             self._refused = now
             return f"tables not read again: {error}; the ones before stay"
 
@@ -205,24 +206,30 @@ class Follower:
     def read(self, name: str) -> Impressions | None:
         """The impressions of a file; None when it has none. Raises DataError and FeatureError for a file that cannot be
         used; `bad` has its name then, and nothing was learnt from it."""
-        path = self.stream / name
-        found = signature(path)
+        found = signature(self.stream / name)
         try:
-            got = self.tables.with_impressions(path)
-            if got is None:
-                self.files.add(name)
-                return None
-            log, dropped = got
-            if self.recipe.train.pool and not log.labels[:, 0].all():
-                raise DataError(
-                    f"impressions ({name}): has rows with {self.recipe.schema.tasks[0].name} = 0, expected positives "
-                    "alone, as the run was trained on (train.pool)"
-                )
-            examples, users = read_examples(log, self.transform, self.recent)
-        except (DataError, FeatureError):
+            impressions = self._read(name)
+        except (DataError, FeatureError, OSError, pa.ArrowException) as error:
             self.bad[name] = list(found or ())
-            raise
+            if isinstance(error, HsnnError):
+                raise
+            raise DataError(f"impressions ({name}): cannot be read: {error}") from error
         self.bad.pop(name, None)
+        if impressions is None:
+            self.files.add(name)
+        return impressions
+
+    def _read(self, name: str) -> Impressions | None:
+        got = self.tables.with_impressions(self.stream / name)
+        if got is None:
+            return None
+        log, dropped = got
+        if self.recipe.train.pool and not log.labels[:, 0].all():
+            raise DataError(
+                f"impressions ({name}): has rows with {self.recipe.schema.tasks[0].name} = 0, expected positives "
+                "alone, as the run was trained on (train.pool)"
+            )
+        examples, users = read_examples(log, self.transform, self.recent)
         return Impressions(name, log, examples, dropped, users)
 
     def validate(

@@ -110,12 +110,9 @@ class LiveTables:
         """The checked impressions of a file, and how many were left out because the items table lacks their item; None
         when the file has no rows.
 
-        Raises DataError, whatever is wrong with the file.
+        Raises DataError, and what pyarrow does for some damages: OSError, ArrowException.
         """
-        try:
-            impressions = read_table(path, self.log.schema, "impressions")
-        except OSError as error:  # what pyarrow raises for some damages
-            raise DataError(f"impressions ({path.name}): cannot be read: {error}") from error
+        impressions = read_table(path, self.log.schema, "impressions")
         if not impressions.num_rows:
             return None
         files = tuple(pair for pair in self.log.files if pair[0] != "impressions")

@@ -181,6 +181,10 @@ def test_keys_that_the_run_never_saw_are_unknown(base, tmp_path):
             lambda t: t.append_column("group", pa.array([9] * 100)),
             r"column 'group', row 0: got 9, expected 0 to 3",
         ),
+        (
+            lambda t: t.append_column("group", pa.array([2**63 + 5] * 100, pa.uint64())),
+            r"impressions \(b.parquet\): cannot be read: Integer value 9223372036854775813 not in range",
+        ),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_is_learnt_from_it(base, tmp_path, table, message):
