@@ -12,9 +12,9 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
-from .encode import WireUsers
+from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
-from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
+from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
 __all__ = ["AsyncRetrievalClient", "Hit", "Results", "ServedModel", "Timings"]
 
@@ -52,11 +52,17 @@ class AsyncRetrievalClient:
         widths: Sequence[int] | None = None,
         timeout: float | None = None,
         timings: bool = False,
+        context: Context | None = None,
+        exclude_items: ExcludedItems | None = None,
+        exclude: Excluded | None = None,
+        rank_by: str | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> Results:
         """The best ``k`` items of every user, as ``RetrievalClient.retrieve``."""
         patience = self._patience(timeout)
         codec = await self._connected(patience)
-        request = codec.request(users, k, widths, timings)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        request = codec.request(users, question)
         while True:
             left = patience.remaining()
             try:
@@ -68,7 +74,7 @@ class AsyncRetrievalClient:
                     fresh = await self._fetch(patience)
                     if fresh.model.schema != codec.model.schema:
                         self._codec = codec = fresh
-                        request = codec.request(users, k, widths, timings)
+                        request = codec.request(users, question)
                         continue
                 await asyncio.sleep(patience.pause_after(error))
 

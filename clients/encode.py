@@ -7,7 +7,7 @@ key); the server owns the vocabularies of its snapshot.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,14 @@ import numpy as np
 
 from hsnn_core.errors import FeatureError, RequestError
 from hsnn_core.schema import Schema, encode_row_values
+from hsnn_core.schema_eligibility import encode_context
 
-DTYPES = {"FP32": np.float32, "INT64": np.int64}
+DTYPES = {"FP32": np.float32, "FP64": np.float64, "INT64": np.int64}
+
+# One for all users of a request, or one for each of them.
+Context = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
+Excluded = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
+ExcludedItems = Iterable[Any] | Sequence[Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -88,3 +94,36 @@ class UserEncoder:
                 raise FeatureError(
                     f"user {row}: unknown feature '{name}', expected among {sorted(self._features)}{hint}"
                 )
+
+
+def context_tensors(
+    schema: Schema,
+    users: int,
+    context: Context | None = None,
+    exclude_items: ExcludedItems | None = None,
+    exclude: Excluded | None = None,
+) -> dict[str, np.ndarray]:
+    """The tensors of what a request of B ``users`` says beside their features, see `encode_context`; each argument is
+    one for all users or a list of one per user. Raises RequestError for another number of them, FeatureError."""
+    if isinstance(exclude_items, str) or not isinstance(exclude_items, Iterable | None):
+        raise RequestError(f"exclude_items: got {exclude_items!r}, expected a list of item ids")
+    items = [] if exclude_items is None else list(exclude_items)
+    each = any(isinstance(entry, list | tuple | set | np.ndarray) for entry in items)
+    return encode_context(
+        schema,
+        _per_user("context", users, context, context is not None and not isinstance(context, Mapping), {}),
+        _per_user("exclude", users, exclude, exclude is not None and not isinstance(exclude, Mapping), {}),
+        _per_user("exclude_items", users, items, each, ()),
+    )
+
+
+def _per_user(name: str, users: int, value: Any, each: bool, empty: Any) -> list[Any]:
+    if not each:
+        return [empty if value is None else value] * users
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not listed or len(value) != users:
+        got = f"{len(value)} entries" if listed else type(value).__name__
+        raise RequestError(
+            f"{name}: got {got}, expected one for all users, or a list of {users}, one for each user"
+        )
+    return [empty if entry is None else entry for entry in value]

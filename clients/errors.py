@@ -26,14 +26,20 @@ _OURS = (
     "DeadlineUnmeetable",
     "SearchError",
     "ServerError",
+    "LogError",
+    "FormatError",
 )
+LESS_TO_SEARCH = "ask for smaller widths or k"
 _FIRST_PAUSE = (
     0.02  # seconds; doubles with every attempt, with jitter so that many clients do not return together
 )
 
 
-def translate(error: InferenceServerException, url: str, model: str, timeout: float) -> HsnnError:
-    """The error to raise for a failed call; its text says what happened and what to do about it."""
+def translate(
+    error: InferenceServerException, url: str, model: str, timeout: float, less: str = LESS_TO_SEARCH
+) -> HsnnError:
+    """The error to raise for a failed call; its text says what happened and what to do about it (``less``: what makes
+    a call shorter)."""
     status = (error.status() or "").removeprefix("StatusCode.")
     kind, text = _split(error.message())
     if kind == "SchemaMismatch":
@@ -47,7 +53,7 @@ def translate(error: InferenceServerException, url: str, model: str, timeout: fl
     if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
         return DeadlineExceeded(
             f"no answer from {model} at {url} within {timeout * 1000:.0f} ms ({text}); "
-            "allow a longer timeout, or ask for smaller widths or k"
+            f"allow a longer timeout, or {less}"
         )
     if kind:
         return ServerError(text)
@@ -81,16 +87,19 @@ class Patience:
     """Time left for one call and whether a failed attempt may be repeated.
 
     Repeated is only what cannot have done harm and may well go better at once: a retrieval changes nothing on
-    the server, so a lost or refused connection is tried again while time remains. A request refused
-    for want of time or room is not: repeating would feed the overload.
+    the server, and an item update that comes twice is stale the second time, so a lost or refused connection is
+    tried again while time remains. A request refused for want of time or room is not: repeating would feed the
+    overload.
     """
 
-    def __init__(self, url: str, model: str, timeout: float, retries: int) -> None:
+    def __init__(
+        self, url: str, model: str, timeout: float, retries: int, less: str = LESS_TO_SEARCH
+    ) -> None:
         if not timeout > 0:
             raise RequestError(f"timeout: got {timeout!r}, expected seconds > 0")
         self._url, self._model, self._timeout = url, model, timeout
         self._until = time.monotonic() + timeout
-        self._retries = retries
+        self._retries, self._less = retries, less
         self._attempt = 0
 
     def remaining(self) -> float:
@@ -99,13 +108,13 @@ class Patience:
         if left <= 0:
             raise DeadlineExceeded(
                 f"no answer from {self._model} at {self._url} within {self._timeout * 1000:.0f} ms; "
-                "allow a longer timeout, or ask for smaller widths or k"
+                f"allow a longer timeout, or {self._less}"
             )
         return left
 
     def pause_after(self, error: InferenceServerException) -> float:
         """Seconds to wait before the next attempt; raises the translated error when there must be none."""
-        final = translate(error, self._url, self._model, self._timeout)
+        final = translate(error, self._url, self._model, self._timeout, self._less)
         refused = error.status() == "StatusCode.UNAVAILABLE" and not _split(error.message())[0]
         pause = _FIRST_PAUSE * 2**self._attempt * random.uniform(0.5, 1.5)
         if not refused or self._attempt >= self._retries or time.monotonic() + pause >= self._until:

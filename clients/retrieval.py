@@ -12,9 +12,9 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
-from .encode import WireUsers
+from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
-from .wire import MODEL, Codec, Hit, Results, ServedModel, Timings, served_model
+from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
 __all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "WireUsers"]
 
@@ -55,18 +55,29 @@ class RetrievalClient:
         widths: Sequence[int] | None = None,
         timeout: float | None = None,
         timings: bool = False,
+        context: Context | None = None,
+        exclude_items: ExcludedItems | None = None,
+        exclude: Excluded | None = None,
+        rank_by: str | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> Results:
         """The best ``k`` items of every user, searched together; a user with fewer eligible items gets fewer.
 
-        ``k`` and ``widths`` (nodes kept after each layer but the last) default to the snapshot's own. Raises
-        FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
+        ``k`` and ``widths`` (nodes kept after each layer but the last) default to the snapshot's own. Who may get an
+        item is said by the schema's eligibility section: ``context`` {"country": "IT", "running": 1.7e9},
+        ``exclude_items`` [17, 4], ``exclude`` {"advertiser": [5]}, each one for all users or a list of one per user.
+        Without context a user gets the items that are open to all. ``tasks``: those whose probabilities are multiplied
+        to rank by (default: the schema's ranks); ``rank_by`` "bid" multiplies the product with the item's bid.
+
+        Raises FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
 
         A server that moved to another schema since the last call is asked again by the new one, unless it is
         not the expected one.
         """
         patience = self._patience(timeout)
         codec = self._connected(patience)
-        request = codec.request(users, k, widths, timings)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        request = codec.request(users, question)
         while True:
             left = patience.remaining()
             try:
@@ -76,7 +87,7 @@ class RetrievalClient:
                     fresh = self._fetch(patience)
                     if fresh.model.schema != codec.model.schema:
                         self._codec = codec = fresh
-                        request = codec.request(users, k, widths, timings)
+                        request = codec.request(users, question)
                         continue
                 time.sleep(patience.pause_after(error))
 

@@ -12,7 +12,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from hsnn_core.errors import RequestError, ServerError
 from hsnn_core.schema import Schema, check_same
 
-from .encode import DTYPES, UserEncoder, WireUsers
+from .encode import DTYPES, Context, Excluded, ExcludedItems, UserEncoder, WireUsers, context_tensors
 
 MODEL = "hsnn_retrieve"
 OUTPUTS = ("item_ids", "probabilities", "rank_score", "valid")
@@ -82,6 +82,20 @@ def served_model(config: Any, expected: Schema | None) -> ServedModel:
     )
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a request asks beside its users; see `RetrievalClient.retrieve`."""
+
+    k: int | None = None
+    widths: Sequence[int] | None = None
+    timings: bool = False
+    context: Context | None = None
+    exclude_items: ExcludedItems | None = None
+    exclude: Excluded | None = None
+    rank_by: str | None = None
+    tasks: Sequence[str] | None = None
+
+
 class Codec:
     """Requests and answers of one served model."""
 
@@ -91,13 +105,7 @@ class Codec:
         self._tasks = [task.name for task in model.schema.tasks]
         self._datatypes = {numpy: wire for wire, numpy in DTYPES.items()}
 
-    def request(
-        self,
-        users: Sequence[Mapping[str, Any]] | WireUsers,
-        k: int | None,
-        widths: Sequence[int] | None,
-        timings: bool,
-    ) -> dict[str, Any]:
+    def request(self, users: Sequence[Mapping[str, Any]] | WireUsers, question: Question) -> dict[str, Any]:
         """The arguments of tritonclient's ``infer``, but for the times."""
         tensors = self._encoder.encode(users)
         count = len(next(iter(tensors.values())))
@@ -105,20 +113,24 @@ class Codec:
             raise RequestError(
                 f"users: got {count}, expected at most {self.model.max_users} in one request; split the list"
             )
+        tensors |= context_tensors(
+            self.model.schema, count, question.context, question.exclude_items, question.exclude
+        )
         inputs = []
         for name, values in tensors.items():
             tensor = InferInput(name, list(values.shape), self._datatypes[values.dtype.type])
             tensor.set_data_from_numpy(values)
             inputs.append(tensor)
-        names = (*OUTPUTS, "stage_us") if timings else OUTPUTS
+        names = (*OUTPUTS, "stage_us") if question.timings else OUTPUTS
         return {
             "model_name": self.model.name,
             "inputs": inputs,
             "outputs": [InferRequestedOutput(name) for name in names],
-            "parameters": self._parameters(k, widths),
+            "parameters": self._parameters(question),
         }
 
-    def _parameters(self, k: int | None, widths: Sequence[int] | None) -> dict[str, Any]:
+    def _parameters(self, question: Question) -> dict[str, Any]:
+        k, widths = question.k, question.widths
         parameters: dict[str, Any] = {"schema_hash": self.model.schema.hash}
         if k is not None:
             parameters["k"] = _whole("k", k)
@@ -129,7 +141,23 @@ class Codec:
                     f"layer but the last (the default is {list(self.model.widths)})"
                 )
             parameters["widths"] = ",".join(str(_whole("widths", width)) for width in widths)
+        if question.tasks is not None:
+            parameters["tasks"] = self._chosen_tasks(question.tasks)
+        if question.rank_by is not None:
+            parameters["rank_by"] = self._rank_by(question.rank_by)
         return parameters
+
+    def _chosen_tasks(self, tasks: Sequence[str]) -> str:
+        if isinstance(tasks, str) or not tasks or not set(tasks) <= set(self._tasks):
+            raise RequestError(f"tasks: got {tasks!r}, expected a list with one or more of {self._tasks}")
+        return ",".join(dict.fromkeys(tasks))
+
+    def _rank_by(self, rank_by: str) -> str:
+        known = ["probability", *(["bid"] if self.model.schema.bid is not None else [])]
+        if rank_by not in known:
+            hint = "" if "bid" in known else " (the schema declares no bid)"
+            raise RequestError(f"rank_by: got {rank_by!r}, expected one of {known}{hint}")
+        return rank_by
 
     def answer(self, result: InferResult) -> Results:
         """item_ids (B, K), probabilities (B, K, T), rank_score (B, K), valid (B, 1) -> hits per user."""

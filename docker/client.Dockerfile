@@ -1,8 +1,8 @@
-# The command line client: `hsnn query` against a Triton elsewhere. No torch, no Triton.
+# The command line client: `hsnn query` and `hsnn items` against a Triton elsewhere. No torch, no Triton.
 #   docker build -f docker/client.Dockerfile -t hsnn-client .
 FROM python:3.11-slim
 
-RUN pip install --no-cache-dir numpy==1.26.4 pyyaml==6.0.3 "tritonclient[grpc]==2.73.0" \
+RUN pip install --no-cache-dir numpy==1.26.4 pyyaml==6.0.3 "tritonclient[grpc]==2.73.0" tqdm==4.70.1 \
  && groupadd --gid 1000 hsnn \
  && useradd --uid 1000 --gid 1000 --create-home hsnn
 

@@ -19,6 +19,7 @@ from export.exported import BUNDLE_DIR, Exported, ExportedGraph, exported_graph
 from export.graphs import ServingGraph, ServingModel, example_inputs, serving_graphs
 from export.onnx_files import export_graph
 from export.parity import ParityReport, ParityRow, graph_rows, manifest_rows, search_rows
+from export.pbtxt import INDEX
 from export.sample_users import sample_users
 from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
@@ -150,6 +151,7 @@ def _export(
             "user_tower": graphs[0].signature.model_name,
             "item_tower": graphs[1].signature.model_name,
             "scorers": [graph.signature.model_name for graph in graphs[2:]],
+            "index": INDEX,
         },
         item_tower=files[1],
     )  # fmt: skip

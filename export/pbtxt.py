@@ -22,8 +22,16 @@ from hsnn_core.errors import PublishError
 from hsnn_core.schema import Schema, first_difference
 
 ORCHESTRATOR = "hsnn_retrieve"
+INDEX = "hsnn_index"
 CONFIG_FILE = "config.pbtxt"
-_TYPES = {"FP32": "TYPE_FP32", "INT32": "TYPE_INT32", "INT64": "TYPE_INT64"}
+_TYPES = {
+    "FP32": "TYPE_FP32",
+    "FP64": "TYPE_FP64",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+    "BYTES": "TYPE_STRING",
+}
+DEFAULT_ITEM_LOG = ".items/log.db"
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class ServingOptions:
     `mode`: networks through Triton ("bls") or ONNX Runtime inside the orchestrator ("in_process"). `k`,
     `widths`: the defaults of a request, None: the snapshot's. `workers`: requests that run at once;
     `queue`: requests that may wait. `keep`: snapshots served at once. `instances`: of each tower and
-    scorer. `batch_delay_us`: dynamic batching of towers and scorers with this longest wait, None: off."""
+    scorer. `batch_delay_us`: dynamic batching of towers and scorers with this longest wait, None: off. `item_log`: the
+    file of the item updates, on a local disk; relative to the repository or absolute."""
 
     mode: Literal["bls", "in_process"] = "bls"
     k: int | None = None
@@ -43,6 +52,7 @@ class ServingOptions:
     keep: int = 1
     instances: int = 1
     batch_delay_us: int | None = None
+    item_log: str = DEFAULT_ITEM_LOG
 
     def __post_init__(self) -> None:
         if self.mode not in ("bls", "in_process"):
@@ -52,13 +62,15 @@ class ServingOptions:
                 raise PublishError(f"option {name} is {getattr(self, name)}, expected at least 1")
         if self.k is not None and self.k < 1:
             raise PublishError(f"option k is {self.k}, expected at least 1")
+        if not self.item_log.strip():
+            raise PublishError("option item_log is empty, expected the path of a file")
 
 
 def orchestrator_config(
     schema: Schema, layers: int, k: int, widths: Sequence[int], options: ServingOptions
 ) -> pb.ModelConfig:
-    """Configuration of `hsnn_retrieve`: one tensor per user feature in, the best K items out (N = `layers`, T
-    tasks).
+    """Configuration of `hsnn_retrieve`: one tensor per user feature and, optionally, the request's context in, the best
+    K items out (N = `layers`, T tasks).
 
     `k`, `widths`: the snapshot's defaults, used where `options` leaves them open."""
     widths = tuple(widths) if options.widths is None else options.widths
@@ -71,6 +83,15 @@ def orchestrator_config(
     config = _config(ORCHESTRATOR, "python", options.keep)
     for wire in schema.user_wire():
         config.input.add(name=wire.name, data_type=_type(wire.datatype), dims=wire.shape)
+    for wire in schema.context_wire():
+        # Ragged, or requests that exclude different numbers of items would not be handed over together.
+        config.input.add(
+            name=wire.name,
+            data_type=_type(wire.datatype),
+            dims=wire.shape,
+            optional=True,
+            allow_ragged_batch=True,
+        )
     outputs = (
         ("item_ids", "INT64", (-1,)),
         ("probabilities", "FP32", (-1, tasks)),
@@ -93,7 +114,29 @@ def orchestrator_config(
         "widths": ",".join(map(str, widths)),
         "workers": str(options.workers),
         "queue": str(options.queue),
+        "item_log": options.item_log,
     }
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    return config
+
+
+def index_config(schema: Schema, options: ServingOptions) -> pb.ModelConfig:
+    """Configuration of `hsnn_index`: n updates in, each one JSON; status and message of each out, and the log's
+    position. It has as many versions as the networks, so that updates are taken all through a rollout."""
+    config = _config(INDEX, "python", options.keep + 1)
+    config.max_batch_size = 0  # a call is a batch already
+    config.input.add(name="updates", data_type=_type("BYTES"), dims=[-1])
+    outputs = (
+        ("status", "INT32", -1),
+        ("message", "BYTES", -1),
+        ("position", "INT64", 1),
+        ("stats", "BYTES", 1),
+    )
+    for name, datatype, length in outputs:
+        config.output.add(name=name, data_type=_type(datatype), dims=[length])
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    parameters = {"schema": schema.to_json(), "schema_hash": schema.hash, "item_log": options.item_log}
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     return config
@@ -142,6 +185,7 @@ def options_of(orchestrator: pb.ModelConfig, network: pb.ModelConfig) -> Serving
         keep=orchestrator.version_policy.latest.num_versions,
         instances=network.instance_group[0].count,
         batch_delay_us=network.dynamic_batching.max_queue_delay_microseconds if batching else None,
+        item_log=parameters["item_log"].string_value or DEFAULT_ITEM_LOG,
     )
 
 

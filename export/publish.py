@@ -16,9 +16,9 @@ from google.protobuf.message import Message
 
 from export import pbtxt
 from export.exported import Exported, check_sha256, open_export
-from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
+from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR, ServingOptions
 from export.repository import STAGING, locked, next_version, recover, versions
-from export.vendor import vendor, verify_code
+from export.vendor import INDEX_SOURCES, ORCHESTRATOR_SOURCES, vendor, verify_code
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
 from hsnn_core.files import copy_file, sync_directory, write_bytes
@@ -141,10 +141,15 @@ def _configs(exported: Exported, bundle: Bundle, options: ServingOptions) -> lis
             f"{exported.path}: graphs of {[config.name for config in configs]}, but the bundle's manifest "
             f"names {named}; export the run again"
         )
+    if manifest["models"].get("index") != INDEX:
+        raise PublishError(
+            f"{exported.path}: the bundle's manifest names {manifest['models'].get('index')!r} for item updates, "
+            f"expected {INDEX!r}; export the run again with this release"
+        )
     orchestrator = pbtxt.orchestrator_config(
         bundle.schema, int(manifest["layers"]), int(manifest["k"]), manifest["widths"], options
     )
-    return [*configs, orchestrator]
+    return [*configs, pbtxt.index_config(bundle.schema, options), orchestrator]
 
 
 def _check_compatible(repository: Path, configs: list[Message]) -> None:
@@ -167,11 +172,13 @@ def _stage(plan: _Plan) -> None:
         staged = plan.staging(graph.signature.model_name) / engine.filename
         copy_file(plan.exported.path / graph.file, staged)
         check_sha256(staged, graph.sha256)
+    for model, sources in ((INDEX, INDEX_SOURCES), (ORCHESTRATOR, ORCHESTRATOR_SOURCES)):
+        vendor(plan.staging(model), sources)
+        verify_code(plan.staging(model))
+    copy_file(plan.exported.bundle / "schema.json", plan.staging(INDEX) / "schema.json")
     directory = plan.staging(ORCHESTRATOR)
     for path in sorted(plan.exported.bundle.iterdir()):
         copy_file(path, directory / path.name)
-    vendor(directory)
-    verify_code(directory)
     Bundle.open(directory, verify=True)
     for model in plan.configs:
         sync_directory(plan.staging(model))

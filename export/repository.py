@@ -62,10 +62,12 @@ def versions(repository: str | Path) -> list[int]:
 
 
 def snapshot_models(repository: Path, version: int) -> list[str]:
-    """The models of a snapshot in the order in which they are loaded: towers, scorers, orchestrator."""
+    """The models of a snapshot in the order in which they are loaded: towers, scorers, the item log's writer (older
+    snapshots have none), orchestrator."""
     manifest = json.loads((repository / ORCHESTRATOR / str(version) / "manifest.json").read_text())
     models = manifest["models"]
-    return [models["user_tower"], models["item_tower"], *models["scorers"], ORCHESTRATOR]
+    index = [models["index"]] if "index" in models else []
+    return [models["user_tower"], models["item_tower"], *models["scorers"], *index, ORCHESTRATOR]
 
 
 def next_version(repository: Path) -> int:

@@ -67,6 +67,8 @@ def replay(directory: Path, version: int, networks: Networks) -> None:
     verify_code(directory)
     bundle = Bundle.open(directory)
     manifest, smoke = bundle.manifest, bundle.smoke()
+    if "index" in manifest["models"]:
+        verify_code(directory.parents[1] / manifest["models"]["index"] / directory.name)
     scorer = bundle.scorer(ServedRunner(networks, manifest["models"], version))
     users = bundle.transform.encode_users(smoke.users)
     found = search(bundle.index, scorer, users, manifest["widths"], manifest["k"], bundle.schema.rank)

@@ -1,4 +1,4 @@
-"""The code of an orchestrator version: its sources and hsnn_core, copied in and recorded with their hashes.
+"""The code of a Python model's version: its sources and hsnn_core, copied in and recorded with their hashes.
 
 A version serves with the code it was published with: an installed or newer hsnn_core can't change it.
 """
@@ -13,7 +13,9 @@ from hsnn_core.errors import FormatError, PublishError
 from hsnn_core.files import copy_file, file_sha256, sync_directory, write_bytes
 
 CODE_FILE = "code.json"
-ORCHESTRATOR_SOURCES = Path(__file__).resolve().parents[1] / "model_repository" / "hsnn_retrieve"
+_SOURCES = Path(__file__).resolve().parents[1] / "model_repository"
+ORCHESTRATOR_SOURCES = _SOURCES / "hsnn_retrieve"
+INDEX_SOURCES = _SOURCES / "hsnn_index"
 
 
 def code_files(sources: Path = ORCHESTRATOR_SOURCES) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The exhaustive top K of one user over a corpus of any size: `hsnn_core.exhaustive` a piece of the items at a time."""
+"""The exhaustive scores of one user over a corpus of any size: `hsnn_core.exhaustive`, a piece of the items at once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from hsnn_core.index import HierarchicalIndex
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import best, rank_scores
 
-PIECE = 1 << 16  # items scored before the best so far are kept and the others forgotten
+PIECE = 1 << 16  # items scored at once
 
 
-def best_items(
-    index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, k: int, rank: np.ndarray
-) -> np.ndarray:
-    """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first; ties go
-    to the smaller position, as in the search."""
+def item_scores(index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, rank: np.ndarray) -> np.ndarray:
+    """(V,) float32 rank score of every item for one user, by position."""
     state = scorer.open(user)
     carried = np.zeros((1, index.nodes(1), 0), dtype=np.float32)  # (1, I_l, (l-1)*T)
     for layer in range(1, index.layers):
@@ -26,16 +23,26 @@ def best_items(
             carried = carried[:, index.parents(layer + 1)]
     above = index.parents(index.layers) if index.layers > 1 else None  # (V,)
 
-    top = np.empty(0, dtype=np.int64)
-    keys = np.empty(0, dtype=np.float32)
+    scores = np.empty(index.items, dtype=np.float32)
     for start in range(0, index.items, PIECE):
         positions = np.arange(start, min(start + PIECE, index.items))
         previous = (
             np.zeros((1, len(positions), 0), np.float32) if above is None else carried[:, above[positions]]
         )
         _, logits = scorer.score(state, index.layers, positions[None], previous)
-        top = np.concatenate([top, positions])
-        keys = np.concatenate([keys, rank_scores(logits, rank)[0]])
-        keep = np.flatnonzero(best(keys[None], k)[0])
-        top, keys = top[keep], keys[keep]
-    return index.item_ids[top[np.lexsort((top, -keys))]]
+        scores[positions] = rank_scores(logits, rank)[0]
+    return scores
+
+
+def top_positions(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the best ``k`` of scores (V,), those of -inf left out, best first; ties go to the smaller one, as in
+    the search."""
+    top = np.flatnonzero(best(scores[None], k)[0])
+    return top[np.lexsort((top, -scores[top]))]
+
+
+def best_items(
+    index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, k: int, rank: np.ndarray
+) -> np.ndarray:
+    """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first."""
+    return index.item_ids[top_positions(item_scores(index, scorer, user, rank), k)]

@@ -184,6 +184,53 @@ def following(report: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
+def targeting_of_selectivities(report: dict[str, Any], path: Path) -> Path:
+    """Recall and cost, relative to no filter, over the share of the items that a drawn filter lets through."""
+    rows = [row for row in report["filters"] if row["filter"].startswith("drawn")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    shares = [row["passed"] for row in rows]
+    left.semilogx(shares, [row["recall"] for row in rows], marker="o")
+    left.set_ylabel(f"recall of the exhaustive top {report['k']}")
+    left.set_ylim(min(0.9, *(row["recall"] for row in rows)) - 0.01, 1.005)
+    right.semilogx(shares, [row["ratio"] for row in rows], marker="o")
+    right.axhline(1.0, color="grey", linewidth=0.8)
+    right.set_ylabel("time relative to no filter")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xlabel("share of the items that pass")
+        axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
+def freshness_and_latency(report: dict[str, Any], path: Path) -> Path:
+    """How many updates were found within how many milliseconds; and each turn's median latency with and without."""
+    fresh, steady = report["freshness"], report["sustained"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    found = np.sort(fresh["ms"])
+    left.plot(found, np.arange(1, len(found) + 1) / len(found), color=PRUNED)
+    left.axvline(
+        fresh["search_p50_ms"], color="grey", linewidth=0.8, linestyle=":", label="a search alone, median"
+    )
+    left.set_xlabel("ms from the acknowledgement to an answer with the item")
+    left.set_ylabel("share of the updates")
+    left.set_xlim(left=0)
+    left.legend()
+    turns = np.arange(1, len(steady["turn_medians"]) + 1)
+    for place, (label, colour) in enumerate(
+        (("without updates", FLAT), (f"{steady['per_second']:,.0f} updates a second", PRUNED))
+    ):
+        right.plot(
+            turns, [turn[place] for turn in steady["turn_medians"]], marker="o", color=colour, label=label
+        )
+    right.set_xlabel("turn")
+    right.set_ylabel("median latency, ms")
+    right.set_ylim(bottom=0)
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
 def save(figure: Any, path: Path) -> Path:
     """Write the figure as a PNG and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ alike.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 from export.build_index import OnnxItemTower
-from export.exported import Exported, open_export
+from export.compaction import smoke_over
+from export.exported import BUNDLE_DIR, EXPORT_FILE, Exported, open_export
 from export.stream_index import BATCH, read_items, stream_index
 from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
-from hsnn_core.bundle import Bundle, Smoke, write_bundle
+from hsnn_core.bundle import Bundle, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.features import Encoded
 from hsnn_core.files import write_bytes
@@ -62,10 +64,11 @@ def build(run: Run, exported: Exported, items: int, work: Path, progress: bool =
     built = time.perf_counter() - began
     began = time.perf_counter()
     settings = run.recipe.search
+    trained = Bundle.open(exported.bundle, verify=False)
     write_bundle(
-        folder, run.schema, run.transform, corpus, _no_smoke(run, settings.k),
+        folder, run.schema, run.transform, corpus, smoke_over(trained, exported, corpus),
         widths=settings.widths, k=settings.k, max_k=settings.max_k, buckets=[[] for _ in corpus.embeddings],
-        engine=exported.engine.name, models=Bundle.open(exported.bundle, verify=False).manifest["models"],
+        engine=exported.engine.name, models=trained.manifest["models"],
         item_tower=exported.path / "item_tower.onnx",
     )  # fmt: skip
     found = {
@@ -78,6 +81,20 @@ def build(run: Run, exported: Exported, items: int, work: Path, progress: bool =
     }
     write_json(kept, found)
     return found
+
+
+def export_over(exported: Exported, items: int, work: Path) -> Path:
+    """An export folder of the networks over the corpus of ``items`` ads that `build` made, to be published."""
+    folder = work / f"export-{items}"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / BUNDLE_DIR).mkdir(parents=True)
+    for path in exported.path.iterdir():
+        if path.is_file() and path.name != EXPORT_FILE:
+            os.link(path, folder / path.name)
+    for path in (work / f"bundle-{items}").iterdir():
+        os.link(path, folder / BUNDLE_DIR / path.name)
+    replace(exported, path=folder).write()
+    return folder
 
 
 def index_bytes(corpus: Corpus) -> int:
@@ -250,12 +267,6 @@ def page(found: dict[str, Any], name: str) -> str:
         "(the outputs it needs, and the assignment): "
         f"{rate['build_items_per_second']:,.0f} items/s, {share:.2f} of it.",
     ])  # fmt: skip
-
-
-def _no_smoke(run: Run, k: int) -> Smoke:
-    """A bundle of the bench is not published; its smoke request says nothing."""
-    tasks = len(run.schema.tasks)
-    return Smoke({}, np.zeros((0, k), np.int64), np.zeros((0, k, tasks), np.float32))
 
 
 def _read(path: Path) -> dict[str, Any]:

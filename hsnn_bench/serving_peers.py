@@ -25,7 +25,7 @@ import numpy as np
 from export import pbtxt
 from export.export_run import export_run
 from export.exported import Exported, open_export
-from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
+from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import snapshot_models
 from export.vendor import vendor
@@ -142,7 +142,8 @@ def _add_snapshot(
     with tempfile.TemporaryDirectory(dir=repository.parent) as folder:
         published = Path(folder)
         version = publish(exported.path, published, options=options)
-        *networks, _ = snapshot_models(published, version)
+        models = snapshot_models(published, version)
+        networks = [model for model in models if model not in (INDEX, ORCHESTRATOR)]
         names = {name: prefix + name.removeprefix("hsnn_") for name in networks}
         for name in networks:
             _take_over(published, name, version, repository, names[name], {})

@@ -1,4 +1,4 @@
-"""hsnn bench orchestrator | scale: what a request costs, where, and on how large a corpus."""
+"""hsnn bench orchestrator | scale | targeting: what a request costs, where, and on how large a corpus."""
 
 from __future__ import annotations
 
@@ -59,6 +59,32 @@ def add_kinds(kinds: Any) -> None:
     scale.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
                        help="where the report goes (default: %(default)s)")  # fmt: skip
     scale.set_defaults(run_command=run_scale)
+
+    targeting = kinds.add_parser(
+        "targeting", help="filtered searches beside an unfiltered one: cost, recall, results that come back",
+        formatter_class=FORMAT,
+        description="Grow the simulated world of a run, and search it with the world's own targeting and with drawn "
+        "filters that let 100% to 0.1% of the items through. Writes targeting-RUN.json, .md and .png.",
+        epilog="examples:\n  hsnn bench targeting runs/ads-scale\n"
+        "  hsnn bench targeting runs/ads-scale --items 100000 --widths 256,2048 --requests 20",
+    )  # fmt: skip
+    targeting.add_argument(
+        "run", type=Path, help="run directory of a simulated world that hsnn export finished"
+    )
+    targeting.add_argument(
+        "--items", type=int, default=1_000_000, metavar="V", help="ads (default: %(default)s)"
+    )
+    targeting.add_argument("--widths", default="64,1024", help="nodes kept after each layer but the last (default: "
+                           "%(default)s, what `hsnn bench scale` finds for a million)")  # fmt: skip
+    targeting.add_argument("--k", type=int, default=1000, help="items to return (default: %(default)s)")
+    targeting.add_argument(
+        "--requests", type=int, default=30, metavar="N", help="held-out users (default: %(default)s)"
+    )
+    targeting.add_argument("--work", type=Path, default=Path("runs/scale"), metavar="DIR",
+                           help="where corpora are kept (default: %(default)s)")  # fmt: skip
+    targeting.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                           help="where the report goes (default: %(default)s)")  # fmt: skip
+    targeting.set_defaults(run_command=run_targeting)
 
 
 def run_orchestrator(options: argparse.Namespace) -> None:
@@ -125,5 +151,36 @@ def run_scale(options: argparse.Namespace) -> None:
     ):
         command += "" if given == default else f" --{name} {given}"
     written = scale.report(found, command, options.run.resolve().name, options.results)
+    print(written.read_text())
+    print(f"report: {written}")
+
+
+def run_targeting(options: argparse.Namespace) -> None:
+    """hsnn bench targeting."""
+    from hsnn_bench import targeting
+    from hsnn_core.errors import RequestError
+    from hsnn_train.checkpoint import load_recipe_of_run
+
+    from .commands_serving import widths_of
+    from .commands_training import load_data
+
+    for name in ("items", "requests", "k"):
+        if getattr(options, name) < 1:
+            raise RequestError(f"--{name}: got {getattr(options, name)}, expected at least 1")
+    dataset = load_data(load_recipe_of_run(options.run))
+    wire, _ = dataset.requests("test", options.requests)
+    found = targeting.measure(
+        options.run, options.items, wire, widths_of(options.widths) or [], options.work, options.k,
+        now=float(dataset.test.time.max()),
+    )  # fmt: skip
+    command = f"hsnn bench targeting {options.run}"
+    for name, given, default in (
+        ("items", options.items, 1_000_000),
+        ("widths", options.widths, "64,1024"),
+        ("k", options.k, 1000),
+        ("requests", options.requests, 30),
+    ):
+        command += "" if given == default else f" --{name} {given}"
+    written = targeting.report(found, command, options.run.resolve().name, options.results)
     print(written.read_text())
     print(f"report: {written}")

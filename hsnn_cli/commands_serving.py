@@ -46,6 +46,8 @@ def add_commands(commands: Any) -> None:
                          "many as there are cores (default: the repository's, else 4)")  # fmt: skip
     publish.add_argument("--queue", type=int, metavar="N",
                          help="requests that may wait (default: the repository's, else 64)")  # fmt: skip
+    publish.add_argument("--item-log", metavar="FILE", help="where the server writes item updates, on a local disk; "
+                         "relative to the repository (default: the repository's, else .items/log.db)")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -71,7 +73,8 @@ def add_commands(commands: Any) -> None:
         description="Send one request over gRPC and print the results as a table.",
         epilog='examples:\n  hsnn query --user \'{"history": [3, 17], "country": "IT"}\'\n'
         "  hsnn query --url 127.0.0.1:8001 --user @user.json --k 20 --widths 16,128\n"
-        "  hsnn query --schema                          which features a user has",
+        "  hsnn query --context '{\"country\": \"IT\"}' --exclude 3,17 --rank-by bid     who asks, where, for what\n"
+        "  hsnn query --schema                          which features a user and which attributes an item has",
     )  # fmt: skip
     query.add_argument(
         "--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC (default: %(default)s)"
@@ -79,6 +82,17 @@ def add_commands(commands: Any) -> None:
     query.add_argument(
         "--user", default="{}", help="features as JSON, or @FILE; missing ones take their defaults"
     )
+    query.add_argument("--context", default="{}", help="the request's values of eligibility attributes as JSON, "
+                       "or @FILE; without them only items that are open to all come back")  # fmt: skip
+    query.add_argument(
+        "--exclude", default="", metavar="IDS", help="items that must not come back, like 3,17"
+    )
+    query.add_argument("--exclude-by", default="{}", metavar="JSON",
+                       help='keys of items that must not come back, like \'{"advertiser": [5]}\'')  # fmt: skip
+    query.add_argument("--rank-by", choices=("probability", "bid"), default=None,
+                       help="bid: the probabilities times the item's bid (default: probability)")  # fmt: skip
+    query.add_argument("--tasks", default=None, help="tasks whose probabilities are multiplied to rank by, like "
+                       "click,conversion (default: the schema's ranks)")  # fmt: skip
     query.add_argument("--k", type=int, default=10, help="items to return (default: %(default)s)")
     query.add_argument("--widths", default=None, help="nodes kept after each layer but the last, like 16,128")
     query.add_argument(
@@ -108,7 +122,7 @@ def run_publish(options: argparse.Namespace) -> None:
     from export.publish import current_options, publish
 
     serving = current_options(options.repository)
-    given = {name: getattr(options, name) for name in ("mode", "workers", "queue")}
+    given = {name: getattr(options, name) for name in ("mode", "workers", "queue", "item_log")}
     serving = replace(serving, **{name: value for name, value in given.items() if value is not None})
     version = publish(options.run, options.repository, options=serving)
     print(f"published: version {version} in {options.repository}")
@@ -140,15 +154,21 @@ def run_serve(options: argparse.Namespace) -> None:
         server.wait()
 
 
-def user_of(text: str) -> dict[str, Any]:
-    """The --user argument as features. Raises FeatureError for text that is no JSON object."""
+def json_object(text: str, option: str = "--user", of: str = "features") -> dict[str, Any]:
+    """An argument as a dict. Raises FeatureError for text that is no JSON object, or @FILE with one."""
     try:
         value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
     except (OSError, ValueError) as error:
-        raise FeatureError(f"--user: {error}; expected a JSON object of features, or @FILE") from error
+        raise FeatureError(f"{option}: {error}; expected a JSON object of {of}, or @FILE") from error
     if not isinstance(value, dict):
-        raise FeatureError(f"--user: got {type(value).__name__}, expected a JSON object of features")
+        raise FeatureError(f"{option}: got {type(value).__name__}, expected a JSON object of {of}")
     return value
+
+
+def item_keys_of(text: str) -> list[int | str]:
+    """The --exclude argument: numbers as they are, other texts as string keys."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [int(part) if part.removeprefix("-").isdecimal() else part for part in parts]
 
 
 def widths_of(text: str | None) -> list[int] | None:
@@ -170,7 +190,15 @@ def run_query(options: argparse.Namespace) -> None:
             print(client.connect().schema.to_json())
             return
         results = client.retrieve(
-            [user_of(options.user)], k=options.k, widths=widths_of(options.widths), timings=True
+            [json_object(options.user)],
+            k=options.k,
+            widths=widths_of(options.widths),
+            timings=True,
+            context=json_object(options.context, "--context", "attributes"),
+            exclude_items=item_keys_of(options.exclude),
+            exclude=json_object(options.exclude_by, "--exclude-by", "attributes"),
+            rank_by=options.rank_by,
+            tasks=None if options.tasks is None else [task.strip() for task in options.tasks.split(",")],
         )
     hits = results[0]
     if options.json:

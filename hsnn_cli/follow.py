@@ -221,9 +221,9 @@ def run_follow(options: argparse.Namespace) -> None:
     snapshots = None
     if options.repository is not None:
         try:
-            key = None if options.admin_key is None else options.admin_key.read_text().strip()
+            key = None if options.key_file is None else options.key_file.read_text().strip()
         except OSError as error:
-            raise SchemaError(f"--admin-key: {error}; expected a file with the server's key") from error
+            raise SchemaError(f"--key-file: {error}; expected a file with the server's key") from error
         engine = options.engine or "onnxruntime"
         snapshots = Snapshots(options.run, options.repository, engine, options.url, key)
     with alone(options.run):

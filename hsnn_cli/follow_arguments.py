@@ -24,13 +24,13 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--engine", help="of the snapshots, as in hsnn export (default: onnxruntime)")
     group.add_argument("--url", help="host:port of a running Triton's gRPC that is to serve the snapshots")
-    group.add_argument("--admin-key", type=Path, metavar="FILE", help="file with that server's admin key")
+    group.add_argument("--key-file", type=Path, metavar="FILE", help="file with that server's admin key")
 
 
 def check_arguments(options: argparse.Namespace) -> None:
     """SchemaError for arguments that do not go together."""
     if options.follow is None:
-        given = ("base", "once", "repository", "publish_every", "engine", "url", "admin_key")
+        given = ("base", "once", "repository", "publish_every", "engine", "url", "key_file")
         used = [name for name in given if getattr(options, name)]
         if used:
             names = ", ".join("--from" if name == "base" else f"--{name.replace('_', '-')}" for name in used)
@@ -48,5 +48,5 @@ def check_arguments(options: argparse.Namespace) -> None:
     for name in ("publish_every", "engine", "url"):
         if getattr(options, name) is not None and options.repository is None:
             raise SchemaError(f"--{name.replace('_', '-')}: is about snapshots; give their --repository too")
-    if (options.url is None) != (options.admin_key is None):
-        raise SchemaError("--url and --admin-key: give both (to serve every snapshot at once) or neither")
+    if (options.url is None) != (options.key_file is None):
+        raise SchemaError("--url and --key-file: give both (to serve every snapshot at once) or neither")

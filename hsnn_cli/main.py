@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from hsnn_core.errors import HsnnError
 
-from . import commands_bench, commands_data, commands_serving, commands_training, commands_tune, demo
+from . import (
+    commands_bench,
+    commands_data,
+    commands_items,
+    commands_serving,
+    commands_training,
+    commands_tune,
+    demo,
+)
 
 DESCRIPTION = """HSNN retrieval on NVIDIA Triton: train, export, publish, serve, query.
 
@@ -24,6 +32,7 @@ step by step on your own logs (a recipe is one YAML file; see README):
   hsnn publish runs/mine --repository repo     one new version, atomically
   hsnn serve --repository repo                 the real Triton on loopback
   hsnn query --url 127.0.0.1:8001 --user '{"history": [3, 17]}'
+  hsnn items upsert new.parquet                insert, change, delete items while it serves
 """
 
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -36,7 +45,16 @@ def parser() -> argparse.ArgumentParser:
         prog="hsnn", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (commands_data, commands_training, commands_tune, commands_serving, commands_bench, demo):
+    modules = (
+        commands_data,
+        commands_training,
+        commands_tune,
+        commands_serving,
+        commands_items,
+        commands_bench,
+        demo,
+    )
+    for module in modules:
         module.add_commands(commands)
     return top
 

@@ -20,9 +20,11 @@ from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
 from hsnn_core.bundle import Bundle
+from hsnn_core.eligibility import AttributeBitmaps, Context
 from hsnn_core.errors import DataError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.features import Encoded
+from hsnn_core.item_filter import MaskFilter
 from hsnn_core.search import SearchResult, search
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import load_run, write_json
@@ -122,7 +124,10 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     scorer = bundle.scorer(TorchRunner(run.model))
     rank = run.schema.rank
     widths = bundle.manifest["widths"]
-    parts = [search(bundle.index, scorer, _row(users, i), widths, k, rank) for i in range(len(users))]
+    allowed = _without_context(bundle)
+    parts = [
+        search(bundle.index, scorer, _row(users, i), widths, k, rank, allowed) for i in range(len(users))
+    ]
     offline = SearchResult(
         item_ids=np.concatenate([p.item_ids for p in parts]),
         probabilities=np.concatenate([p.probabilities for p in parts]),
@@ -138,8 +143,8 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     equal, found = 0, 0.0
     sample = range(min(len(users), 50))
     for i in sample:
-        exact = exhaustive(bundle.index, scorer, _row(users, i), k, rank)
-        wide = search(bundle.index, scorer, _row(users, i), full, k, rank)
+        exact = exhaustive(bundle.index, scorer, _row(users, i), k, rank, allowed)
+        wide = search(bundle.index, scorer, _row(users, i), full, k, rank, allowed)
         equal += bool(np.array_equal(wide.item_ids, exact.item_ids)) and bool(
             np.array_equal(wide.rank_score, exact.rank_score)
         )
@@ -148,6 +153,16 @@ def check_against_offline(run_dir: Path, users: Encoded, served: Served, k: int)
     report["full_width_equals_exhaustive"] = f"{equal} of {len(sample)}"
     report["served_search_recall"] = found / len(sample)
     return report
+
+
+def _without_context(bundle: Bundle) -> MaskFilter | None:
+    """What a request without context may get, as `ask` sends them; None where the schema restricts nothing."""
+    if bundle.attributes is None:
+        return None
+    context = Context.from_wire(bundle.schema, {}, users=1, now=time.time())
+    bits = AttributeBitmaps(bundle.attributes).matching(context, 0)
+    mask = np.unpackbits(bits, count=bundle.index.items, bitorder="little").astype(bool)
+    return MaskFilter(bundle.index, mask[None])
 
 
 def _row(users: Encoded, i: int) -> Encoded:

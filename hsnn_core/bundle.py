@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,16 @@ FIELDS = (
     "schema_hash", "tasks", "layers", "nodes", "widths", "k", "max_k", "buckets", "embedding_widths",
     "engine", "models", "created", "files",
 )  # fmt: skip
+
+
+class LogPosition(NamedTuple):
+    """All updates up to ``position`` of the log with this ``identity``; None for none of any."""
+
+    position: int
+    identity: str | None
+
+
+NO_LOG = LogPosition(0, None)
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,14 @@ class Bundle:
         )
 
     @property
-    def log_position(self) -> int:
-        """How much of the log of item updates the bundle contains."""
-        return int(self.manifest.get("log_position", 0))
+    def log(self) -> LogPosition:
+        """How much of which log of item updates the bundle contains."""
+        return LogPosition(int(self.manifest.get("log_position", 0)), self.manifest.get("log_identity"))
+
+    @property
+    def corpus(self) -> Corpus:
+        """What the bundle was written from."""
+        return Corpus(self.index, self.i2if, self.embeddings, self.codebooks, self.records, self.attributes)
 
     def scorer(self, runner: Runner) -> LayerScorer:
         """A scorer over this bundle's data with the buckets its networks were built for."""
@@ -156,14 +171,14 @@ def write_bundle(
     engine: str,
     models: Mapping[str, Any],
     item_tower: Path | None = None,
-    log_position: int = 0,
+    log: LogPosition = NO_LOG,
 ) -> dict[str, Any]:
     """Write a bundle and return its manifest. All or nothing: written aside, synced, renamed.
 
     ``widths``, ``k``: the search's defaults; ``max_k``: the most a request may ask for; ``buckets``:
     candidate counts per layer ([] for any); ``models``: {"user_tower": name, "item_tower": name, "scorers":
-    [name, ...]}. ``item_tower``: ONNX graph that embeds items that are added, for a corpus with records;
-    ``log_position``: how much of the log of item updates the corpus contains.
+    [name, ...], "index": name}. ``item_tower``: ONNX graph that embeds items that are added, for a corpus with records;
+    ``log``: how much of which log of item updates the corpus contains.
 
     Raises PublishError when the directory exists or the settings do not fit the index.
     """
@@ -218,7 +233,8 @@ def write_bundle(
             "engine": engine,
             "models": dict(models),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "log_position": int(log_position),
+            "log_position": log.position,
+            "log_identity": log.identity,
             "files": {name: _fingerprint(aside / name) for name in names},
         }
         write_bytes(aside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

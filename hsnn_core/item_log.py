@@ -39,6 +39,7 @@ _TABLES = (
 )
 _APPLY = """INSERT OR REPLACE INTO items (item, sequence, deleted, payload)
     SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (SELECT 1 FROM items WHERE item = ?1 AND sequence >= ?2)"""
+_SEQUENCE = "SELECT sequence FROM items WHERE item = ?"
 _POSITION = "SELECT coalesce(max(position), 0) FROM items"
 _SINCE = """SELECT position, item, sequence, deleted, payload FROM items
     WHERE position > ? ORDER BY position LIMIT ?"""
@@ -58,10 +59,11 @@ class Entry(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Appended:
     """``position``: the log's newest one, which contains the updates. ``applied`` (n,) bool: False where the log knew
-    the same or a higher sequence of the item."""
+    the same or a higher sequence of the item; ``sequences`` (n,) int64: the one that it had after each update."""
 
     position: int
     applied: np.ndarray
+    sequences: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,18 @@ class ItemLog:
 
         All or nothing: LogError (no room on the disk, or it failed) leaves the log as it was."""
         applied: list[bool] = []
+        sequences: list[int] = []
         with self._transaction("written") as connection:
             for update in updates:
                 payload = None if update.deleted else update.to_json()
                 row = (update.item, update.sequence, int(update.deleted), payload)
                 applied.append(connection.execute(_APPLY, row).rowcount == 1)
+                known = update.sequence
+                if not applied[-1]:
+                    (known,) = connection.execute(_SEQUENCE, (update.item,)).fetchone()
+                sequences.append(known)
             (position,) = connection.execute(_POSITION).fetchone()
-        return Appended(position, np.array(applied, bool))
+        return Appended(position, np.array(applied, bool), np.array(sequences, np.int64))
 
     def forget(self, position: int) -> int:
         """Drop the payloads up to ``position``, which every snapshot still in use must contain, and return how many.

@@ -44,14 +44,6 @@ class ItemRecords:
             projection,
         )
 
-    def positions(self, index: HierarchicalIndex, item_ids: np.ndarray) -> np.ndarray:
-        """(n,) int64 item ids -> (n,) int64 positions, -1 for those that are not in the index."""
-        # Steps of a binary search over mapped files touch few pages; a table of all ids would be read whole.
-        at = np.searchsorted(index.item_ids, item_ids, sorter=self.by_id)
-        at = np.minimum(at, len(self.by_id) - 1)
-        found = self.by_id[at].astype(np.int64)
-        return np.where(index.item_ids[found] == item_ids, found, -1)
-
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Named arrays for an array file."""
         arrays = {

@@ -21,7 +21,7 @@ from .i2if import I2IF, PositionTable, forward_lists
 from .index import HierarchicalIndex, assign_paths
 from .item_attributes import ItemAttributes
 from .live_attributes import AttributeState, GrowingAttributes
-from .live_view import LiveView, bits_at, with_bits
+from .live_view import LiveView, bits_at, positions_of, with_bits
 from .node_growth import NodeGrowth
 from .row_table import GrowingRows, RowTable
 from .schema import ID_FIRST, ITEM_SPACE, Schema
@@ -47,7 +47,9 @@ class LiveState:
     def of(cls, corpus: Corpus, attributes: AttributeState | None, log_position: int) -> LiveState:
         """A corpus with nothing changed."""
         rows = tuple(RowTable(table) for table in corpus.embeddings)
-        return cls(LiveView.of(corpus.index), corpus.i2if, rows, attributes, log_position)
+        records = corpus.records
+        by_id = np.argsort(corpus.index.item_ids, kind="stable") if records is None else records.by_id
+        return cls(LiveView.of(corpus.index, by_id), corpus.i2if, rows, attributes, log_position)
 
 
 class LiveIndex:
@@ -119,7 +121,7 @@ class LiveIndex:
             )
         last, paths, distances = self._embedded(items)
         view = self.state.view
-        buried = self.positions(np.concatenate([ids, deleted]))
+        buried = self._positions(np.concatenate([ids, deleted]))
         first = view.items
         gone = view.gone
         if len(buried):
@@ -147,6 +149,7 @@ class LiveIndex:
         self.state = LiveState(
             LiveView(
                 self._base,
+                view.by_id,
                 self._added_ids.extra,
                 self._added_nodes.extra,
                 gone,
@@ -205,9 +208,9 @@ class LiveIndex:
             return last, none.astype(np.int32), none
         return last, *assign_paths(self._codebooks, np.concatenate([part["index"] for part in parts]))
 
-    def positions(self, ids: np.ndarray) -> np.ndarray:
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
         """Positions of those of ``ids`` (n,) int64 that are live."""
-        base = self._records.positions(self._base, ids)
+        base = positions_of(self._base, self._records.by_id, ids)
         if self.state.view.gone is not None:
             there = base >= 0
             there[there] = ~bits_at(self.state.view.gone, base[there])

@@ -37,6 +37,7 @@ class LiveView:
     Positions 0..V-1 are the base's, V..V+E-1 the added ones'; the nodes of a layer above the items are the base's,
     then new ones. A node without a live item, and a position whose item is gone, is no candidate.
 
+    ``by_id``              (V,) int32: the base's positions in ascending order of item id.
     ``added_ids``          (E,) int64.
     ``added_nodes``        (E, N-1) int32: their nodes at each layer above the items.
     ``gone``               (ceil((V+E)/8),) uint8, one bit per position, the first the lowest; None: nothing is gone.
@@ -47,6 +48,7 @@ class LiveView:
     """
 
     base: HierarchicalIndex
+    by_id: np.ndarray
     added_ids: np.ndarray
     added_nodes: np.ndarray
     gone: np.ndarray | None
@@ -56,12 +58,13 @@ class LiveView:
     new_parents: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, base: HierarchicalIndex) -> LiveView:
+    def of(cls, base: HierarchicalIndex, by_id: np.ndarray) -> LiveView:
         """The base with nothing changed."""
         above = range(1, base.layers)
         none = np.empty(0, dtype=np.int64)
         return cls(
             base,
+            by_id,
             none,
             np.empty((0, base.layers - 1), dtype=np.int32),
             None,
@@ -138,11 +141,27 @@ class LiveView:
         ids[late] = self.added_ids[positions[late] - self.base.items]
         return ids
 
+    def find(self, item_ids: np.ndarray) -> np.ndarray:
+        """Positions of those of ``item_ids`` (n,) int64 that are live, in no order."""
+        base = positions_of(self.base, self.by_id, item_ids)
+        added = np.flatnonzero(np.isin(self.added_ids, item_ids)) + self.base.items
+        found = np.concatenate([base[base >= 0], added])
+        return found if self.gone is None else found[~bits_at(self.gone, found)]
+
     def representatives(self, layer: int) -> np.ndarray:
         """(I_l,) position of the item whose features stand for each node; an item stands for itself."""
         if layer == self.layers:
             return np.arange(self.items, dtype=np.int32)
         return self.representative[layer - 1]
+
+
+def positions_of(base: HierarchicalIndex, by_id: np.ndarray, item_ids: np.ndarray) -> np.ndarray:
+    """(n,) int64 item ids -> (n,) int64 positions in the base, -1 for those that are not in it; ``by_id``: see
+    `LiveView`."""
+    # Steps of a binary search over mapped files touch few pages; a table of all ids would be read whole.
+    at = np.searchsorted(base.item_ids, item_ids, sorter=by_id)
+    found = by_id[np.minimum(at, len(by_id) - 1)].astype(np.int64)
+    return np.where(base.item_ids[found] == item_ids, found, -1)
 
 
 def bits_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:

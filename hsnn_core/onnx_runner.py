@@ -44,6 +44,17 @@ class OnnxRunner:
         return monn, logits
 
 
+class OnnxItemTower:
+    """A `corpus.ItemTower` over an ``item_tower.onnx``: {item_dense, item_ids} -> {item_l1..item_lN, index}."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self._session = _session(path, threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, _run(self._session, self._outputs, inputs, "item tower")))
+
+
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime

@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
+from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
@@ -55,21 +56,22 @@ class TritonPythonModel:
                 "repository, publish into an empty one"
             )
         layers = bundle.index.layers
-        if len(config.default.widths) != layers - 1:
+        if len(config.widths) != layers - 1:
             raise ServerError(
-                f"config.pbtxt: parameter widths: got {list(config.default.widths)}, expected {layers - 1} "
+                f"config.pbtxt: parameter widths: got {list(config.widths)}, expected {layers - 1} "
                 f"numbers for an index of {layers} layers"
             )
         version = int(args["model_version"])
+        self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
-            self._retriever = Retriever(bundle, runner, runner.within)
+            self._retriever = Retriever(bundle, runner, self._items, runner.within)
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
-        self._schema_hash = config.schema_hash
+            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]), self._items)
+        self._schema = bundle.schema
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
-        self._default = Ask(min(config.default.k, self._max_k), config.default.widths)
+        self._default = Ask(min(config.k, self._max_k), config.widths, tuple(bundle.schema.rank.tolist()))
         self._metrics = ServingMetrics(version, layers)
         self._pool = WorkerPool(config.workers, config.queue)
 
@@ -85,12 +87,13 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._pool.drain()
+        self._items.close()
         self._metrics.close()
 
     def _answer(self, call: _Call) -> float | None:
         began = time.perf_counter()
         try:
-            ask = decode_ask(call.parameters, self._default, self._max_k, self._schema_hash)
+            ask = decode_ask(call.parameters, self._default, self._max_k, self._schema)
             result = self._retriever.retrieve(call.inputs, ask, call.deadline)
             call.send(answer_tensors(result))
         except Exception as error:  # whatever it is, it must reach this request's client and no other's

@@ -1,16 +1,22 @@
-"""One request's parameters and deadline, checked."""
+"""One request's parameters, context and deadline, checked."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hsnn_core.errors import DeadlineExceeded, RequestError, SchemaMismatch
+import numpy as np
 
-PARAMETERS = ("k", "widths", "schema_hash")
+from hsnn_core.eligibility import Context, checked_context
+from hsnn_core.errors import DeadlineExceeded, RequestError, SchemaMismatch
+from hsnn_core.schema import Schema
+from hsnn_core.schema_eligibility import EXCLUDED_ITEMS
+
+PARAMETERS = ("k", "widths", "rank_by", "tasks", "schema_hash")
+RANK_BY = ("probability", "bid")
 
 
 class Deadline:
@@ -52,13 +58,16 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Ask:
-    """How deep one request searches: items returned and nodes kept after each layer but the last."""
+    """How one request searches: ``k`` items returned and nodes kept after each layer but the last; ``rank``, one
+    exponent of the probability of each task; ``by_bid``: whether their product is multiplied with the item's bid."""
 
     k: int
     widths: tuple[int, ...]
+    rank: tuple[float, ...]
+    by_bid: bool = False
 
 
-def decode_ask(parameters: str, default: Ask, max_k: int, schema_hash: str) -> Ask:
+def decode_ask(parameters: str, default: Ask, max_k: int, schema: Schema) -> Ask:
     """``parameters``: the request's, as the JSON object Triton gives.
 
     RequestError names the parameter, what came and what is expected; SchemaMismatch names both hashes.
@@ -67,10 +76,10 @@ def decode_ask(parameters: str, default: Ask, max_k: int, schema_hash: str) -> A
     unknown = sorted(name for name in given if name not in PARAMETERS and not name.startswith("triton_"))
     if unknown:
         raise RequestError(f"unknown request parameters {unknown}, expected among {list(PARAMETERS)}")
-    theirs = given.get("schema_hash", schema_hash)
-    if theirs != schema_hash:
+    theirs = given.get("schema_hash", schema.hash)
+    if theirs != schema.hash:
         raise SchemaMismatch(
-            f"the client encodes by schema {theirs}, this snapshot serves schema {schema_hash}; "
+            f"the client encodes by schema {theirs}, this snapshot serves schema {schema.hash}; "
             "let the client fetch the schema from the server again"
         )
     k = _whole("k", given.get("k", default.k))
@@ -78,7 +87,35 @@ def decode_ask(parameters: str, default: Ask, max_k: int, schema_hash: str) -> A
         raise RequestError(
             f"k: got {k}, expected at most {max_k} (the snapshot's max_k); ask for fewer items"
         )
-    return Ask(k, _widths(given["widths"], default.widths) if "widths" in given else default.widths)
+    return Ask(
+        k,
+        _widths(given["widths"], default.widths) if "widths" in given else default.widths,
+        _rank(given["tasks"], schema) if "tasks" in given else default.rank,
+        _by_bid(given["rank_by"], schema) if "rank_by" in given else default.by_bid,
+    )
+
+
+def split_inputs(
+    schema: Schema, inputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A request's tensors: those of the users' features, and those of `Schema.context_wire`."""
+    names = {tensor.name for tensor in schema.context_wire()}
+    users = {name: values for name, values in inputs.items() if name not in names}
+    return users, {name: values for name, values in inputs.items() if name in names}
+
+
+def decode_context(
+    schema: Schema, tensors: Mapping[str, np.ndarray], users: int, now: float
+) -> tuple[Context, np.ndarray]:
+    """The context of B ``users`` and the raw keys of the items that they exclude, (B, n) int64 padded with KEY_MISSING.
+
+    ``tensors``: as `split_inputs` gives them; ``now``: see `Context.from_wire`. FeatureError names the tensor, what
+    came and what is expected.
+    """
+    excluded = tensors.get(EXCLUDED_ITEMS.name, np.empty((users, 0), np.int64))
+    checked_context(excluded, EXCLUDED_ITEMS, users)
+    others = {name: values for name, values in tensors.items() if name != EXCLUDED_ITEMS.name}
+    return Context.from_wire(schema, others, users, now), excluded
 
 
 def parse_widths(text: object) -> tuple[int, ...]:
@@ -94,6 +131,27 @@ def _widths(text: object, default: tuple[int, ...]) -> tuple[int, ...]:
             f"but the last (the default is {','.join(map(str, default))!r})"
         )
     return widths
+
+
+def _rank(text: object, schema: Schema) -> tuple[float, ...]:
+    known = [task.name for task in schema.tasks]
+    chosen = [part.strip() for part in str(text).split(",")]
+    if not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
+        raise RequestError(
+            f"tasks: got {text!r}, expected different ones of {known}, separated by commas, whose probabilities are "
+            "multiplied"
+        )
+    return tuple(float(name in chosen) for name in known)
+
+
+def _by_bid(text: object, schema: Schema) -> bool:
+    if text not in RANK_BY:
+        raise RequestError(f"rank_by: got {text!r}, expected one of {list(RANK_BY)}")
+    if text == "bid" and schema.bid is None:
+        raise RequestError(
+            "rank_by: got 'bid', but the items have none; declare the schema's bid, or leave it out"
+        )
+    return text == "bid"
 
 
 def _whole(name: str, value: object) -> int:

@@ -2,44 +2,92 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
-from request_decoding import Ask, Deadline
+from request_decoding import Ask, Deadline, decode_context, split_inputs
 
 from hsnn_core.bundle import Bundle
-from hsnn_core.scorer import Runner
+from hsnn_core.keys import KEY_MISSING
+from hsnn_core.live_index import LiveState
+from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import SearchResult, search
+from hsnn_core.targeting import TargetingFilter
+
+
+class Items(Protocol):
+    """Where searches find the items."""
+
+    @property
+    def state(self) -> LiveState: ...
 
 
 class Retriever:
     """The layer-wise search over one snapshot; shared by the worker threads.
 
-    ``within``: entered around every search with the request's deadline, for a runner whose calls pass it on.
+    ``items``: where its items are found, those of one moment per search. ``within``: entered around every search with
+    the request's deadline, for a runner whose calls pass it on.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         runner: Runner,
+        items: Items,
         within: Callable[[Deadline], AbstractContextManager[None]] = lambda deadline: nullcontext(),
     ) -> None:
-        self._index = bundle.index
+        self._items = items
         self._transform = bundle.transform
         self._scorer = bundle.scorer(runner)
-        self._rank = bundle.schema.rank
+        self._latest: tuple[LiveState, LayerScorer] | None = None
+        self._schema = bundle.schema
         self._within = within
 
     def retrieve(self, raw: Mapping[str, np.ndarray], ask: Ask, deadline: Deadline) -> SearchResult:
-        """``raw``: one tensor per user feature, (B, dim) float32 or (B, length) int64 raw keys.
+        """``raw``: one tensor per user feature, (B, dim) float32 or (B, length) int64 raw keys, and what the request
+        says of itself (`Schema.context_wire`).
 
         Raises FeatureError (names feature, got, expected), DeadlineExceeded, SearchError, ServerError.
         """
         deadline()  # the request may have waited for a worker longer than it may take
-        users = self._transform.encode_users(dict(raw))
+        features, context = split_inputs(self._schema, raw)
+        users = self._transform.encode_users(features)
+        state, scorer = self._moment()
+        allowed = self._filter(state, context, len(users))
+        bids = state.attributes.bids if ask.by_bid and state.attributes is not None else None
         with self._within(deadline):
-            return search(self._index, self._scorer, users, ask.widths, ask.k, self._rank, deadline=deadline)
+            return search(
+                state.view,
+                scorer,
+                users,
+                ask.widths,
+                ask.k,
+                np.array(ask.rank),
+                allowed,
+                bids,
+                deadline=deadline,
+            )
+
+    def _filter(
+        self, state: LiveState, tensors: Mapping[str, np.ndarray], users: int
+    ) -> TargetingFilter | None:
+        """What each user may get; None: everything."""
+        context, excluded = decode_context(self._schema, tensors, users, time.time())
+        if state.attributes is None and not excluded.size:
+            return None
+        places = [state.view.find(row[row != KEY_MISSING]) for row in excluded]
+        return TargetingFilter(state.view, users, state.attributes, context, places)
+
+    def _moment(self) -> tuple[LiveState, LayerScorer]:
+        """The items of now and a scorer over them. Threads may make one at the same time: both are good."""
+        state, latest = self._items.state, self._latest
+        if latest is None or latest[0] is not state:
+            latest = (state, self._scorer.over(state.view, state.i2if, state.embeddings))
+            self._latest = latest
+        return latest
 
 
 def answer_tensors(result: SearchResult) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from request_decoding import Ask, parse_widths
+from request_decoding import parse_widths
 
 from hsnn_core.errors import HsnnError, ServerError
 from hsnn_core.schema import Schema, first_difference
@@ -16,14 +16,17 @@ MODES = ("bls", "in_process")
 @dataclass(frozen=True)
 class ServingConfig:
     """``schema``: as JSON, for the clients; ``mode``: where the networks run: "bls" (Triton models) or
-    "in_process" (ONNX Runtime in here)."""
+    "in_process" (ONNX Runtime in here); ``k``, ``widths``: of a request that says nothing else; ``item_log``: path of
+    the log of item updates, from the repository."""
 
     schema: str
     schema_hash: str
     mode: str
-    default: Ask
+    k: int
+    widths: tuple[int, ...]
     workers: int
     queue: int
+    item_log: str
 
     @classmethod
     def from_triton(cls, model_config: str) -> ServingConfig:
@@ -45,9 +48,11 @@ class ServingConfig:
             schema=fact("schema"),
             schema_hash=fact("schema_hash"),
             mode=mode,
-            default=Ask(_number("k", fact("k"), 1), _widths(fact("widths"))),
+            k=_number("k", fact("k"), 1),
+            widths=_widths(fact("widths")),
             workers=_number("workers", fact("workers"), 1),
             queue=_number("queue", fact("queue"), 0),
+            item_log=fact("item_log"),
         )
 
     def first_difference(self, schema: Schema) -> str:

@@ -15,12 +15,13 @@ from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
 from export.stream_index import read_items
-from hsnn_bench import corpora, scale, width_search
+from hsnn_bench import corpora, filtering, live_items, scale, targeting, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
 from hsnn_core.errors import DataError, SearchError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.targeting import TargetingFilter
 from hsnn_train.checkpoint import load_recipe_of_run, load_run, set_widths
 from hsnn_train.data.synthetic import WorldConfig, grown_ads, simulate, world_of
 from hsnn_train.recipe import load_recipe
@@ -159,6 +160,57 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
     assert page.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):
         corpora.corpus_files(load_run(folder), 10, tmp_path, progress=False)
+
+
+def test_filters_of_every_selectivity_are_measured_beside_none(tiny_run, tmp_path):
+    folder, dataset = tiny_run
+    wire, _ = dataset.requests("test", 3)
+    found = targeting.measure(
+        folder, 640, wire, [4, 8], tmp_path / "work", 10, now=float(dataset.test.time.max()), progress=False
+    )
+    rows = {row["filter"]: row for row in found["filters"]}
+    assert list(rows)[:2] == ["none", "the world's own"]
+    assert rows["none"]["passed"] == rows["none"]["ratio"] == 1.0
+    assert 0.1 < rows["the world's own"]["passed"] < 0.9
+    # A filter that everything passes is searched like none.
+    assert rows["drawn, 100.0%"]["candidates"] == rows["none"]["candidates"]
+    assert rows["drawn, 100.0%"]["recall"] == rows["none"]["recall"]
+    assert abs(rows["drawn, 10.0%"]["passed"] - 0.1) < 0.05
+    assert all(row["returned"] == 1.0 for row in rows.values())
+    page = targeting.report(found, "hsnn bench targeting runs/tiny", "tiny", tmp_path / "results")
+    assert "Simulated data." in page.read_text() and "drawn, 1.0%" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_random_histories_return_nothing_that_must_not_be(tiny_run, tmp_path, monkeypatch):
+    folder, dataset = tiny_run
+    monkeypatch.setattr(filtering, "COMPACTED", 0.2)
+    _, users = dataset.requests("test", 20)
+    tally = filtering.run_filtering(folder, 600, 1, users, progress=False)
+    assert (tally.wrong, tally.short) == ([], [])
+    assert tally.queries == 640 and tally.items > 1000 and tally.updates > 50 and tally.deletes > 50
+    page = filtering.report(tally, "hsnn bench filtering runs/tiny", "tiny", 1, tmp_path)
+    assert "640 requests" in page.read_text() and "**0**" in page.read_text()
+    # The check sees a filter that lets everything through.
+    monkeypatch.setattr(TargetingFilter, "counts", lambda self, layer, users, nodes: np.ones(len(nodes), int))
+    assert filtering.run_filtering(folder, 60, 1, users, progress=False).wrong
+
+
+@pytest.mark.triton
+def test_updates_are_found_and_counted_under_load(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    # All nodes: so few steps make no beam that finds a copy beside its original.
+    found = live_items.run_live(
+        folder, 640, [8, 32], tmp_path / "work", k=40, probes=3, rate=40.0, turns=1, turn_seconds=0.5, requests=20,
+        command="hsnn bench live runs/tiny", say=lambda text: None,
+    )  # fmt: skip
+    fresh, steady = found["freshness"], found["sustained"]
+    assert fresh["probes"] == 3 and fresh["lost"] == fresh["updates_refused"] == steady["refused"] == 0
+    assert 0 < fresh["p50_ms"] <= fresh["p99_ms"] <= fresh["most_ms"] < 5000
+    assert steady["per_second"] > 0 and len(steady["turn_medians"]) == 1
+    page = live_items.report(found, "tiny", tmp_path / "results")
+    assert "Simulated data." in page.read_text() and "ratio of the medians" in page.read_text()
+    assert page.with_suffix(".png").stat().st_size > 1000
 
 
 def test_hsnn_tune_writes_its_choice_into_the_run(tiny_run, tmp_path, capsys):

@@ -45,6 +45,7 @@ def test_a_log_by_hand(path: Path) -> None:
         # Newer, the same again, older, and twice one item in a batch.
         second = log.append([price(1, 6), gone(2, 5), price(2, 4), price(9, 1), price(9, 2)])
         assert (second.position, second.applied.tolist()) == (6, [True, False, False, True, True])
+        assert second.sequences.tolist() == [6, 5, 5, 1, 2]
         assert reader.position() == 6
         assert reader.since(0, 9) == [
             Entry(2, 2, 5, True, None),

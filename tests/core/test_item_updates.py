@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,17 @@ from hsnn_core.item_updates import MAX_BYTES, MAX_SEQUENCE, Update, item_wire_ro
 from hsnn_core.schema import KEY_MISSING, Feature, Schema, encode_row_values, stable_key
 
 X = KEY_MISSING
-SCHEMA = Schema.from_dict(ads())
+SCHEMA = Schema.from_dict(
+    ads()
+    | {
+        "eligibility": {
+            "country_of": {"kind": "set", "type": "string", "max": 2},
+            "running": {"kind": "range", "from": "start", "until": "end"},
+            "paused": {"kind": "flag"},
+        },
+        "bid": "bid",
+    }
+)
 
 
 def upsert(**change: Any) -> dict[str, Any]:
@@ -26,13 +37,13 @@ def upsert(**change: Any) -> dict[str, Any]:
 
 
 def test_an_upsert_by_hand() -> None:
-    update = parse_update(SCHEMA, json.dumps(upsert(bid=0.7, eligibility={"country": ["IT"]})).encode())
+    update = parse_update(SCHEMA, json.dumps(upsert(bid=0.7, eligibility={"country_of": ["IT"]})).encode())
     assert update == Update(
-        17, 9, False, {"category": [4, 9], "price": [2.5, 1], "shelf": 3}, {"country": ["IT"]}, 0.7
+        17, 9, False, {"category": [4, 9], "price": [2.5, 1], "shelf": 3}, {"country_of": ["IT"]}, 0.7
     )
     assert update.to_json() == (
         '{"id":17,"sequence":9,"features":{"category":[4,9],"price":[2.5,1],"shelf":3},'
-        '"eligibility":{"country":["IT"]},"bid":0.7}'
+        '"eligibility":{"country_of":["IT"]},"bid":0.7}'
     )
     assert Update.from_json(update.to_json()) == update
     rows = item_wire_rows(SCHEMA, [update, Update(-5, 1)])
@@ -53,9 +64,10 @@ def test_a_delete_by_hand() -> None:
 
 def test_what_is_left_out_takes_its_default() -> None:
     update = parse_update(SCHEMA, {"id": 0, "sequence": 0})
-    assert update == Update(0, 0, False, {}, {}, 1.0)
+    assert update == Update(0, 0)
+    assert update.to_json() == '{"id":0,"sequence":0,"features":{}}'
     assert (
-        parse_update(SCHEMA, {"id": 17, "sequence": MAX_SEQUENCE, "features": None, "bid": None}).bid == 1.0
+        parse_update(SCHEMA, {"id": 17, "sequence": MAX_SEQUENCE, "features": None, "bid": None}).bid is None
     )
     assert parse_update(SCHEMA, upsert(features={"item": 17})).features == {"item": 17}
 
@@ -92,7 +104,10 @@ def test_what_is_left_out_takes_its_default() -> None:
         (upsert(bid=0), "item 17: bid: got 0, expected a finite number above 0"),
         (upsert(bid=math.inf), "item 17: bid: got inf"),
         (upsert(bid=True), "item 17: bid: got True"),
-        (upsert(eligibility={"running": [math.nan, 1]}), "item 17: eligibility: .*expected .* finite numbers"),
+        (upsert(eligibility={"running": [math.nan, 1]}), "item 17: attribute .running.: got .*nan"),
+        (upsert(eligibility={"running": [2, 1]}), "item 17: attribute 'running': got .*expected from <= until"),
+        (upsert(eligibility={"country": ["IT"]}), "item 17: eligibility: unknown attribute 'country', expected one"),
+        (upsert(eligibility={"country_of": ["I", "D", "F"]}), "item 17: attribute 'country_of': got"),
     ],
 )  # fmt: skip
 def test_bad_updates_are_explained(raw: Any, message: str) -> None:
@@ -148,3 +163,44 @@ def test_wire_rows_are_what_the_transform_takes(data: st.DataObject) -> None:
     }
     transform = FeatureTransform.fit(schema, users, wire, np.arange(len(updates)))
     assert len(transform.encode_items(wire)) == len(updates)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from(["", "a", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+ENTRIES = {
+    "id": st.just(17) | ANYTHING,
+    "sequence": st.just(1) | ANYTHING,
+    "features": st.fixed_dictionaries({}, optional=dict.fromkeys(["item", "category", "price", "shelf"], ANYTHING))
+    | ANYTHING,
+    "eligibility": st.fixed_dictionaries({}, optional=dict.fromkeys(["country_of", "running", "paused"], ANYTHING)),
+    "bid": ANYTHING,
+    "deleted": ANYTHING,
+}  # fmt: skip
+
+
+@given(st.fixed_dictionaries({}, optional=ENTRIES), st.sampled_from(["int", "string"]))
+def test_whatever_comes_is_an_update_or_an_error_that_says_why(raw: dict[str, Any], key_type: str) -> None:
+    plain = ads() | {name: SCHEMA.to_dict()[name] for name in ("eligibility", "bid")}
+    for owner, name in (("item", "item"), ("user", "history")):
+        plain["features"][owner][name]["type"] = key_type
+    schema = Schema.from_dict(plain)
+    refusal, update = "", Update(0, 0)
+    try:
+        update = parse_update(schema, json.dumps(raw))
+    except FeatureError as error:
+        refusal = str(error)
+    if refusal:
+        assert re.match("(id|item -?[0-9]+): ", refusal)
+        return
+    assert Update.from_json(update.to_json()).to_json() == update.to_json()
+    if not update.deleted:
+        item_wire_rows(schema, [update])

@@ -190,7 +190,7 @@ def test_targeting_equals_a_mask_over_an_index_built_anew(seed, layers, steps, i
         now=0.0,
         excluded=[{"advertiser": one["excluded"]} for one in asked],
     )
-    excluded = [live.index.positions(np.array(one["items"], dtype=np.int64)) for one in asked]
+    excluded = [state.view.find(np.array(one["items"], dtype=np.int64)) for one in asked]
     targeting = TargetingFilter(state.view, 4, state.attributes, context, excluded)
     corpus = live.catalogue.corpus()
     mask = np.array(

@@ -36,7 +36,9 @@ def test_the_orchestrator_speaks_the_schema() -> None:
         ("taste", "TYPE_FP32", [2]),
         ("history", "TYPE_INT64", [4]),
         ("country", "TYPE_INT64", [1]),
+        ("exclude_items", "TYPE_INT64", [-1]),
     ]
+    assert [t.name for t in config.input if t.optional] == ["exclude_items"]
     outputs = {t.name: (pb.DataType.Name(t.data_type), list(t.dims)) for t in config.output}
     assert outputs == {
         "item_ids": ("TYPE_INT64", [-1]),
@@ -48,15 +50,44 @@ def test_the_orchestrator_speaks_the_schema() -> None:
     assert (config.backend, config.max_batch_size) == ("python", 64)
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert Schema.from_json(facts.pop("schema")).hash == SCHEMA.hash == facts.pop("schema_hash")
-    assert facts == {"mode": "bls", "k": "10", "widths": "2,4", "workers": "4", "queue": "64"}
+    assert facts == {
+        "mode": "bls",
+        "k": "10",
+        "widths": "2,4",
+        "workers": "4",
+        "queue": "64",
+        "item_log": ".items/log.db",
+    }
     assert config.version_policy.latest.num_versions == 1
     assert [(g.count, g.kind) for g in config.instance_group] == [(1, pb.ModelInstanceGroup.KIND_CPU)]
 
 
+def test_what_a_request_says_of_eligibility_is_optional_and_ragged() -> None:
+    section = {
+        "market": {"kind": "set", "ask": 2},
+        "running": {"kind": "range", "from": "start", "until": "end"},
+        "paused": {"kind": "flag"},
+        "owner": {"kind": "key"},
+    }
+    config = orchestrator(schema=Schema.from_dict(SCHEMA.to_dict() | {"eligibility": section}))
+    assert [
+        (t.name, pb.DataType.Name(t.data_type), list(t.dims), t.allow_ragged_batch)
+        for t in config.input
+        if t.optional
+    ] == [
+        ("context_market", "TYPE_INT64", [2], True),
+        ("context_running", "TYPE_FP64", [1], True),
+        ("exclude_owner", "TYPE_INT64", [-1], True),
+        ("exclude_items", "TYPE_INT64", [-1], True),
+    ]
+    pbtxt.check(config)
+
+
 def test_options_reach_the_configuration_and_come_back() -> None:
     options = ServingOptions(
-        mode="in_process", workers=2, queue=7, keep=3, instances=2, batch_delay_us=500, k=20, widths=(8, 9)
-    )
+        mode="in_process", workers=2, queue=7, keep=3, instances=2, batch_delay_us=500, k=20, widths=(8, 9),
+        item_log="/data/items.db",
+    )  # fmt: skip
     config = orchestrator(options)
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert (facts["mode"], facts["k"], facts["widths"]) == ("in_process", "20", "8,9")
@@ -65,7 +96,13 @@ def test_options_reach_the_configuration_and_come_back() -> None:
     assert network.version_policy.latest.num_versions == 4
     again = pbtxt.options_of(config, network)
     assert again == ServingOptions(
-        mode="in_process", workers=2, queue=7, keep=3, instances=2, batch_delay_us=500
+        mode="in_process",
+        workers=2,
+        queue=7,
+        keep=3,
+        instances=2,
+        batch_delay_us=500,
+        item_log="/data/items.db",
     )
 
 
@@ -97,6 +134,24 @@ def test_tensorrt_runs_on_gpus_with_a_profile_and_a_warmup_per_bucket() -> None:
     assert [list(w.inputs["item"].dims) for w in config.model_warmup] == [[64, 16], [256, 16]]
 
 
+def test_item_updates_are_a_batch_of_any_size() -> None:
+    config = pbtxt.index_config(SCHEMA, ServingOptions(keep=2, item_log="/data/items.db"))
+    assert pbtxt.parse(pbtxt.to_text(config), "test") == config
+    tensors = {t.name: (pb.DataType.Name(t.data_type), list(t.dims)) for t in (*config.input, *config.output)}
+    assert tensors == {
+        "updates": ("TYPE_STRING", [-1]),
+        "status": ("TYPE_INT32", [-1]),
+        "message": ("TYPE_STRING", [-1]),
+        "position": ("TYPE_INT64", [1]),
+        "stats": ("TYPE_STRING", [1]),
+    }
+    assert (config.name, config.backend, config.max_batch_size) == ("hsnn_index", "python", 0)
+    assert config.version_policy.latest.num_versions == 3
+    assert [(g.count, g.kind) for g in config.instance_group] == [(1, pb.ModelInstanceGroup.KIND_CPU)]
+    facts = {name: value.string_value for name, value in config.parameters.items()}
+    assert facts == {"schema": SCHEMA.to_json(), "schema_hash": SCHEMA.hash, "item_log": "/data/items.db"}
+
+
 def test_a_flat_index_has_no_widths() -> None:
     config = pbtxt.orchestrator_config(SCHEMA, 1, 10, (), ServingOptions())
     assert config.parameters["widths"].string_value == ""
@@ -109,6 +164,7 @@ def test_a_flat_index_has_no_widths() -> None:
         ({"mode": "magic"}, "option mode is 'magic', expected bls or in_process"),
         ({"workers": 0}, "option workers is 0, expected at least 1"),
         ({"k": 0}, "option k is 0, expected at least 1"),
+        ({"item_log": " "}, "option item_log is empty, expected the path of a file"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

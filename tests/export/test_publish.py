@@ -25,6 +25,7 @@ from hsnn_core.bundle import Bundle
 from hsnn_core.errors import FormatError, PublishError
 
 MODELS = [
+    "hsnn_index",
     "hsnn_item_tower",
     "hsnn_retrieve",
     "hsnn_scorer_l1",
@@ -34,7 +35,7 @@ MODELS = [
 ]
 
 ROOT = Path(__file__).parents[2]
-FLAT = ["hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
+FLAT = ["hsnn_index", "hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
 
 
 def tree(repository: Path) -> dict[str, bytes]:
@@ -61,7 +62,10 @@ def test_the_first_snapshot(exported: Exported, tmp_path: Path) -> None:
         names(version)
     )
     verify_code(version)
-    assert Bundle.open(version).manifest["models"]["scorers"] == MODELS[2:5]
+    index = repository / "hsnn_index" / "1"
+    assert names(index) == ["code.json", "hsnn_core", "log_owner.py", "model.py", "schema.json", "updater.py"]
+    verify_code(index)
+    assert Bundle.open(version).manifest["models"]["scorers"] == MODELS[3:6]
     assert [snapshot.complete for snapshot in snapshots(repository)] == [True]
 
 
@@ -259,6 +263,7 @@ ORDER = [
     "hsnn_scorer_l1",
     "hsnn_scorer_l2",
     "hsnn_scorer_l3",
+    "hsnn_index",
     "hsnn_retrieve",
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from standin_world import SCHEMA, standin_source
 from untrained import FLAT, TWO_TOWER, untrained_run
 
+from clients.items import ItemClient
 from clients.retrieval import RetrievalClient
 from export.export_run import export_run, export_source
 from export.publish import publish
@@ -85,12 +86,16 @@ def test_networks_that_fail_the_smoke_request_never_go_live(tmp_path: Path) -> N
         RetrievalClient(server.urls.grpc, timeout=20) as client,
     ):
         promote(repository, server.admin)
+        with ItemClient(server.urls.grpc) as items:
+            assert items.delete([5]).status == ["applied"]
+        assert (repository / ".items" / "log.db").is_file()
         before = client.retrieve([{"age": 30.0}])
         assert publish(ours.path, repository) == 2
         shutil.copy(other.path / "scorer_l2.onnx", repository / "hsnn_scorer_l2" / "2" / "model.onnx")
         with pytest.raises(PublishError, match="snapshot 2: its networks do not answer the smoke request"):
             promote(repository, server.admin)
         assert server.admin.versions("hsnn_retrieve") == [1]
+        assert server.admin.versions("hsnn_index") == [1, 2]  # updates are taken all through
         with pytest.raises(ServerError, match="can't run hsnn_user_tower version 9: .*version 9"):
             server.admin.infer("hsnn_user_tower", 9, {"user_ids": np.zeros((1, 5), np.int32)}, ["user_l1"])
         after = client.retrieve([{"age": 30.0}])

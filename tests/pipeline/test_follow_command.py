@@ -131,7 +131,7 @@ def test_a_running_server_takes_over_what_was_learnt(own, capsys):
     with TritonServer(repository) as server:
         promote(repository, server.admin)
         options = ("--once", "--repository", str(repository), "--url", server.urls.grpc)
-        assert main(arguments(own, *options, "--admin-key", str(server.key_file))) == 0
+        assert main(arguments(own, *options, "--key-file", str(server.key_file))) == 0
         assert f"published version 2, served at {server.urls.grpc}" in capsys.readouterr().out
         with RetrievalClient(server.urls.grpc, timeout=20) as client:
             assert client.retrieve([{"age": 31, "country": "IT"}], k=5).version == "2"
@@ -162,7 +162,7 @@ def test_ctrl_c_ends_after_the_file_and_the_same_command_goes_on(own, capsys, mo
     [
         (["--publish-every", "5"], "--publish-every: is about snapshots; give their --repository too"),
         (["--repository", "r", "--publish-every", "0"], "--publish-every: got 0, expected minutes above 0"),
-        (["--repository", "r", "--url", "127.0.0.1:1"], "--url and --admin-key: give both"),
+        (["--repository", "r", "--url", "127.0.0.1:1"], "--url and --key-file: give both"),
         (
             ["--set", "train.lr=1"],
             "goes on with a finished run's own recipe; leave out RECIPE, --resume, --set",

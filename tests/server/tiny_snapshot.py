@@ -22,8 +22,10 @@ from clients.encode import UserEncoder
 from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus, build_corpus
 from hsnn_core.features import FeatureTransform
+from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema, encode_row_values
+from hsnn_core.schema_eligibility import WireTensor
 from hsnn_core.search import SearchResult, search
 
 ORCHESTRATOR = Path(__file__).parents[2] / "model_repository" / "hsnn_retrieve"
@@ -49,7 +51,13 @@ SCHEMA = {
         "seen": {"user": "history", "item": "item", "matches": 1},
     },
 }
-_TYPES = {FLOAT: pb.TYPE_FP32, INT: pb.TYPE_INT32, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+_TYPES = {
+    FLOAT: pb.TYPE_FP32,
+    INT: pb.TYPE_INT32,
+    "FP32": pb.TYPE_FP32,
+    "FP64": pb.TYPE_FP64,
+    "INT64": pb.TYPE_INT64,
+}
 
 
 def tiny_users() -> list[dict[str, Any]]:
@@ -113,12 +121,19 @@ class TinySnapshot:
         return search(self.index, scorer, users, widths, k, self.schema.rank)
 
 
-def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
-    """Networks and orchestrator of one snapshot.
+def write_snapshot(
+    root: Path,
+    version: int,
+    seed: int = 0,
+    schema: Schema | None = None,
+    attributes: ItemAttributes | None = None,
+) -> TinySnapshot:
+    """Networks and orchestrator of one snapshot; ``schema``: SCHEMA with eligibility, of which the items have
+    ``attributes`` in the order of `item_ids`.
 
     hsnn_core is linked, not copied: in a test's own process it is imported only once.
     """
-    schema = Schema.from_dict(SCHEMA)
+    schema = schema or Schema.from_dict(SCHEMA)
     snapshot = TinySnapshot(root, version, schema)
     rng = np.random.default_rng(seed)
     raw_items = _raw_items(schema)
@@ -133,7 +148,7 @@ def write_snapshot(root: Path, version: int, seed: int = 0) -> TinySnapshot:
 
     corpus = build_corpus(
         schema, transform, transform.encode_items(raw_items), item_ids(), item_tower, codebooks, []
-    )
+    ).with_attributes(attributes)
     _write_networks(snapshot, corpus, seed)
     write_bundle(
         snapshot.version_directory,
@@ -167,6 +182,7 @@ def orchestrator_parameters(schema: Schema) -> dict[str, str]:
         "widths": ",".join(map(str, WIDTHS)),
         "workers": "4",
         "queue": "64",
+        "item_log": ".items/log.db",
     }
 
 
@@ -189,7 +205,15 @@ def write_configs(root: Path, schema: Schema, models: dict[str, dict[str, str]])
         "stage_us": ("INT64", LAYERS + 2),
     }
     for name, changed in models.items():
-        _write_config(root, name, "python", inputs, answers, orchestrator_parameters(schema) | changed)
+        _write_config(
+            root,
+            name,
+            "python",
+            inputs,
+            answers,
+            orchestrator_parameters(schema) | changed,
+            schema.context_wire(),
+        )
 
 
 def _write_config(
@@ -199,6 +223,7 @@ def _write_config(
     inputs: dict[str, tuple],
     outputs: dict[str, tuple],
     parameters: dict[str, str] | None = None,
+    optional: Sequence[WireTensor] = (),
 ) -> None:
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=64)
     config.version_policy.latest.num_versions = 2
@@ -206,6 +231,11 @@ def _write_config(
     for add, tensors in ((config.input.add, inputs), (config.output.add, outputs)):
         for tensor, (kind, *dims) in tensors.items():
             add(name=tensor, data_type=_TYPES[kind], dims=dims)
+    for wire in optional:
+        config.input.add(
+            name=wire.name, data_type=_TYPES[wire.datatype], dims=wire.shape, optional=True,
+            allow_ragged_batch=True,
+        )  # fmt: skip
     if backend == "python":
         config.dynamic_batching.SetInParent()
     for key, value in (parameters or {}).items():

@@ -14,7 +14,13 @@ from hsnn_train.trainer import Trainer
 BASE_ROWS, FILE_ROWS = 900, 100
 
 
-def write_base(folder: Path, positives: bool = False, model: dict | None = None, **train: object) -> Path:
+def write_base(
+    folder: Path,
+    positives: bool = False,
+    model: dict | None = None,
+    schema: dict | None = None,
+    **train: object,
+) -> Path:
     """Tables of the first impressions, or of their clicks alone, and a run trained on them; returns the run."""
     log = tables()
     first = log.impressions[:BASE_ROWS]
@@ -22,7 +28,7 @@ def write_base(folder: Path, positives: bool = False, model: dict | None = None,
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in written.items():
         pa.parquet.write_table(table, folder / f"{name}.parquet")
-    made = recipe(train={"max_steps": 6, **train}, model=model or {})
+    made = recipe(train={"max_steps": 6, **train}, model=model or {}, schema=schema or {})
     made = replace(made, data={name: f"{name}.parquet" for name in written}, base=folder)
     data = load_dataset(made.schema, made.data, made.split, made.base, seed=1, progress=False)
     Trainer(made, data, folder / "run", progress=False).train()

@@ -126,7 +126,7 @@ def test_following_beats_standing_still_where_the_world_changes(base, tmp_path):
 
 def test_items_come_and_go_with_their_table(tmp_path, base):
     folder = tmp_path / "base"
-    own = write_base(folder)
+    own = write_base(folder, schema={"bid": "price"})
     gone = int(load_run(own).item_ids[5])
     arrive(tmp_path / "stream", with_column(later(0), "item_id", [99_999] * 50 + [gone] * 50), "a.parquet")
     arrive(tmp_path / "stream", later(1), "b.parquet")
@@ -143,6 +143,7 @@ def test_items_come_and_go_with_their_table(tmp_path, base):
     assert len(run.index.paths) == 120
     assert run.items.ids[0, 0] == 1  # unknown as an id, with the features of the item it was copied from
     assert np.array_equal(run.items.ids[0, 1:], load_run(own).items.ids[0, 1:])
+    assert np.array_equal(run.attributes.bids[:1], load_run(own).attributes.bids[:1])
     again = Follower(tmp_path / "stream", tmp_path / "run")
     assert np.array_equal(again.items.item_counts, follower.items.item_counts)
     assert again.items.item_counts[0] == sum(later(0)["click"].to_pylist()[:50])

@@ -1,0 +1,82 @@
+"""Folding the item updates of a log into the next snapshot: the same networks over the items that are live now.
+
+A server keeps the changes since its snapshot in memory, and replays them when it starts. A compaction makes both short
+again: it brings an export up to the log as a server does, builds the index anew over what is live, and writes an export
+that `publish` takes like any other. It runs beside the servers, and needs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from export.build_index import OnnxItemTower
+from export.exported import BUNDLE_DIR, Exported, open_export
+from hsnn_core.bundle import Bundle, Smoke, write_bundle
+from hsnn_core.corpus import Corpus
+from hsnn_core.errors import PublishError
+from hsnn_core.files import copy_file
+from hsnn_core.item_log import LogReader
+from hsnn_core.log_following import LogFollower
+from hsnn_core.onnx_runner import OnnxRunner
+from hsnn_core.scorer import LayerScorer
+from hsnn_core.search import search
+
+ITEM_TOWER = "item_tower.onnx"
+
+
+def compact(source: str | Path, log: str | Path, target: str | Path, progress: bool = True) -> Exported:
+    """An export at ``target`` of the networks at ``source`` (a run directory or an export folder) over the items that
+    are live by the log; returns it.
+
+    Raises PublishError when the target exists or cannot be written (nothing is left there), LogError when the log
+    cannot be read or is not the one that the source contains updates of, DataError when no item is live.
+    """
+    exported, target = open_export(Path(source)), Path(target)
+    if target.exists():
+        raise PublishError(f"{target}: exists already; give another folder, exports are not overwritten")
+    bundle = exported.verify()
+    with LogReader(log, bundle.schema.hash) as reader:
+        follower = LogFollower(bundle, reader, OnnxItemTower(exported.path / ITEM_TOWER))
+        with tqdm(total=follower.behind(), desc="replay", unit="positions", disable=not progress) as bar:
+            while follower.follow():
+                bar.update(follower.log.position - bundle.log.position - bar.n)
+    corpus = follower.live.compact()
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for path in sorted(exported.path.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                copy_file(path, aside / path.name)
+        manifest = bundle.manifest
+        write_bundle(
+            aside / BUNDLE_DIR, bundle.schema, bundle.transform, corpus, smoke_over(bundle, exported, corpus),
+            widths=manifest["widths"], k=manifest["k"], max_k=manifest["max_k"], buckets=manifest["buckets"],
+            engine=manifest["engine"], models=manifest["models"], item_tower=exported.path / ITEM_TOWER,
+            log=follower.log,
+        )  # fmt: skip
+        aside.rename(target)
+    except OSError as error:
+        raise PublishError(f"{target}: {error}; nothing was written there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return dataclasses.replace(exported, path=target)
+
+
+def smoke_over(bundle: Bundle, exported: Exported, corpus: Corpus) -> Smoke:
+    """The smoke request of an export's ``bundle``, with the answer of its networks over another ``corpus``."""
+    scorers = [exported.path / f"{graph.signature.stem}.onnx" for graph in exported.graphs[2:]]
+    runner = OnnxRunner(exported.path / "user_tower.onnx", scorers)
+    scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, runner, bundle.manifest["buckets"])
+    raw = bundle.smoke().users
+    users = bundle.transform.encode_users(raw)
+    manifest = bundle.manifest
+    found = search(corpus.index, scorer, users, manifest["widths"], manifest["k"], bundle.schema.rank)
+    return Smoke(
+        {name: np.array(values) for name, values in raw.items()}, found.item_ids, found.probabilities
+    )

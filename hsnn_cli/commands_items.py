@@ -1,0 +1,99 @@
+"""hsnn items upsert | delete | stats | follow-kafka: the live corpus of a running server."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+FORMAT = argparse.RawDescriptionHelpFormatter
+SEQUENCES = """sequence numbers: of two updates of one item the one with the higher number wins, in whatever order they
+come, and one that comes twice is stale the second time. Without a number an update gets this machine's clock, in
+microseconds; the server refuses a clock that is minutes off."""
+
+
+def add_commands(commands: Any) -> None:
+    """Register items and its sub-commands."""
+    items = commands.add_parser(
+        "items", help="insert, change and delete items of a running server", formatter_class=FORMAT,
+        description="Change the corpus that a server searches. A command that returns 0 means: all of it is on the "
+        "server's\ndisk, and survives crashes and rollouts.\n\n" + SEQUENCES,
+        epilog="examples:\n  hsnn items upsert new.parquet\n  hsnn items delete --ids 17 23\n  hsnn items stats\n"
+        "  hsnn items follow-kafka --brokers kafka:9092 --topic items --group hsnn-1",
+    )  # fmt: skip
+    kinds = items.add_subparsers(dest="items_command", required=True, metavar="COMMAND")
+
+    upsert = kinds.add_parser(
+        "upsert", help="insert items, or replace what is known of them", formatter_class=FORMAT,
+        description="Insert the items of a table, or replace all that is known of them. A bad row is refused with its "
+        "reason, the others\nare applied; the command then ends with 1.\n\n"
+        "A table (Parquet, CSV with | between the values of a list, or JSON lines) has the columns of the item table "
+        "that the\nserver's schema names; if it has them, also `sequence` and `deleted`. A JSON line may instead be an "
+        'update itself:\n  {"id": 17, "sequence": 9, "features": {"category": [4], "price": 2.5}, "eligibility": '
+        '{"country": ["IT"]}, "bid": 0.7}\n  {"id": 17, "sequence": 10, "deleted": true}\n\n' + SEQUENCES,
+        epilog="examples:\n  hsnn items upsert items.parquet\n  hsnn items upsert items.csv --url 10.0.0.7:8001\n"
+        "  stock-feed | hsnn items upsert -                      JSON lines on standard input\n"
+        "  hsnn items upsert - --format csv < items.csv",
+    )  # fmt: skip
+    upsert.add_argument("file", help="table of items, - for standard input")
+    upsert.add_argument("--format", choices=("parquet", "csv", "jsonl"), default=None,
+                        help="default: by the file's ending; jsonl on standard input")  # fmt: skip
+    _add_connection(upsert)
+    upsert.set_defaults(run_command=run_upsert)
+
+    delete = kinds.add_parser(
+        "delete", help="delete items at once", formatter_class=FORMAT,
+        description="Delete items: no search that begins after the server has followed returns them.\n\n" + SEQUENCES,
+        epilog="examples:\n  hsnn items delete --ids 17 23 42\n"
+        "  hsnn items delete gone.txt                            one id per line\n"
+        "  cut -d, -f1 gone.csv | hsnn items delete -\n  hsnn items delete --ids 17 --sequence 12",
+    )  # fmt: skip
+    delete.add_argument("file", nargs="?", help="one id per line, - for standard input")
+    delete.add_argument("--ids", nargs="+", default=[], metavar="ID", help="the ids themselves")
+    delete.add_argument(
+        "--sequence", type=int, help="sequence number of all these deletes (default: the clock)"
+    )
+    _add_connection(delete)
+    delete.set_defaults(run_command=run_delete)
+
+    stats = kinds.add_parser(
+        "stats", help="what the server's item log holds", formatter_class=FORMAT,
+        description="Items whose newest update is an upsert (live) or a delete, and the log's positions.",
+        epilog="examples:\n  hsnn items stats\n  hsnn items stats --json | jq .position",
+    )  # fmt: skip
+    _add_connection(stats, batches=False)
+    stats.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    stats.set_defaults(run_command=run_stats)
+
+
+def _add_connection(parser: Any, batches: bool = True) -> None:
+    parser.add_argument(
+        "--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds a call may take (default: %(default)s)"
+    )
+    if batches:
+        parser.add_argument(
+            "--batch", type=int, default=1000, help="updates per call, up to 10000 (default: %(default)s)"
+        )
+
+
+def run_upsert(options: argparse.Namespace) -> None:
+    """hsnn items upsert."""
+    from .item_commands import upsert
+
+    upsert(options)
+
+
+def run_delete(options: argparse.Namespace) -> None:
+    """hsnn items delete."""
+    from .item_commands import delete
+
+    delete(options)
+
+
+def run_stats(options: argparse.Namespace) -> None:
+    """hsnn items stats."""
+    from .item_commands import stats
+
+    stats(options)

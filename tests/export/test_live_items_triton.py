@@ -1,0 +1,80 @@
+"""Items that change under a running server: found at once, gone at once, and still so after a crash and a rollout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from clients.items import ItemClient
+from clients.retrieval import RetrievalClient
+from export.compaction import compact
+from export.exported import Exported
+from export.pbtxt import ServingOptions
+from export.publish import publish
+from export.rollout import promote
+from hsnn_server.triton import TritonServer
+
+pytestmark = pytest.mark.triton
+
+USER = {"age": 31.0, "history": [100, 117, 5000]}
+
+
+@pytest.fixture
+def repository(exported: Exported, tmp_path: Path) -> Path:
+    publish(exported.path, tmp_path / "repository", options=ServingOptions(mode="in_process", workers=2))
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as running:
+        promote(repository, running.admin)
+        yield running
+
+
+def found(server: TritonServer) -> set[int]:
+    with RetrievalClient(server.urls.grpc) as client:
+        return {hit.item_id for hit in client.retrieve([USER], k=50, widths=[4, 8])[0]}
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.02)
+
+
+def test_items_come_and_go_and_outlive_the_server_and_its_version(
+    server: TritonServer, repository: Path, exported: Exported, tmp_path: Path
+) -> None:
+    base = set(range(100, 120))
+    assert len(found(server)) == 50  # of 60, the most that may be asked for
+    with ItemClient(server.urls.grpc) as items:
+        items.delete(range(120, 160))
+        eventually(lambda: found(server) == base)
+        results = items.upsert([{"id": n, "features": {"category": [3], "price": 5.0}} for n in (5000, 5001)])
+        assert results.status == ["applied"] * 2
+        eventually(lambda: found(server) == base | {5000, 5001})
+        items.delete([100, 5001])
+        eventually(lambda: found(server) == base - {100} | {5000})
+
+        # The snapshot that contains the updates takes over, and finds what came after it was made.
+        compact(exported.path, repository / ".items" / "log.db", tmp_path / "next", progress=False)
+        items.upsert([{"id": 5002, "features": {"category": [3], "price": 5.0}}])
+        publish(tmp_path / "next", repository)
+        promote(repository, server.admin)
+        expected = base - {100} | {5000, 5002}
+        assert found(server) == expected
+
+    # What was acknowledged survives a killed server.
+    pid = server.pid
+    os.kill(pid, signal.SIGKILL)
+    server.stop()
+    with TritonServer(repository) as again:
+        promote(repository, again.admin)
+        assert found(again) == expected
