@@ -1,4 +1,4 @@
-"""PNG plots of the paper's tables: recall against cost, recall against the share scored, NE of ablations."""
+"""PNG plots of the benches: recall against cost, recall against the share scored, NE of ablations and streams."""
 
 from __future__ import annotations
 
@@ -166,6 +166,21 @@ def recall_of_widths(points: Sequence[Point], chosen: Point, title: str, path: P
     axis.set(xlabel="milliseconds per request (log scale)", ylabel="search recall", title=title)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+    return save(figure, path)
+
+
+def following(report: dict[str, Any], path: Path) -> Path:
+    """NE of every file of a stream, by the model that stands still and by the one that follows, a panel per task."""
+    tasks = report["tasks"]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        for kind, color, label in (("still", PRUNED, "stands still"), ("follows", FLAT, "follows")):
+            values = [np.nan if (ne := row[kind][task]["ne"]) is None else ne for row in report["files"]]
+            axis.plot(range(1, len(values) + 1), values, color=color, marker="o", label=label)
+        axis.set(xlabel="file of the stream", ylabel="NE before learning from the file",
+                 title=f"{report['data']}{', simulated' if report['simulated'] else ''}: {task}")  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend()
     return save(figure, path)
 
 

@@ -116,6 +116,21 @@ def add_commands(commands: Any) -> None:
                             help="pairs of trainings (default: %(default)s)")  # fmt: skip
     throughput.set_defaults(run_command=run_throughput)
 
+    follow = kinds.add_parser(
+        "follow", help="what following a stream gives over a model that stands still", formatter_class=FORMAT,
+        description="Trains on the first part of the recipe's log, then follows the rest, cut into files by time: "
+        "NE of every file before it is learnt from, beside that of the model as it was. Writes "
+        "docs/results/follow-<data>.{json,md,png}.",
+        epilog="examples:\n  hsnn bench follow --data synthetic\n"
+        "  hsnn bench follow --data synthetic --files 4 --share 0.8",
+    )  # fmt: skip
+    _data(follow)
+    follow.add_argument("--files", type=int, default=12, metavar="N",
+                        help="that the rest is cut into (default: %(default)s)")  # fmt: skip
+    follow.add_argument("--share", type=float, default=0.5, metavar="S",
+                        help="of the log that is trained on first (default: %(default)s)")  # fmt: skip
+    follow.set_defaults(run_command=run_bench_follow)
+
 
 def _data(command: Any) -> None:
     command.add_argument(
@@ -178,6 +193,15 @@ def run_throughput(options: argparse.Namespace) -> None:
 
     report = throughput.run_throughput(options.data, options.steps, options.rounds)
     path = throughput.RESULTS / f"throughput-{report['data']}.md"
+    print(f"{path.read_text()}\nreport: {path}")
+
+
+def run_bench_follow(options: argparse.Namespace) -> None:
+    """hsnn bench follow."""
+    from hsnn_bench import follow
+
+    report = follow.run_follow(options.data, options.files, options.share)
+    path = follow.RESULTS / f"follow-{report['data']}.md"
     print(f"{path.read_text()}\nreport: {path}")
 
 

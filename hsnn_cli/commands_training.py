@@ -12,6 +12,7 @@ import yaml
 
 from hsnn_core.errors import SchemaError
 
+from .follow_arguments import add_arguments, check_arguments
 from .tables import table
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def add_commands(commands: Any) -> None:
         "train", help="train a recipe into a run directory", formatter_class=FORMAT,
         description="Train an HSNN (towers, ensemble and index together) from a recipe.",
         epilog="examples:\n  hsnn train synthetic --run runs/ads\n  hsnn train my.yaml --run runs/mine "
-        "--set train.epochs=4 --set train.seed=7\n  hsnn train --resume runs/mine     go on after Ctrl-C",
+        "--set train.epochs=4 --set train.seed=7\n  hsnn train --resume runs/mine     go on after Ctrl-C\n"
+        "  hsnn train --follow stream --from runs/mine --run runs/live --repository repo --publish-every 5",
     )  # fmt: skip
     train.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     train.add_argument("--run", type=Path, help="run directory to write (default: runs/<recipe>)")
@@ -37,6 +39,7 @@ def add_commands(commands: Any) -> None:
                        help="change one value of the recipe; may be repeated")  # fmt: skip
     train.add_argument("--restart", action="store_true", help="train anew into a run that was interrupted")
     train.add_argument("--no-evaluate", action="store_true", help="stop after training")
+    add_arguments(train)
     train.set_defaults(run_command=run_train)
 
     evaluate = commands.add_parser(
@@ -84,9 +87,15 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
 
 def run_train(options: argparse.Namespace) -> None:
     """hsnn train."""
-    from hsnn_train.checkpoint import load_recipe_of_run, refuse_unfinished
+    from hsnn_train.checkpoint import load_recipe_of_run, refuse_followed, refuse_unfinished
     from hsnn_train.recipe import load_recipe
 
+    check_arguments(options)
+    if options.follow is not None:
+        from .follow import run_follow
+
+        run_follow(options)
+        return
     if (options.recipe is None) == (options.resume is None):
         raise SchemaError("hsnn train: give either a recipe or --resume RUN (see hsnn train --help)")
     if options.resume is not None:
@@ -94,6 +103,7 @@ def run_train(options: argparse.Namespace) -> None:
             raise SchemaError(
                 "hsnn train --resume: goes on with the run's own recipe; leave out --set, --run and --restart"
             )
+        refuse_followed(options.resume)
         recipe = load_recipe_of_run(options.resume)
         run = options.resume
     else:
@@ -182,8 +192,9 @@ def print_and_keep(report: dict[str, Any], run: Path) -> None:
 def run_evaluate(options: argparse.Namespace) -> None:
     """hsnn evaluate."""
     from hsnn_train import evaluate as ev
-    from hsnn_train.checkpoint import check_inputs, load_run
+    from hsnn_train.checkpoint import check_inputs, load_run, refuse_followed
 
+    refuse_followed(options.run)
     run = load_run(options.run)
     data = load_data(run.recipe)
     check_inputs(options.run, data.schema, data.transform, data.items, data.item_keys)
@@ -270,9 +281,32 @@ def describe_presets() -> str:
     )  # fmt: skip
 
 
+def describe_stream(path: Path) -> str:
+    """What a run that follows a stream has seen."""
+    from hsnn_train.checkpoint import load_checkpoint, load_recipe_of_run
+    from hsnn_train.follow_report import read_rows
+
+    seen = load_checkpoint(path / "checkpoint.pt", load_recipe_of_run(path).schema)["follow"]
+    bad = ", ".join(seen["bad"])
+    lines = [
+        f"follows {seen['stream']}, began from {seen['base']}",
+        f"{len(seen['files'])} files, {seen['seen']:,} impressions, "
+        f"{seen['dropped']:,} left out (items that the items table lacks), {len(seen['bad'])} bad files"
+        + (f": {bad}" if bad else ""),
+    ]
+    rows = [
+        [row["file"], row["impressions"], own["task"], own["ne"], own["calibration"]]
+        for row in read_rows(path)[-5:]
+        for own in row["pointwise"]
+        if own["layer"] == row["pointwise"][-1]["layer"]
+    ]
+    title = "The latest files, predicted before they were learnt from"
+    return "\n".join([*lines, "", table(["file", "impressions", "task", "NE", "calibration"], rows, title)])
+
+
 def describe_run(path: Path) -> str:
     """One screen about a run."""
-    from hsnn_train.checkpoint import load_run
+    from hsnn_train.checkpoint import follows_stream, load_run
 
     run = load_run(path)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -282,6 +316,8 @@ def describe_run(path: Path) -> str:
         f"{run.model.layers} layers: {', '.join(run.recipe.model.layers)}; {parameters:,} parameters; "
         f"{len(run.item_ids):,} items; index {run.recipe.model.index} {list(run.recipe.model.codebooks)}",
     ]
+    if follows_stream(path):
+        lines += ["", describe_stream(path)]
     metrics = path / "metrics.json"
     if metrics.exists():
         lines += ["", describe(json.loads(metrics.read_text()))]

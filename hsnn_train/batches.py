@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsnn_core.features import Encoded
+from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.i2if import I2IF, Crossings
 from hsnn_core.index import HierarchicalIndex
-from hsnn_train.data.dataset import Dataset, Examples
+from hsnn_core.schema import Schema
+from hsnn_train.data.dataset import Examples
 
 from .hsnn import Batch, NodeBatch, Pairs, Sides
 
@@ -40,6 +42,23 @@ class IndexState:
             of_position = index.representative[layer - 1][index.ancestors(layer)]
             representative[layer - 1, index.row_of_position] = index.row_of_position[of_position]
         return IndexState(np.ascontiguousarray(paths, dtype=np.int32), representative)
+
+
+class ItemTable(Protocol):
+    """What batches read of the items (V rows) of a data set or of a stream: see `Dataset` for the fields."""
+
+    @property
+    def schema(self) -> Schema: ...
+    @property
+    def transform(self) -> FeatureTransform: ...
+    @property
+    def items(self) -> Encoded: ...
+    @property
+    def folds(self) -> Sequence[Encoded]: ...
+    @property
+    def item_keys(self) -> np.ndarray: ...
+    @property
+    def item_counts(self) -> np.ndarray: ...
 
 
 class CandidateSampler:
@@ -81,10 +100,10 @@ class Pool:
 
 
 class BatchMaker:
-    """Makes `Batch`es of a data set.
+    """Makes `Batch`es of a data set or a stream.
 
     Args:
-        dataset: features are already encoded.
+        dataset: its items, already encoded.
         i2ifs: crossings with forward lists in item-table row order: those of every fold of the data set, then those
             that serve; empty without interactions.
         layers: N.
@@ -94,7 +113,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ItemTable,
         i2ifs: Sequence[I2IF],
         layers: int,
         negatives: int,

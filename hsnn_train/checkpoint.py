@@ -68,17 +68,48 @@ def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
     return state
 
 
+def follows_stream(run: Path) -> bool:
+    """Whether the folder holds a run that follows a stream (`hsnn train --follow`)."""
+    path = run / "checkpoint.pt"
+    return path.exists() and "follow" in load_checkpoint(path, load_recipe_of_run(run).schema)
+
+
+def refuse_followed(run: Path) -> None:
+    """Raise HsnnError when the folder holds a run that follows a stream."""
+    if follows_stream(run):
+        raise HsnnError(
+            f"run {run}: follows a stream; hsnn train --follow goes on with it, and {run / 'follow.jsonl'} has what "
+            "it said of each file before it learnt from it"
+        )
+
+
 def refuse_unfinished(run: Path) -> None:
-    """Raise HsnnError when the folder holds an interrupted training, which a new one would replace."""
+    """Raise HsnnError when the folder holds an interrupted training, or one that follows a stream, which a new one
+    would replace."""
     path = run / "checkpoint.pt"
     if not path.exists():
         return
     state = load_checkpoint(path, load_recipe_of_run(run).schema)
+    if "follow" in state:
+        raise HsnnError(
+            f"run {run}: holds a run that follows a stream; give another --run, or --restart to train anew and lose it"
+        )
     if not state.get("finished", False):
         raise HsnnError(
             f"run {run}: holds a training that was interrupted at step {int(state['step'])}; go on with "
             f"hsnn train --resume {run}, or give --restart to train anew and lose it"
         )
+
+
+def save_meaning(run: Path, recipe: Recipe, transform: FeatureTransform) -> None:
+    """Recipe, schema and transform. What an earlier run left in the folder goes first, so that no checkpoint ever
+    stands beside another run's recipe."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "history.jsonl", "follow.jsonl", "metrics.json", "metrics-valid.json"):
+        (run / name).unlink(missing_ok=True)
+    write_bytes(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+    write_bytes(run / "schema.json", recipe.schema.to_json().encode())
+    write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
 
 
 def save_inputs(
@@ -89,15 +120,9 @@ def save_inputs(
     item_keys: np.ndarray,
     attributes: ItemAttributes | None = None,
 ) -> None:
-    """Everything of a run that is known before the first step: recipe, schema, transform and the corpus, with its
-    attributes by row where the schema declares some. What an earlier run left in the folder goes first, so that no
-    checkpoint ever stands beside another run's recipe."""
-    run.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "history.jsonl", "metrics.json", "metrics-valid.json"):
-        (run / name).unlink(missing_ok=True)
-    write_bytes(run / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-    write_bytes(run / "schema.json", recipe.schema.to_json().encode())
-    write_arrays(run / "transform.hsnn", "transform", transform.to_arrays(), {"schema": recipe.schema.hash})
+    """Everything of a run that is known before the first step: see `save_meaning`, and the corpus, with its attributes
+    by row where the schema declares some."""
+    save_meaning(run, recipe, transform)
     write_arrays(
         run / "corpus.hsnn",
         "corpus",
@@ -111,7 +136,9 @@ def check_inputs(
     run: Path, schema: Schema, transform: FeatureTransform, items: Encoded, item_keys: np.ndarray
 ) -> None:
     """Refuse a data set that is encoded otherwise than the one the run was trained on: the same id would mean
-    another thing to its embeddings. Raises SchemaMismatch or DataError that names the first difference."""
+    another thing to its embeddings. Raises SchemaMismatch or DataError that names the first difference, and HsnnError
+    for a run that follows a stream: what it learnt from is in no table."""
+    refuse_followed(run)
     own = load_recipe_of_run(run).schema
     if own.hash != schema.hash:
         raise SchemaMismatch(f"run {run}: trained on schema {own.hash}, asked for schema {schema.hash}")
@@ -137,8 +164,9 @@ def check_inputs(
 @dataclass(frozen=True)
 class Run:
     """A trained run, ready to be evaluated or exported. ``items`` (V rows) and ``item_ids`` int64 (V,) are the
-    corpus it was trained on, ``index`` the hard index as of the last refresh, ``finished`` whether it reached the
-    last step, ``attributes`` the items' eligibility and bids by row, None when the schema declares none."""
+    corpus it was trained on, or of a run that follows a stream the items table as it read it last; ``index`` the hard
+    index as of the last refresh, ``finished`` whether it reached the last step, ``attributes`` the items' eligibility
+    and bids by row, None when the schema declares none."""
 
     path: Path
     recipe: Recipe
@@ -184,8 +212,11 @@ def load_run(run_dir: str | Path) -> Run:
     transform = FeatureTransform.from_arrays(
         recipe.schema, open_arrays(path / "transform.hsnn", "transform").arrays
     )
-    corpus = open_arrays(path / "corpus.hsnn", "corpus").arrays
     state = load_checkpoint(path / "checkpoint.pt", recipe.schema)
+    if "follow" in state:
+        corpus = {name: array.numpy() for name, array in state["corpus"].items()}
+    else:
+        corpus = dict(open_arrays(path / "corpus.hsnn", "corpus").arrays)
     model = make_model(recipe, transform)
     model.load_state_dict(state["model"])
     return Run(

@@ -88,6 +88,24 @@ def latency_per_layer(stages: Sequence[str], microseconds: np.ndarray, path: Pat
     return _save(figure, path)
 
 
+def progressive_validation(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Of the files of a stream, NE of the item layer before it learnt from them, a point per file and task, over the
+    impressions seen until then. ``rows``: those of follow.jsonl."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    tasks = [row["task"] for row in rows[0]["pointwise"] if row["layer"] == 1] if rows else []
+    for task in tasks:
+        last = [[own for own in row["pointwise"] if own["task"] == task][-1]["ne"] for row in rows]
+        axis.plot([row["seen"] for row in rows], [np.nan if ne is None else ne for ne in last], marker="o",
+                  markersize=3, linewidth=1.2, label=task)  # fmt: skip
+    title = "Following a stream: NE of each file before learning from it"
+    simulated = " (simulated)" if any(row["simulated"] for row in rows) else ""
+    axis.set(xlabel="impressions seen", ylabel="NE", title=title + simulated)
+    axis.grid(alpha=0.3)
+    if tasks:
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

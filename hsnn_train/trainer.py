@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ from tqdm import tqdm
 from hsnn_core.errors import DataError, HsnnError
 from hsnn_core.files import write_bytes
 from hsnn_core.i2if import I2IF
+from hsnn_core.schema import ITEM_SPACE
 from hsnn_train.data.dataset import Dataset
+from hsnn_train.data.tables import find_rows
 
-from .batches import BatchMaker, IndexState, epoch_order, step_rng
+from .batches import BatchMaker, IndexState, ItemTable, epoch_order
 from .checkpoint import (
     check_inputs,
     load_checkpoint,
@@ -38,7 +39,15 @@ from .hsnn import HSNN
 from .lti import alpha_at, warmup_at
 from .objective import Moment, Objective
 from .recipe import Recipe
-from .refresh import index_vectors, refresh, reset_optimizer_rows, residual_kmeans
+from .refresh import index_vectors, refresh, residual_kmeans
+from .steps import (
+    LAST_LR,
+    gradient_step,
+    index_health,
+    make_optimizer,
+    revive_codewords,
+    set_learning_rate,
+)
 from .teacher import Teacher
 from .warm import WarmStarts
 
@@ -49,27 +58,24 @@ class Interrupted(HsnnError):
     """Training was stopped by Ctrl-C; the checkpoint is kept."""
 
 
-class Diverged(HsnnError):
-    """The loss is no longer a number; the last checkpoint is from before."""
-
-
 class NotSaved(HsnnError):
     """The checkpoint could not be written; the one before is kept."""
 
 
-def rows_i2ifs(dataset: Dataset) -> list[I2IF]:
+def rows_i2ifs(dataset: ItemTable) -> list[I2IF]:
     """I2IF over item-table rows: of every fold, then of what is served; empty when the schema has no interactions."""
     if not dataset.schema.interactions:
         return []
-    position_of_id = np.full(dataset.transform.cardinality("item"), -1, np.int32)
-    position_of_id[2:] = np.arange(len(dataset.item_keys), dtype=np.int32)
+    known = dataset.transform.vocabularies[ITEM_SPACE]
+    position_of_id = np.full(dataset.transform.cardinality(ITEM_SPACE), -1, np.int32)
+    position_of_id[known.ids] = find_rows(dataset.item_keys, known.keys)
     return [
         I2IF.build(dataset.schema, dataset.transform, items, position_of_id)
         for items in (*dataset.folds, dataset.items)
     ]
 
 
-def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
+def make_batches(dataset: ItemTable, recipe: Recipe) -> BatchMaker:
     """The batch maker of a recipe, as training and evaluation use it."""
     t = recipe.train
     return BatchMaker(
@@ -112,7 +118,7 @@ class Trainer:
         self.model.set_items(dataset.items, dataset.item_counts)
         if t.pool:
             self.model.fix_temperature(t.temperature)
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=t.lr, weight_decay=t.weight_decay, foreach=True)
+        self.optimizer = make_optimizer(self.model, t)
         self.batches = make_batches(dataset, recipe)
         self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))
         self.steps = t.max_steps or t.epochs * self.steps_per_epoch
@@ -136,15 +142,6 @@ class Trainer:
             self._restore()
         else:
             save_inputs(run, recipe, dataset.transform, dataset.items, dataset.item_keys, dataset.attributes)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameters of the trunks, and all others."""
-        trunks = {id(p) for p in self.model.trunks.parameters()}
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if id(p) in trunks]},
-            {"params": [p for p in trained if id(p) not in trunks]},
-        ]
 
     def _kmeans_schedule(self) -> set[int]:
         """Steps at which codebooks are set by k-means: at the start, and where the item tower has settled, which for
@@ -301,28 +298,14 @@ class Trainer:
         if epoch != self._order_of:
             self._order_of, self._order = epoch, epoch_order(len(self.dataset.train.item_row), t.seed, epoch)
         rows = np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
-        trunk, rest = self.optimizer.param_groups
-        rest["lr"] = t.lr * self._lr_factor()
-        trunk["lr"] = rest["lr"] * (t.trunk_lr if t.pool and not self._warming else 1.0)
-        # Dropout and candidates are a function of (seed, step).
-        torch.manual_seed(t.seed * 1_000_003 + self.step)
+        set_learning_rate(self.optimizer, t, self._lr_factor(), self._warming)
         moment = Moment(
             self.alpha(),
             warmup_at(self.step, self.init_step, int(t.warmup * (self.steps - self.init_step))),
             warm=self._warming,
         )
-        parts, pairs = self.objective(rows, self.state, moment, step_rng(t.seed, self.step))
-        if not torch.isfinite(parts["loss"]):
-            broken = ", ".join(name for name, value in parts.items() if not torch.isfinite(value))
-            raise Diverged(
-                f"training diverged at step {self.step + 1} of {self.steps}: {broken} is not finite; train "
-                f"again with a smaller train.lr (now {t.lr}), and look for extreme values in dense features"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-        self.optimizer.step()
-        return {k: v.detach() for k, v in parts.items()}, pairs
+        where = f"step {self.step + 1} of {self.steps}"
+        return gradient_step(self.optimizer, self.objective, rows, self.state, moment, self.step, where)
 
     def _lr_factor(self) -> float:
         """Linear warm-up over 5% of the steps, then a cosine down to a tenth; with a pool once for the two towers
@@ -335,7 +318,7 @@ class Trainer:
         if step < warm:
             return (step + 1) / warm
         along = (step - warm) / max(1, steps - warm)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * along))
+        return LAST_LR + (1 - LAST_LR) / 2 * (1 + math.cos(math.pi * along))
 
     # The index between steps.
 
@@ -349,21 +332,11 @@ class Trainer:
             if self.step in self.kmeans_steps or not bool(lti.initialised):
                 lti.set_codebooks(residual_kmeans(v, lti.sizes, t.seed))
             elif self.recipe.model.index == "joint" and self.step >= self.init_step:
-                generator = torch.Generator().manual_seed(t.seed * 1_000_003 + self.step)
-                for codebook, dead in zip(lti.codebook, lti.revive(torch.from_numpy(v), generator)):
-                    reset_optimizer_rows(self.optimizer, codebook, dead)
+                revive_codewords(lti, self.optimizer, v, t.seed, self.step)
         self.state, _ = refresh(self.model, self.dataset.items, self.dataset.item_keys, v)
         if lti is not None and v is not None:
-            row: dict[str, Any] = {"step": self.step}
-            for layer, health in enumerate(
-                lti.health(torch.from_numpy(v), self.state.paths, self.alpha()), start=1
-            ):
-                row |= {f"l{layer}_{k}": value for k, value in asdict(health).items()}
-                if health.collapsed and self.step > self.init_step:
-                    tqdm.write(
-                        f"warning: step {self.step}: codebook {layer} has collapsed: items live in effectively "
-                        f"{health.perplexity:.1f} of {health.codewords} codewords; raise train.balance or lower "
-                        "train.max_alpha"
-                    )
-            self.history.append(row)
+            row, collapsed = index_health(lti, v, self.state, self.alpha())
+            for warning in collapsed if self.step > self.init_step else ():
+                tqdm.write(f"warning: step {self.step}: {warning}")
+            self.history.append({"step": self.step, **row})
         bar.set_description("train")

@@ -35,6 +35,7 @@ from .splits import NAMES, TRAIN, Split
 from .tables import TABLES, Log, LogTables, check_tables, load_tables
 
 ENCODE_ROWS = 1 << 16
+EarlierKeys = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -147,23 +148,26 @@ def load_dataset(
     Raises DataError, SchemaError and FeatureError.
     """
     split = Split.from_dict(split_section)
+    return build_dataset(schema, recipe_tables(schema, data_section, base_dir), split, seed, progress)
+
+
+def recipe_tables(schema: Schema, data_section: Mapping[str, Any], base_dir: Path) -> LogTables:
+    """The tables of a recipe's `data:` section; paths start from ``base_dir``. Raises DataError."""
     if "adapter" in data_section:
         from .adapters import adapt
 
-        tables = adapt(schema, data_section, base_dir)
-    else:
-        known = (*TABLES, "unknown_items", "history_by")
-        for key in data_section:
-            if key not in known:
-                raise DataError(f"data.{key}: unknown key, expected adapter, or of {', '.join(known)}")
-        for key, value in data_section.items():
-            if not isinstance(value or "", str):
-                raise DataError(f"data.{key}: got {value!r}, expected text")
-        paths = {name: base_dir / data_section[name] for name in TABLES if data_section.get(name)}
-        tables = load_tables(
-            schema, paths, data_section.get("unknown_items", "refuse"), data_section.get("history_by")
-        )
-    return build_dataset(schema, tables, split, seed, progress)
+        return adapt(schema, data_section, base_dir)
+    known = (*TABLES, "unknown_items", "history_by")
+    for key in data_section:
+        if key not in known:
+            raise DataError(f"data.{key}: unknown key, expected adapter, or of {', '.join(known)}")
+    for key, value in data_section.items():
+        if not isinstance(value or "", str):
+            raise DataError(f"data.{key}: got {value!r}, expected text")
+    paths = {name: base_dir / data_section[name] for name in TABLES if data_section.get(name)}
+    return load_tables(
+        schema, paths, data_section.get("unknown_items", "refuse"), data_section.get("history_by")
+    )
 
 
 def build_dataset(
@@ -175,7 +179,7 @@ def build_dataset(
     if tables.unordered:
         # There is no other time: the splits follow each other.
         log = replace(log, time=parts.astype(np.int64))
-    users = _UserFeatures(schema, log)
+    users = UserFeatures(schema, log)
     order = np.argsort(log.time, kind="stable")
     rows_of = [order[parts[order] == part] for part in range(len(NAMES))]
 
@@ -183,7 +187,7 @@ def build_dataset(
     item_raw = _item_rows(schema, log) | neighbours.raw(None)
     transform = FeatureTransform.fit(schema, users.to_fit(rows_of[TRAIN]), item_raw, log.item_keys)
     with tqdm(total=len(order), desc="encode", unit="row", delay=1.0, disable=not progress) as bar:
-        train, valid, test = (_encode(transform, users, log, rows, bar) for rows in rows_of)
+        train, valid, test = (encode_examples(transform, users, log, rows, bar) for rows in rows_of)
     if neighbours.features:
         train = replace(train, fold=fold_of(log.group[rows_of[TRAIN]]))
     return Dataset(
@@ -206,21 +210,26 @@ def build_dataset(
     )
 
 
-class _UserFeatures:
-    """Raw user features of any impressions: columns of the impressions or of the users, derived histories."""
+class UserFeatures:
+    """Raw user features of any impressions: columns of the impressions or of the users, derived histories.
 
-    def __init__(self, schema: Schema, log: Log) -> None:
+    ``earlier``: number of a task -> (impressions (R,), L) -> keys (R, L) int64 of the last L items that the user's
+    history holds then, oldest first, then KEY_MISSING; None takes the histories that the log itself has.
+    """
+
+    def __init__(self, schema: Schema, log: Log, earlier: Callable[[int], EarlierKeys] | None = None) -> None:
         self.log = log
         self.notes: list[str] = []
         self.of_impression: dict[str, np.ndarray] = {}
         self.of_user: dict[str, np.ndarray] = {}  # the last row is that of a user who is not in the table
-        self.derived: dict[str, tuple[Histories, int]] = {}
+        self.derived: dict[str, tuple[EarlierKeys, int]] = {}
         self.features = {f.name: f for f in schema.user_features}
         self._histories: dict[int, Histories] = {}
         names = [task.name for task in schema.tasks]
         for feature in schema.user_features:
             if feature.derive_from is not None:
-                self.derived[feature.name] = (self.history(names.index(feature.derive_from)), feature.length)
+                keys = (earlier or self._keys)(names.index(feature.derive_from))
+                self.derived[feature.name] = (keys, feature.length)
             else:
                 self._read(feature)
         if self.of_user and (log.user_row < 0).any():
@@ -249,13 +258,18 @@ class _UserFeatures:
             self._histories[task] = Histories(log.group, log.time, log.item_row, hit, of_others)
         return self._histories[task]
 
+    def _keys(self, task: int) -> EarlierKeys:
+        def keys(rows: np.ndarray, length: int) -> np.ndarray:
+            items = histories.rows(rows, length)
+            return np.where(items < 0, KEY_MISSING, self.log.item_keys[items])
+
+        histories = self.history(task)
+        return keys
+
     def raw(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Wire arrays of the impressions ``rows``, by feature name."""
         found = self._declared(rows)
-        for name, (histories, length) in self.derived.items():
-            items = histories.rows(rows, length)
-            found[name] = np.where(items < 0, KEY_MISSING, self.log.item_keys[items])
-        return found
+        return found | {name: keys(rows, length) for name, (keys, length) in self.derived.items()}
 
     def to_fit(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """As `raw` without the histories, whose ids are the item table's."""
@@ -324,8 +338,8 @@ def item_wire(schema: Schema, items: pa.Table, where: str, keys: np.ndarray) -> 
     return raw
 
 
-def _encode(
-    transform: FeatureTransform, users: _UserFeatures, log: Log, rows: np.ndarray, bar: Any
+def encode_examples(
+    transform: FeatureTransform, users: UserFeatures, log: Log, rows: np.ndarray, bar: Any = None
 ) -> Examples:
     """Encode the impressions ``rows`` in chunks: raw keys take many times the memory of ids."""
     layout = transform.schema.layout("user")
@@ -335,7 +349,8 @@ def _encode(
         chunk = slice(start, start + ENCODE_ROWS)
         encoded = transform.encode_users(users.raw(rows[chunk]))
         dense[chunk], ids[chunk] = encoded.dense, encoded.ids
-        bar.update(len(encoded))
+        if bar is not None:
+            bar.update(len(encoded))
     return Examples(
         Encoded(dense, ids), log.item_row[rows], log.labels[rows], log.time[rows], log.user_key[rows],
         np.full(len(rows), -1, np.int8),

@@ -161,7 +161,7 @@ def check_tables(tables: LogTables) -> Log:
     for name, table in (("impressions", tables.impressions), ("items", tables.items)):
         if not table.num_rows:
             raise DataError(f"{tables.where(name)}: no rows")
-    item_keys = _unique_keys(tables, "items", tables.items, schema.item_key)
+    item_keys = unique_keys(tables, "items", tables.items, schema.item_key)
     wanted = _key_column(tables, "impressions", schema.item_key)
     item_row = find_rows(item_keys, wanted)
     if (item_row < 0).any():
@@ -215,7 +215,8 @@ def _check_key_type(tables: LogTables, values: pa.Array, key: str, where: str) -
             )
 
 
-def _unique_keys(tables: LogTables, name: str, table: pa.Table, key: str) -> np.ndarray:
+def unique_keys(tables: LogTables, name: str, table: pa.Table, key: str) -> np.ndarray:
+    """Keys (R,) int64 of the table ``name``, users or items. Raises DataError when a key is missing or repeats."""
     keys = _key_column(tables, name, key)
     order = np.argsort(keys, kind="stable")
     twice = np.flatnonzero(keys[order][1:] == keys[order][:-1])
@@ -253,7 +254,7 @@ def _user_rows(tables: LogTables, user_key: np.ndarray) -> np.ndarray:
     if tables.users is None:
         return np.full(len(user_key), -1, np.int32)
     key = tables.schema.user_key
-    known = _unique_keys(tables, "users", tables.users, key)
+    known = unique_keys(tables, "users", tables.users, key)
     kinds = [is_text(t.schema.field(key).type) for t in (tables.users, tables.impressions)]
     if kinds[0] != kinds[1]:
         raise DataError(

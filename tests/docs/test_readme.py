@@ -14,6 +14,7 @@ import yaml
 
 from clients.retrieval import Hit, RetrievalClient
 from hsnn_cli.main import DESCRIPTION, parser
+from hsnn_core.schema import Schema
 from hsnn_train.recipe import RECIPES, load_recipe, recipe_from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,8 +69,10 @@ def test_make_targets_exist():
 
 
 def test_the_recipe_for_own_logs_is_one_and_its_schema_has_15_lines(tmp_path):
-    (text,) = blocks("yaml")
+    text, targeting = blocks("yaml")
     recipe = recipe_from_dict(yaml.safe_load(text), "shop", tmp_path)
+    targeted = yaml.safe_load(text)["schema"] | yaml.safe_load(targeting)
+    assert [a.kind for a in Schema.from_dict(targeted).eligibility] == ["set", "range", "flag", "key"]
     assert len(recipe.model.monns()) == len(recipe.model.codebooks) + 1
     assert len(text[: text.index("data:")].splitlines()) == 15
 
@@ -118,7 +121,11 @@ def test_every_python_name_in_prose_exists(name):
 
 
 def test_the_client_snippet_uses_what_the_client_has():
-    (text,) = blocks("python")
+    for text in blocks("python"):
+        check_snippet(text)
+
+
+def check_snippet(text: str) -> None:
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -136,6 +143,6 @@ def test_the_client_snippet_uses_what_the_client_has():
 
 
 def test_trained_tasks_are_the_scores_that_the_snippet_reads():
-    (text,) = blocks("python")
+    text = blocks("python")[0]
     tasks = [task["name"] for task in yaml.safe_load(blocks("yaml")[0])["schema"]["tasks"]]
     assert re.findall(r'scores\["(\w+)"\]', text) == tasks

@@ -20,7 +20,8 @@ from hsnn_train.evaluate import calibrate, evaluate, pointwise, pointwise_report
 from hsnn_train.recipe import load_recipe, recipe_from_dict
 from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
-from hsnn_train.trainer import Diverged, Interrupted, NotSaved, Trainer, make_batches
+from hsnn_train.steps import Diverged
+from hsnn_train.trainer import Interrupted, NotSaved, Trainer, make_batches
 
 
 def weights(model):
