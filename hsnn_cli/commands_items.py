@@ -90,8 +90,8 @@ def add_commands(commands: Any) -> None:
     compact = kinds.add_parser(
         "compact", help="fold the item log into an export, for the next snapshot", formatter_class=FORMAT,
         description="Write an export of a run's networks over the items that are live by the log of a repository. A "
-        "server that serves it\nholds fewer changes in memory and starts sooner. It runs beside servers; publish it like "
-        "any other export.",
+        "server that serves it\nholds fewer changes in memory and starts sooner. It runs beside servers; publish it as "
+        "any export.",
         epilog="examples:\n  hsnn items compact runs/ads --repository repo --to runs/ads-compacted\n"
         "  hsnn publish runs/ads-compacted --repository repo",
     )  # fmt: skip
