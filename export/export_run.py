@@ -21,11 +21,12 @@ from export.onnx_files import export_graph
 from export.parity import ParityReport, ParityRow, graph_rows, manifest_rows, search_rows
 from export.pbtxt import INDEX
 from export.sample_users import sample_users
-from hsnn_core.bundle import Bundle, Smoke, write_bundle
+from hsnn_core.bundle import NO_LOG, Bundle, LogPosition, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.errors import PublishError
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.item_attributes import ItemAttributes
+from hsnn_core.item_log import LogReader
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
 from hsnn_core.scorer import LayerScorer, Runner
@@ -56,6 +57,7 @@ class Source:
     k: int
     max_k: int
     attributes: ItemAttributes | None = None
+    log: LogPosition = NO_LOG
 
 
 def export_run(
@@ -64,13 +66,16 @@ def export_run(
     targets: Sequence[str] = (),
     users: Mapping[str, np.ndarray] | None = None,
     progress: bool = True,
+    contains_log: str | Path | None = None,
 ) -> Exported:
     """Export a trained run into its `export` folder, replacing an earlier export only once all gates passed.
 
     `engine`: see `engines.ENGINES`; `targets`: compute capabilities for tensorrt-rtx; `users`: raw wire
-    tensors of real users for the gates and the smoke request (default: real keys in random combinations).
+    tensors of real users for the gates and the smoke request (default: real keys in random combinations);
+    `contains_log`: an item log whose updates, all of them by now, are in the run's item table already.
 
-    Raises PublishError naming graph, output, difference and tolerance when a gate fails."""
+    Raises PublishError naming graph, output, difference and tolerance when a gate fails, LogError when the log is of
+    another schema or cannot be read."""
     from hsnn_train.checkpoint import load_run
     from hsnn_train.runner import TorchRunner
 
@@ -90,8 +95,14 @@ def export_run(
         k=min(settings.k, settings.max_k),
         max_k=settings.max_k,
         attributes=run.attributes,
+        log=NO_LOG if contains_log is None else _newest(contains_log, run.schema),
     )
     return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
+
+
+def _newest(log: str | Path, schema: Schema) -> LogPosition:
+    with LogReader(log, schema.hash) as reader:
+        return LogPosition(reader.position(), reader.identity())
 
 
 def export_source(
@@ -154,6 +165,7 @@ def _export(
             "index": INDEX,
         },
         item_tower=files[1],
+        log=source.log,
     )  # fmt: skip
     report = ParityReport(tuple(_gates(source, corpus, graphs, files, onnx, raw, directory / BUNDLE_DIR)))
     report.require()

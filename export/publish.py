@@ -22,6 +22,7 @@ from export.vendor import INDEX_SOURCES, ORCHESTRATOR_SOURCES, vendor, verify_co
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
 from hsnn_core.files import copy_file, sync_directory, write_bytes
+from hsnn_core.item_log import LogReader
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def publish(
         number = _version(repository, version)
         recover(repository)
         published = bool(versions(repository))
-        messages = _configs(exported, bundle, options or current_options(repository))
+        chosen = options or current_options(repository)
+        _check_log(bundle, repository / chosen.item_log)
+        messages = _configs(exported, bundle, chosen)
         if published:
             _check_compatible(repository, messages)
         plan = _Plan(exported, repository, number, {m.name: pbtxt.to_text(m) for m in messages})
@@ -150,6 +153,25 @@ def _configs(exported: Exported, bundle: Bundle, options: ServingOptions) -> lis
         bundle.schema, int(manifest["layers"]), int(manifest["k"]), manifest["widths"], options
     )
     return [*configs, pbtxt.index_config(bundle.schema, options), orchestrator]
+
+
+def _check_log(bundle: Bundle, log: Path) -> None:
+    """Refuse (PublishError) a bundle that could not follow the log of its repository: it lacks updates that the log has
+    forgotten, or contains updates of another log."""
+    with LogReader(log, bundle.schema.hash) as reader:
+        identity, oldest = reader.identity(), reader.oldest()
+    contained = bundle.log
+    if contained.identity is not None and contained.identity != identity:
+        raise PublishError(
+            f"{bundle.path}: contains updates of the item log {contained.identity}, but that of the repository, {log}, "
+            f"is {identity or 'empty'}; publish into the repository of its log, or export without updates"
+        )
+    if contained.position < oldest:
+        raise PublishError(
+            f"{bundle.path}: contains the updates of {log} up to position {contained.position}, but those up to "
+            f"{oldest} are forgotten there; train with an item table that has them and say so "
+            "(hsnn export --contains-log), or compact an export that has them"
+        )
 
 
 def _check_compatible(repository: Path, configs: list[Message]) -> None:

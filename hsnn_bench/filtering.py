@@ -246,7 +246,8 @@ def report(tally: Tally, command: str, name: str, seed: int, results: Path) -> P
     found = {
         "command": command, "commit": commit(), "machine": machine(), "date": date.today().isoformat(), "seed": seed,
         "queries": tally.queries, "items_returned": tally.items, "updates": tally.updates, "deletes": tally.deletes,
-        "compactions": tally.compactions, "counted": tally.counted, "ineligible_returned": len(tally.wrong), "short": len(tally.short),
+        "compactions": tally.compactions, "counted": tally.counted,
+        "ineligible_returned": len(tally.wrong), "short": len(tally.short),
         "examples": (tally.wrong + tally.short)[:10],
     }  # fmt: skip
     write_json(stem.with_suffix(".json"), found)

@@ -1,4 +1,4 @@
-"""hsnn items upsert | delete | stats | compact | follow-kafka: the live corpus of a running server."""
+"""hsnn items upsert | delete | stats | compact | forget | follow-kafka: the live corpus of a running server."""
 
 from __future__ import annotations
 
@@ -102,6 +102,17 @@ def add_commands(commands: Any) -> None:
     compact.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the new export")
     compact.set_defaults(run_command=run_compact)
 
+    forget = kinds.add_parser(
+        "forget", help="drop updates that every kept snapshot contains", formatter_class=FORMAT,
+        description="Drop the content of the log's updates that all snapshots of a repository contain, since "
+        "compactions folded them in.\nFrom then on an export must contain them to be published: a compaction does, a "
+        "training run whose item table has them\nsays so by hsnn export --contains-log. Ids and sequence numbers are kept, so "
+        "that late old updates stay stale.",
+        epilog="examples:\n  hsnn items forget --repository repo",
+    )  # fmt: skip
+    forget.add_argument("--repository", type=Path, required=True, help="repository whose item log it is")
+    forget.set_defaults(run_command=run_forget)
+
 
 def _add_connection(parser: Any, batches: bool = True) -> None:
     parser.add_argument(
@@ -147,9 +158,18 @@ def run_follow_kafka(options: argparse.Namespace) -> None:
 def run_compact(options: argparse.Namespace) -> None:
     """hsnn items compact."""
     from export.compaction import compact
-    from export.publish import current_options
+    from export.forgetting import log_of
 
-    log = options.repository / current_options(options.repository).item_log
+    log = log_of(options.repository)
     bundle = compact(options.run, log, options.to).verify()
     print(f"{bundle.index.items:,} items, with the updates up to position {bundle.log.position} of {log}")
     print(f"publish it with: hsnn publish {options.to} --repository {options.repository}")
+
+
+def run_forget(options: argparse.Namespace) -> None:
+    """hsnn items forget."""
+    from export.forgetting import forget, log_of
+
+    position, count = forget(options.repository)
+    print(f"all snapshots contain the updates up to position {position} of {log_of(options.repository)}")
+    print(f"forgotten: the content of {count} of them")

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from export.compaction import compact
+from export.export_run import Source, _newest, export_source
 from export.exported import Exported, open_export
+from export.forgetting import forget
+from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.repository import versions
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, LogError, PublishError
-from hsnn_core.item_log import ItemLog
+from hsnn_core.item_log import ItemLog, LogReader
 from hsnn_core.item_updates import Update
 
 KNOWN = np.arange(100, 160)  # the stand-in's items
@@ -46,7 +51,8 @@ def test_the_log_is_in_the_next_snapshot(exported: Exported, log: ItemLog, tmp_p
     again = compact(tmp_path / "next", tmp_path / "items" / "log.db", tmp_path / "third", progress=False)
     assert 5002 in again.verify().index.item_ids
     # It is published like any other export.
-    publish(exported.path, tmp_path / "repository")
+    options = ServingOptions(item_log="../items/log.db")
+    publish(exported.path, tmp_path / "repository", options=options)
     publish(tmp_path / "third", tmp_path / "repository")
     assert versions(tmp_path / "repository") == [1, 2]
 
@@ -84,3 +90,51 @@ def test_nothing_is_overwritten_or_half_written(exported: Exported, log: ItemLog
     with pytest.raises(DataError, match="no item is live"):
         compact(exported.path, tmp_path / "items" / "log.db", tmp_path / "next", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items"]
+
+
+def test_what_all_snapshots_contain_may_be_forgotten(
+    exported: Exported, log: ItemLog, tmp_path: Path
+) -> None:
+    repository, path = tmp_path / "repository", tmp_path / "items" / "log.db"
+    options = ServingOptions(item_log="../items/log.db")
+    with pytest.raises(PublishError, match="no complete snapshot there, expected at least one that contains"):
+        forget(repository)
+    publish(exported.path, repository, options=options)
+    position = log.append([upsert(5000, 1), upsert(5001, 1)]).position
+    compact(exported.path, path, tmp_path / "next", progress=False)
+    publish(tmp_path / "next", repository)
+    log.append([upsert(5002, 1)])
+    assert forget(repository) == (0, 0)  # version 1 has none of them
+    for model in repository.iterdir():
+        shutil.rmtree(model / "1", ignore_errors=True)
+    assert forget(repository) == (position, 2)
+    with LogReader(path, log_schema(exported)) as reader:
+        assert [entry.item for entry in reader.since(position, 10)] == [5002]
+    # What lacks them could not follow any more; what has them can.
+    with pytest.raises(
+        PublishError, match=r"up to position 0, but those up to 2 are forgotten there; train with"
+    ):
+        publish(exported.path, repository)
+    compact(tmp_path / "next", path, tmp_path / "third", progress=False)
+    publish(tmp_path / "third", repository)
+
+
+def log_schema(exported: Exported) -> str:
+    return Bundle.open(exported.bundle, verify=False).schema.hash
+
+
+def test_an_export_with_another_logs_updates_is_not_published(
+    exported: Exported, log: ItemLog, tmp_path: Path
+) -> None:
+    log.append([upsert(5000, 1)])
+    compact(exported.path, tmp_path / "items" / "log.db", tmp_path / "next", progress=False)
+    with pytest.raises(
+        PublishError, match=r"updates of the item log \w+, but that of the repository, .* empty"
+    ):
+        publish(tmp_path / "next", tmp_path / "elsewhere")
+
+
+def test_an_item_table_that_has_the_updates_says_so(source: Source, log: ItemLog, tmp_path: Path) -> None:
+    log.append([upsert(100, 1)])
+    told = replace(source, log=_newest(tmp_path / "items" / "log.db", source.schema))
+    assert export_source(told, tmp_path / "export", progress=False).verify().log == (1, log.identity)
