@@ -106,8 +106,8 @@ def add_commands(commands: Any) -> None:
         "forget", help="drop updates that every kept snapshot contains", formatter_class=FORMAT,
         description="Drop the content of the log's updates that all snapshots of a repository contain, since "
         "compactions folded them in.\nFrom then on an export must contain them to be published: a compaction does, a "
-        "training run whose item table has them\nsays so by hsnn export --contains-log. Ids and sequence numbers are kept, so "
-        "that late old updates stay stale.",
+        "training run whose item table has them\nsays so by hsnn export --contains-log. Ids and sequence numbers are "
+        "kept, so that late old updates stay stale.",
         epilog="examples:\n  hsnn items forget --repository repo",
     )  # fmt: skip
     forget.add_argument("--repository", type=Path, required=True, help="repository whose item log it is")
