@@ -100,6 +100,7 @@ class LiveIndex:
         )
         attributes = None if self._attributes is None else self._attributes.state
         self.state = LiveState.of(corpus, attributes, log_position)
+        self.usable = True  # False after a change that failed half-way: build another one from the corpus
 
     def apply(
         self,
@@ -113,13 +114,32 @@ class LiveIndex:
         none), delete ``deleted`` (m,) int64 (those that are not there are left out), and return the new state; an id
         may occur once.
 
-        Raises DataError, and changes nothing, when the tower's outputs cannot be used.
+        Raises DataError, and changes nothing, when the tower's outputs cannot be used. Whatever else is raised (out of
+        memory, say) leaves ``state`` as it was and the index no longer ``usable``.
         """
+        if not self.usable:
+            raise DataError("a change of this index failed half-way, expected a new index from its corpus")
         if len(set(ids.tolist()) | set(deleted.tolist())) != len(ids) + len(deleted):
             raise DataError(
                 f"{len(ids)} upserts and {len(deleted)} deletes name an item twice, expected once each"
             )
-        last, paths, distances = self._embedded(items)
+        embedded = self._embedded(items)
+        self.usable = False
+        self.state = self._changed(ids, items, embedded, attributes, deleted, log_position)
+        self.usable = True
+        return self.state
+
+    def _changed(
+        self,
+        ids: np.ndarray,
+        items: Encoded,
+        embedded: tuple[np.ndarray, np.ndarray, np.ndarray],
+        attributes: ItemAttributes | None,
+        deleted: np.ndarray,
+        log_position: int,
+    ) -> LiveState:
+        """The state after the change; see `apply`."""
+        last, paths, distances = embedded
         view = self.state.view
         buried = self._positions(np.concatenate([ids, deleted]))
         first = view.items
@@ -146,7 +166,7 @@ class LiveIndex:
         if self._attributes is not None and attributes is not None:
             self._attributes.append(attributes, places, tuple(len(growth.live) for growth in self._nodes))
         self._remember(ids, deleted, positions)
-        self.state = LiveState(
+        return LiveState(
             LiveView(
                 self._base,
                 view.by_id,
@@ -166,7 +186,6 @@ class LiveIndex:
             None if self._attributes is None else self._attributes.state,
             log_position,
         )
-        return self.state
 
     def compact(self) -> Corpus:
         """A corpus over the live items, as `build_corpus` would build it; the tower runs over representatives only.

@@ -8,7 +8,7 @@ import numpy as np
 
 from .bundle import Bundle, LogPosition
 from .corpus import ItemTower
-from .errors import HsnnError, LogError
+from .errors import DataError, FeatureError, LogError
 from .features import Encoded
 from .item_attributes import ItemAttributes
 from .item_log import Entry, LogReader
@@ -29,9 +29,9 @@ class LogFollower:
     def __init__(self, bundle: Bundle, reader: LogReader, item_tower: ItemTower) -> None:
         self._schema, self._transform = bundle.schema, bundle.transform
         self._reader, self._contained = reader, bundle.log
-        self._live = LiveIndex(
-            bundle.schema, bundle.transform, bundle.corpus, item_tower, bundle.log.position
-        )
+        self._bundle, self._tower = bundle, item_tower
+        self._live = self._started()
+        self._state = self._live.state
         self._identity: str | None = None
         self.unusable: list[tuple[int, str]] = []  # items whose update could not be applied, and why
 
@@ -42,8 +42,8 @@ class LogFollower:
 
     @property
     def state(self) -> LiveState:
-        """What searches read."""
-        return self._live.state
+        """What searches read; it never goes back to fewer updates."""
+        return self._state
 
     @property
     def log(self) -> LogPosition:
@@ -52,19 +52,24 @@ class LogFollower:
 
     def behind(self) -> int:
         """How many positions the log is ahead. Raises LogError and FormatError as `LogReader`."""
-        return self._reader.position() - self.state.log_position
+        return self._reader.position() - self._live.state.log_position
 
     def follow(self, limit: int = ENTRIES) -> int:
         """Apply at most ``limit`` entries that came since; returns how many there were.
 
         An update that the networks cannot use (its embedding is not finite) is left out and kept in ``unusable``: the
         item is then as if it were deleted. Raises LogError and FormatError as `LogReader`; nothing is changed then.
+        After any other error the next call begins again from the bundle, while searches keep the state that they have.
         """
         if self._identity is None:
             self._identify()
-        entries = self._reader.since(self.state.log_position, limit)
+        if not self._live.usable:
+            self._live = self._started()
+        entries = self._reader.since(self._live.state.log_position, limit)
         if entries:
             self._apply(entries)
+            if self._live.state.log_position >= self._state.log_position:
+                self._state = self._live.state
         return len(entries)
 
     def catch_up(self) -> int:
@@ -73,6 +78,10 @@ class LogFollower:
         while count := self.follow():
             total += count
         return total
+
+    def _started(self) -> LiveIndex:
+        bundle = self._bundle
+        return LiveIndex(bundle.schema, bundle.transform, bundle.corpus, self._tower, bundle.log.position)
 
     def _identify(self) -> None:
         identity = self._reader.identity()
@@ -89,11 +98,15 @@ class LogFollower:
         position = entries[-1].position
         try:
             self._change(entries, position)
-        except HsnnError:
+        except (DataError, FeatureError):
+            if not self._live.usable:
+                raise
             for entry in entries:
                 try:
                     self._change([entry], entry.position)
-                except HsnnError as error:
+                except (DataError, FeatureError) as error:
+                    if not self._live.usable:
+                        raise
                     self.unusable.append((entry.item, str(error)))
                     self._change([entry._replace(deleted=True)], entry.position)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from threading import Event, Thread
 
@@ -20,6 +21,8 @@ from hsnn_core.onnx_runner import OnnxItemTower
 PERIOD_SECONDS = 0.005
 # After the log could not be read.
 PAUSE_SECONDS = 1.0
+# After something that should not happen; the follower begins again from the snapshot.
+LONG_PAUSE_SECONDS = 30.0
 
 
 class FixedItems:
@@ -81,11 +84,17 @@ class ItemFollower:
                     self.behind = self._follower.behind()
                 pause = PERIOD_SECONDS
             except HsnnError as error:
-                pb_utils.Logger.log_error(
-                    f"{self._name}: item updates are not followed for now, the items stay as they are: {error}"
-                )
+                self._stay(str(error))
                 pause = PAUSE_SECONDS
+            except Exception as error:  # the thread must not end: nobody else would follow the log
+                self._stay("".join(traceback.format_exception(error)))
+                pause = LONG_PAUSE_SECONDS
             self._report_unusable()
+
+    def _stay(self, why: str) -> None:
+        pb_utils.Logger.log_error(
+            f"{self._name}: item updates are not followed for now, the items stay as they are: {why}"
+        )
 
     def _report_unusable(self) -> None:
         while self._follower.unusable:
