@@ -29,9 +29,8 @@ class FixedItems:
     """The items of a snapshot that cannot change: it was exported by an earlier release, or its hierarchy came with the
     data."""
 
-    behind = 0
-
     def __init__(self, bundle: Bundle) -> None:
+        self.behind = 0
         corpus = bundle.corpus
         attributes = None
         if corpus.attributes is not None:

@@ -72,7 +72,7 @@ class TritonPythonModel:
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
         self._default = Ask(min(config.k, self._max_k), config.widths, tuple(bundle.schema.rank.tolist()))
-        self._metrics = ServingMetrics(version, layers)
+        self._metrics = ServingMetrics(version, layers, self._items)
         self._pool = WorkerPool(config.workers, config.queue)
 
     def execute(self, requests: Sequence[Any]) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, Protocol
 
 import triton_python_backend_utils as pb_utils
+
+from hsnn_core.live_index import LiveState
 
 # Refused are "overload" (the queue was full) and "unmeetable" (its deadline could not be met).
 OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
@@ -45,14 +47,25 @@ class _Period:
         self.timed: list[_Timed] = []
 
 
+class Items(Protocol):
+    """The items that are served, and how far the log is ahead of them."""
+
+    @property
+    def state(self) -> LiveState: ...
+
+    @property
+    def behind(self) -> int: ...
+
+
 class ServingMetrics:
     """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer},
-    hsnn_candidates_total{layer}, hsnn_requests_in_flight; each also labelled with the model's version.
+    hsnn_candidates_total{layer}, hsnn_requests_in_flight, hsnn_items, hsnn_items_changed, hsnn_item_log_behind; each
+    also labelled with the model's version.
 
     All requests are counted. Times are those of answers that were searched for (not of refusals, which take none),
     of at most TIMED a period."""
 
-    def __init__(self, version: int, layers: int) -> None:
+    def __init__(self, version: int, layers: int, items: Items) -> None:
         labels = {"version": str(version)}
         by_layer = [labels | {"layer": str(layer)} for layer in range(1, layers + 1)]
         family = pb_utils.MetricFamily
@@ -79,6 +92,15 @@ class ServingMetrics:
                 description="Requests accepted and not answered",
                 kind=family.GAUGE,
             ),
+        }
+        self._items = items
+        self._item_gauges = {
+            name: self._gauge(name, description).Metric(labels=labels)
+            for name, description in (
+                ("hsnn_items", "Items that can be found"),
+                ("hsnn_items_changed", "Items added since the snapshot, and items that are gone since"),
+                ("hsnn_item_log_behind", "Positions of the item log that are not followed yet"),
+            )
         }
         self._requests = {
             outcome: self._metric("requests", labels | {"outcome": outcome}) for outcome in OUTCOMES
@@ -118,6 +140,11 @@ class ServingMetrics:
     def _metric(self, family: str, labels: dict[str, str], **options: Any) -> Any:
         return self._families[family].Metric(labels=labels, **options)
 
+    def _gauge(self, name: str, description: str) -> Any:
+        family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
+        self._families[name] = family
+        return family
+
     def _report(self) -> None:
         last = False
         while not last:
@@ -131,6 +158,11 @@ class ServingMetrics:
 
     def _apply(self, period: _Period) -> None:
         self._in_flight.set(self._running)
+        view = self._items.state.view
+        found, added = view.live_items, len(view.added_ids)
+        self._item_gauges["hsnn_items"].set(found)
+        self._item_gauges["hsnn_items_changed"].set(added + view.items - found)
+        self._item_gauges["hsnn_item_log_behind"].set(self._items.behind)
         for outcome, count in period.outcomes.items():
             if count:
                 self._requests[outcome].increment(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def found(server: TritonServer) -> set[int]:
         return {hit.item_id for hit in client.retrieve([USER], k=50, widths=[4, 8])[0]}
 
 
+def metric(server: TritonServer, name: str) -> float:
+    text = urllib.request.urlopen(f"http://{server.urls.metrics}/metrics", timeout=5).read().decode()
+    return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(f"{name}{{")))
+
+
 def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -62,6 +68,10 @@ def test_items_come_and_go_and_outlive_the_server_and_its_version(
         eventually(lambda: found(server) == base | {5000, 5001})
         items.delete([100, 5001])
         eventually(lambda: found(server) == base - {100} | {5000})
+        # Added 5000 and 5001; gone are 40 at first, then 100 and 5001.
+        eventually(
+            lambda: metric(server, "hsnn_items") == 20 and metric(server, "hsnn_items_changed") == 2 + 42
+        )
 
         # The snapshot that contains the updates takes over, and finds what came after it was made.
         compact(exported.path, repository / ".items" / "log.db", tmp_path / "next", progress=False)

@@ -328,6 +328,8 @@ def test_metrics(orchestrator: Orchestrator) -> None:
     assert first.labels == {"version": "3", "layer": "1"}
     assert first.value == 2 * orchestrator.snapshot.index.nodes(1)
     assert made["hsnn_requests_in_flight"][0].value == 0
+    assert made["hsnn_items"][0].value == 60
+    assert made["hsnn_items_changed"][0].value == made["hsnn_item_log_behind"][0].value == 0
 
 
 @pytest.mark.parametrize(
