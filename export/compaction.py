@@ -18,8 +18,8 @@ from export.build_index import OnnxItemTower
 from export.exported import BUNDLE_DIR, Exported, open_export
 from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
-from hsnn_core.errors import PublishError
-from hsnn_core.files import copy_file
+from hsnn_core.errors import DataError, PublishError
+from hsnn_core.files import copy_file, sync_directory
 from hsnn_core.item_log import LogReader
 from hsnn_core.log_following import LogFollower
 from hsnn_core.onnx_runner import OnnxRunner
@@ -34,17 +34,28 @@ def compact(source: str | Path, log: str | Path, target: str | Path, progress: b
     are live by the log; returns it.
 
     Raises PublishError when the target exists or cannot be written (nothing is left there), LogError when the log
-    cannot be read or is not the one that the source contains updates of, DataError when no item is live.
+    cannot be read or is not the one that the source contains updates of, DataError when no item is live or an update
+    cannot be used.
     """
     exported, target = open_export(Path(source)), Path(target)
     if target.exists():
         raise PublishError(f"{target}: exists already; give another folder, exports are not overwritten")
     bundle = exported.verify()
+    if not Path(log).is_file():
+        raise PublishError(
+            f"{log}: no item log there, expected the one that the servers of this export follow"
+        )
     with LogReader(log, bundle.schema.hash) as reader:
         follower = LogFollower(bundle, reader, OnnxItemTower(exported.path / ITEM_TOWER))
+        start = bundle.log.position
         with tqdm(total=follower.behind(), desc="replay", unit="positions", disable=not progress) as bar:
-            while follower.follow():
-                bar.update(follower.log.position - bundle.log.position - bar.n)
+            follower.catch_up(lambda position: bar.update(position - start - bar.n))
+    if follower.unusable:
+        named = "; ".join(f"item {item}: {why}" for item, why in follower.unusable[:5])
+        raise DataError(
+            f"{log}: {len(follower.unusable)} updates cannot be used by these networks ({named}); send them again "
+            "mended, or delete the items, before they are folded in"
+        )
     corpus = follower.live.compact()
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -60,7 +71,9 @@ def compact(source: str | Path, log: str | Path, target: str | Path, progress: b
             engine=manifest["engine"], models=manifest["models"], item_tower=exported.path / ITEM_TOWER,
             log=follower.log,
         )  # fmt: skip
+        sync_directory(aside)
         aside.rename(target)
+        sync_directory(target.parent)
     except OSError as error:
         raise PublishError(f"{target}: {error}; nothing was written there") from error
     finally:

@@ -22,7 +22,8 @@ def forget(repository: str | Path) -> tuple[int, int]:
     """Drop the content of the updates that all snapshots of a repository contain; returns the position up to which they
     do, and how many were dropped. A snapshot that was made without the log contains none of it.
 
-    From then on an export that does not contain them cannot be published. Raises PublishError for a
+    From then on an export that does not contain them cannot be published, and a snapshot that was rolled back and lacks
+    them cannot be put back. Raises PublishError for a
     repository without a snapshot, LogError when the log cannot be written.
     """
     repository = Path(repository)

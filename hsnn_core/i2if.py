@@ -27,6 +27,7 @@ import numpy as np
 
 from .errors import FeatureError, FormatError
 from .features import Encoded, FeatureTransform, without_gaps, without_repeats
+from .place_table import PositionTable
 from .row_table import RowTable
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
 
@@ -102,46 +103,6 @@ class Postings:
 
     nodes: int
     lists: tuple[PostingList, ...]
-
-
-class PositionTable:
-    """Position of every id of the item space, -1 for items that are not there: a table, and what changed since."""
-
-    def __init__(
-        self, base: np.ndarray, ids: np.ndarray | None = None, changed: np.ndarray | None = None
-    ) -> None:
-        self._base = base
-        self._ids = np.empty(0, dtype=np.int32) if ids is None else ids  # ascending
-        self._changed = np.empty(0, dtype=np.int32) if changed is None else changed
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        """Positions of ids of any shape, int32."""
-        positions = self._base[ids]
-        if len(self._ids):
-            at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-            positions = np.where(self._ids[at] == ids, self._changed[at], positions)
-        return positions
-
-    def positions(self) -> np.ndarray:
-        """(cardinality,) int32, all of them."""
-        return self._base if not len(self._ids) else self.take(np.arange(len(self), dtype=np.int32))
-
-    def with_changes(self, ids: np.ndarray, positions: np.ndarray) -> PositionTable:
-        """A table with ids (n,), all different, at other positions (n,)."""
-        order = np.argsort(ids)
-        ids, positions = ids[order].astype(np.int32), positions[order].astype(np.int32)
-        at = np.searchsorted(self._ids, ids)
-        known = np.isin(ids, self._ids, assume_unique=True)
-        changed = self._changed.copy()
-        changed[at[known]] = positions[known]
-        return PositionTable(
-            self._base,
-            np.insert(self._ids, at[~known], ids[~known]),
-            np.insert(changed, at[~known], positions[~known]),
-        )
 
 
 class I2IF:

@@ -94,9 +94,7 @@ class HierarchicalIndex:
     def representatives(self, layer: int) -> np.ndarray:
         """(I_l,) position of the item whose features stand for each node; an item stands for itself."""
         self._check_layer(layer)
-        if layer == self.layers:
-            return np.arange(self.items, dtype=np.int32)
-        return self.representative[layer - 1]
+        return self._every_position if layer == self.layers else self.representative[layer - 1]
 
     def parents(self, layer: int) -> np.ndarray:
         """(I_l,) int32 node of layer l-1 above each node of layer l > 1."""
@@ -144,6 +142,11 @@ class HierarchicalIndex:
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Item ids, int64, at positions of any shape."""
         return self.item_ids[positions]
+
+    @cached_property
+    def _every_position(self) -> np.ndarray:
+        """One array, not an equal one each time: what is built for a layer is kept under it."""
+        return np.arange(self.items, dtype=np.int32)
 
     @cached_property
     def _item_ptrs(self) -> tuple[np.ndarray, ...]:

@@ -22,7 +22,7 @@ class ItemRecords:
     """Records of V items by position.
 
     ``features``: V encoded rows. ``distances`` (V, N-1) float32: of the item to its node's codeword at each layer
-    above the items. ``by_id`` (V,) int32: positions in ascending order of item id. ``projection``: the codeword terms
+    above the items. ``by_id`` (V,) int64: positions in ascending order of item id. ``projection``: the codeword terms
     of the node embeddings, (W (d, E_l), b (E_l,)) per layer, or none.
     """
 
@@ -40,7 +40,7 @@ class ItemRecords:
         return cls(
             Encoded(items.dense[rows], items.ids[rows]),
             np.ascontiguousarray(distances[rows], dtype=np.float32),
-            np.argsort(index.item_ids, kind="stable").astype(np.int32),
+            np.argsort(index.item_ids, kind="stable").astype(np.int64),
             projection,
         )
 

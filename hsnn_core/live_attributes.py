@@ -10,6 +10,7 @@ import numpy as np
 from .eligibility import AttributeBitmaps, Context
 from .index import HierarchicalIndex
 from .item_attributes import ItemAttributes
+from .live_view import LiveView
 from .row_table import GrowingRows, RowTable
 
 # Added items whose bitmaps are built once and for all; those after the last full chunk are built per state. A multiple
@@ -38,8 +39,8 @@ class AddedAttributes:
 
 @dataclass(frozen=True, eq=False)
 class LiveBids:
-    """Logarithms of bids, a `search.Bids`: ``items`` (V+E,) float32 by position, ``nodes[l-1]`` (I_l,) float32 an upper
-    bound of those of the items under each node."""
+    """Logarithms of bids, a `search.Bids`: ``items`` (V+E,) float32 by position, ``nodes[l-1]`` (I_l,) float32 the
+    largest of those of the live items under each node."""
 
     items: RowTable
     nodes: tuple[np.ndarray, ...]
@@ -83,7 +84,6 @@ class GrowingAttributes:
         for layer, count in enumerate(nodes):
             bounds = np.full(count, -np.inf, dtype=np.float32)
             bounds[: len(self._nodes[layer])] = self._nodes[layer]
-            # An item that goes leaves the bound: it stays one, if not the smallest.
             np.maximum.at(bounds, places[:, layer], log)
             self._nodes[layer] = bounds
         rest = added if self.rest is None else ItemAttributes.concatenate([self.rest, added])
@@ -92,6 +92,19 @@ class GrowingAttributes:
             self.sealed.append(AttributeBitmaps(self.added[-1]))
             rest = rest.take(np.arange(CHUNK, len(rest)))
         self.rest = rest if len(rest) else None
+
+    def lower(self, view: LiveView, layer: int, nodes: np.ndarray, gone: np.ndarray) -> None:
+        """Lower the bounds of a layer's ``nodes`` (m,) that lost the items at positions ``gone`` (m,), where one of
+        these was the bound; ``view`` is without them."""
+        bids = self._bids.table()
+        held = np.unique(nodes[bids.take(gone) >= self._nodes[layer - 1][nodes]])
+        if not len(held):
+            return
+        bounds = self._nodes[layer - 1].copy()
+        for node in held.tolist():
+            members = view.under(layer, node)
+            bounds[node] = bids.take(members).max(initial=-np.inf)
+        self._nodes[layer - 1] = bounds
 
     def whole(self) -> ItemAttributes:
         """The attributes of all items, by position."""

@@ -17,12 +17,13 @@ import numpy as np
 from .corpus import Corpus, ItemTower, assemble_corpus, codeword_term, embed
 from .errors import DataError
 from .features import Encoded, FeatureTransform
-from .i2if import I2IF, PositionTable, forward_lists
+from .i2if import I2IF, forward_lists
 from .index import HierarchicalIndex, assign_paths
 from .item_attributes import ItemAttributes
 from .live_attributes import AttributeState, GrowingAttributes
-from .live_view import LiveView, bits_at, positions_of, with_bits
+from .live_view import LiveView, bits_at, with_bits
 from .node_growth import NodeGrowth
+from .place_table import Places, PositionTable
 from .row_table import GrowingRows, RowTable
 from .schema import ID_FIRST, ITEM_SPACE, Schema
 
@@ -93,7 +94,7 @@ class LiveIndex:
             if corpus.i2if is None
             else {feature: GrowingRows(lists.base) for feature, lists in corpus.i2if.forward.items()}
         )
-        self._added_position: dict[int, int] = {}
+        self._added_places = Places()
         self._order = [np.arange(len(table), dtype=np.int32) for table in corpus.embeddings[:-1]]
         self._attributes = (
             None if corpus.attributes is None else GrowingAttributes(corpus.index, corpus.attributes)
@@ -141,7 +142,7 @@ class LiveIndex:
         """The state after the change; see `apply`."""
         last, paths, distances = embedded
         view = self.state.view
-        buried = self._positions(np.concatenate([ids, deleted]))
+        buried = view.find(np.concatenate([ids, deleted]))
         first = view.items
         gone = view.gone
         if len(buried):
@@ -158,26 +159,20 @@ class LiveIndex:
             leaf = layer == len(self._nodes)
             if leaf:
                 growth.adopt(places[:, layer - 1], positions)
+        self._remember(ids, deleted, positions)
+        view = self._view(gone)
         changed = [
-            self._elect(layer, places[:, layer - 1], positions, lost[:, layer - 1], buried, gone)
+            self._elect(view, layer, places[:, layer - 1], positions, lost[:, layer - 1], buried)
             for layer in range(1, len(self._nodes) + 1)
         ]
         self._embed_nodes(changed)
         if self._attributes is not None and attributes is not None:
-            self._attributes.append(attributes, places, tuple(len(growth.live) for growth in self._nodes))
-        self._remember(ids, deleted, positions)
+            counts = tuple(len(growth.live) for growth in self._nodes)
+            self._attributes.append(attributes, places, counts)
+            for layer in range(1, len(self._nodes) + 1):
+                self._attributes.lower(view, layer, lost[:, layer - 1], buried)
         return LiveState(
-            LiveView(
-                self._base,
-                view.by_id,
-                self._added_ids.extra,
-                self._added_nodes.extra,
-                gone,
-                tuple(growth.live for growth in self._nodes),
-                tuple(growth.additions for growth in self._nodes),
-                tuple(growth.representative for growth in self._nodes),
-                tuple(growth.parents for growth in self._nodes),
-            ),
+            self._view(gone),
             self._changed_i2if(ids, deleted, positions),
             (
                 *(rows.table(order) for rows, order in zip(self._node_rows, self._order)),
@@ -185,6 +180,20 @@ class LiveIndex:
             ),
             None if self._attributes is None else self._attributes.state,
             log_position,
+        )
+
+    def _view(self, gone: np.ndarray | None) -> LiveView:
+        return LiveView(
+            self._base,
+            self.state.view.by_id,
+            self._added_ids.extra,
+            self._added_places,
+            self._added_nodes.extra,
+            gone,
+            tuple(growth.live for growth in self._nodes),
+            tuple(growth.additions for growth in self._nodes),
+            tuple(growth.representative for growth in self._nodes),
+            tuple(growth.parents for growth in self._nodes),
         )
 
     def compact(self) -> Corpus:
@@ -219,24 +228,15 @@ class LiveIndex:
         if not len(items):
             width = self._items.base.shape[1]
             return np.empty((0, width), np.float32), np.empty((0, depth), np.int32), np.empty((0, depth))
-        names = [f"item_l{depth + 1}", *(["index"] if depth else [])]
+        # All of them, those of the node layers too: an item that could not represent a node is refused here.
+        names = [f"item_l{layer}" for layer in range(1, depth + 2)] + (["index"] if depth else [])
+        item_layer = names[depth]
         parts = [out for _, out in embed(self._tower, items, np.arange(len(items)), TOWER_BATCH, names)]
-        last = np.concatenate([part[names[0]] for part in parts])
+        last = np.concatenate([part[item_layer] for part in parts])
         if not depth:
             none = np.empty((len(items), 0))
             return last, none.astype(np.int32), none
         return last, *assign_paths(self._codebooks, np.concatenate([part["index"] for part in parts]))
-
-    def _positions(self, ids: np.ndarray) -> np.ndarray:
-        """Positions of those of ``ids`` (n,) int64 that are live."""
-        base = positions_of(self._base, self._records.by_id, ids)
-        if self.state.view.gone is not None:
-            there = base >= 0
-            there[there] = ~bits_at(self.state.view.gone, base[there])
-            base = np.where(there, base, -1)
-        added = [self._added_position.get(int(item), -1) for item in ids]
-        found = np.maximum(base, np.array(added, dtype=np.int64))
-        return found[found >= 0]
 
     def _nodes_of(self, positions: np.ndarray) -> np.ndarray:
         """(n,) positions -> (n, N-1) int64 node at each layer above the items."""
@@ -274,12 +274,12 @@ class LiveIndex:
 
     def _elect(
         self,
+        view: LiveView,
         layer: int,
         nodes: np.ndarray,
         positions: np.ndarray,
         lost: np.ndarray,
         buried: np.ndarray,
-        gone: np.ndarray | None,
     ) -> np.ndarray:
         """Elect the representatives of a layer's nodes that got ``nodes`` (n,) the items at ``positions`` (n,) and
         ``lost`` (m,) those ``buried`` (m,); returns the nodes whose representative is another one."""
@@ -289,12 +289,12 @@ class LiveIndex:
         holder = representative[nodes]
         # A node that was empty has none, or one that is gone.
         empty = holder < 0
-        if gone is not None:
-            empty |= bits_at(gone, np.maximum(holder, 0))
+        if view.gone is not None:
+            empty |= bits_at(view.gone, np.maximum(holder, 0))
         whole = np.unique(np.concatenate([bereaved, nodes[empty]]))
         changed = []
         for node in whole[growth.live[whole] > 0]:
-            representative[node] = self._nearest(layer, int(node), gone)
+            representative[node] = self._nearest(view, layer, int(node))
             changed.append(node)
         plain = ~np.isin(nodes, whole)
         if plain.any():
@@ -306,7 +306,8 @@ class LiveIndex:
             nearer = np.array([mine < other for mine, other in zip(ours, theirs)], dtype=bool)
             representative[nodes[nearer]] = positions[nearer]
             changed.extend(nodes[nearer])
-        growth.representative = representative
+        if changed:  # what was built for the representatives stays good for the same array
+            growth.representative = representative
         return np.array(changed, dtype=np.int64)
 
     def _by_distance(self, layer: int, nodes: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -320,14 +321,9 @@ class LiveIndex:
         distances = self._distances.table().take(positions)[:, layer - 1]
         return list(zip(distances.tolist(), self._ids(positions).tolist()))
 
-    def _nearest(self, layer: int, node: int, gone: np.ndarray | None) -> int:
+    def _nearest(self, view: LiveView, layer: int, node: int) -> int:
         """The position of the live item of a node that is nearest to its codeword (ties: the smaller id)."""
-        ptr = self._base.item_ptr(layer)
-        base = np.arange(ptr[node], ptr[node + 1]) if node < len(ptr) - 1 else np.empty(0, dtype=np.int64)
-        added = np.flatnonzero(self._added_nodes.extra[:, layer - 1] == node) + self._base.items
-        members = np.concatenate([base, added])
-        if gone is not None:
-            members = members[~bits_at(gone, members)]
+        members = view.under(layer, node)
         distances = self._distances.table().take(members)[:, layer - 1]
         near = members[distances == distances.min()]
         return int(near[np.argmin(self._ids(near))])
@@ -353,9 +349,11 @@ class LiveIndex:
             self._order[layer] = order
 
     def _remember(self, ids: np.ndarray, deleted: np.ndarray, positions: np.ndarray) -> None:
-        for item in deleted.tolist():
-            self._added_position.pop(item, None)
-        self._added_position.update(zip(ids.tolist(), positions.tolist()))
+        # What the base has is marked as gone; only what was added needs a place, or none.
+        known = deleted[np.isin(deleted, self._added_places.keys)]
+        self._added_places = self._added_places.with_changes(
+            np.concatenate([ids, known]), np.concatenate([positions, np.full(len(known), -1)])
+        )
 
     def _changed_i2if(self, ids: np.ndarray, deleted: np.ndarray, positions: np.ndarray) -> I2IF | None:
         i2if = self.state.i2if

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from .index import HierarchicalIndex, slices
+from .place_table import Places
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,9 @@ class LiveView:
     Positions 0..V-1 are the base's, V..V+E-1 the added ones'; the nodes of a layer above the items are the base's,
     then new ones. A node without a live item, and a position whose item is gone, is no candidate.
 
-    ``by_id``              (V,) int32: the base's positions in ascending order of item id.
+    ``by_id``              (V,) int64: the base's positions in ascending order of item id.
     ``added_ids``          (E,) int64.
+    ``added_places``       of the ids that were added: their positions, -1 when deleted.
     ``added_nodes``        (E, N-1) int32: their nodes at each layer above the items.
     ``gone``               (ceil((V+E)/8),) uint8, one bit per position, the first the lowest; None: nothing is gone.
     ``live``               for l = 1..N-1 (I_l,) int32: live items under each node.
@@ -50,6 +53,7 @@ class LiveView:
     base: HierarchicalIndex
     by_id: np.ndarray
     added_ids: np.ndarray
+    added_places: Places
     added_nodes: np.ndarray
     gone: np.ndarray | None
     live: tuple[np.ndarray, ...]
@@ -66,6 +70,7 @@ class LiveView:
             base,
             by_id,
             none,
+            Places(),
             np.empty((0, base.layers - 1), dtype=np.int32),
             None,
             tuple(base.occupancy(layer).astype(np.int32) for layer in above),
@@ -143,25 +148,29 @@ class LiveView:
 
     def find(self, item_ids: np.ndarray) -> np.ndarray:
         """Positions of those of ``item_ids`` (n,) int64 that are live, in no order."""
-        base = positions_of(self.base, self.by_id, item_ids)
-        added = np.flatnonzero(np.isin(self.added_ids, item_ids)) + self.base.items
-        found = np.concatenate([base[base >= 0], added])
-        return found if self.gone is None else found[~bits_at(self.gone, found)]
+        # Steps of a binary search over mapped files touch few pages; a table of all ids would be read whole.
+        at = np.searchsorted(self.base.item_ids, item_ids, sorter=self.by_id)
+        base = self.by_id[np.minimum(at, len(self.by_id) - 1)]
+        base = base[self.base.item_ids[base] == item_ids]
+        if self.gone is not None:
+            base = base[~bits_at(self.gone, base)]
+        added = self.added_places.take(item_ids)
+        return np.concatenate([base, added[added >= 0]])
+
+    def under(self, layer: int, node: int) -> np.ndarray:
+        """(n,) positions of the live items under a node of a layer above the items."""
+        numbers = np.array([node], dtype=np.int64)
+        for below in range(layer + 1, self.layers + 1):
+            numbers, _ = self.children(below, numbers)
+        return numbers if self.gone is None else numbers[~bits_at(self.gone, numbers)]
 
     def representatives(self, layer: int) -> np.ndarray:
         """(I_l,) position of the item whose features stand for each node; an item stands for itself."""
-        if layer == self.layers:
-            return np.arange(self.items, dtype=np.int32)
-        return self.representative[layer - 1]
+        return self._every_position if layer == self.layers else self.representative[layer - 1]
 
-
-def positions_of(base: HierarchicalIndex, by_id: np.ndarray, item_ids: np.ndarray) -> np.ndarray:
-    """(n,) int64 item ids -> (n,) int64 positions in the base, -1 for those that are not in it; ``by_id``: see
-    `LiveView`."""
-    # Steps of a binary search over mapped files touch few pages; a table of all ids would be read whole.
-    at = np.searchsorted(base.item_ids, item_ids, sorter=by_id)
-    found = by_id[np.minimum(at, len(by_id) - 1)].astype(np.int64)
-    return np.where(base.item_ids[found] == item_ids, found, -1)
+    @cached_property
+    def _every_position(self) -> np.ndarray:
+        return np.arange(self.items, dtype=np.int32)
 
 
 def bits_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:

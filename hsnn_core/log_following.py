@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -72,11 +72,14 @@ class LogFollower:
                 self._state = self._live.state
         return len(entries)
 
-    def catch_up(self) -> int:
-        """Follow until nothing is left; returns the number of entries."""
-        total = 0
-        while count := self.follow():
+    def catch_up(self, progress: Callable[[int], object] | None = None) -> int:
+        """Follow up to what is the newest position now, whatever comes meanwhile; returns the number of entries.
+        ``progress`` is called with the position reached."""
+        total, newest = 0, self._reader.position()
+        while self._live.state.log_position < newest and (count := self.follow()):
             total += count
+            if progress is not None:
+                progress(self._live.state.log_position)
         return total
 
     def _started(self) -> LiveIndex:

@@ -74,9 +74,8 @@ class LayerScorer:
     """Scores nodes of a layer for B users.
 
     ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather), an array or a table of rows.
-    ``buckets[l-1]``: the
-    candidate counts the layer's network takes, ascending; C is padded up to the next one and cut into pieces
-    of the largest. An empty list, or no buckets at all, means any count.
+    ``buckets[l-1]``: the candidate counts the layer's network takes, ascending; C is padded up to the next one and
+    cut into pieces of the largest. An empty list, or no buckets at all, means any count.
     """
 
     def __init__(

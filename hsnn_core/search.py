@@ -66,7 +66,7 @@ class Scorer(Protocol):
 class LayerTrace:
     """What one layer did: candidates and kept (B,) int64 counts, and the kept node numbers.
 
-    ``nodes`` (B, max kept) int64, ascending, -1 beyond a user's count.
+    ``nodes`` (B, max kept) int64, in the order of the candidates, -1 beyond a user's count.
     """
 
     candidates: np.ndarray
@@ -108,8 +108,8 @@ def search(
     """The best K items of each of B users, by beams of ``widths`` (N-1 of them) nodes.
 
     Items and nodes are ordered by the rank score of their layer (`rank_scores`, plus the logarithm of the bid with
-    ``bids``); ties go to the smaller node number (for items: position). ``rank`` (T,): exponent of each task's
-    probability.
+    ``bids``); ties go to the first in the order of the candidates, which is that of node numbers (of items: positions)
+    where no item was added. ``rank`` (T,): exponent of each task's probability.
 
     ``item_filter`` says which items each user may get; a node without one is dropped before pruning. With ``adapt`` a
     beam takes more nodes than its width, the next best ones, until they hold K of these items and as many of them as

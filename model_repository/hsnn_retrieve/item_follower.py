@@ -79,7 +79,7 @@ class ItemFollower:
         while not self._closing.wait(pause):
             try:
                 self.behind = self._follower.behind()
-                while self.behind > 0 and self._follower.follow() and not self._closing.is_set():
+                while self.behind and self._follower.follow() and not self._closing.is_set():
                     self.behind = self._follower.behind()
                 pause = PERIOD_SECONDS
             except HsnnError as error:
@@ -91,6 +91,7 @@ class ItemFollower:
             self._report_unusable()
 
     def _stay(self, why: str) -> None:
+        self.behind = -1
         pb_utils.Logger.log_error(
             f"{self._name}: item updates are not followed for now, the items stay as they are: {why}"
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import numpy as np
+from items import Items
 from request_decoding import Ask, Deadline, decode_context, split_inputs
 
 from hsnn_core.bundle import Bundle
@@ -16,13 +16,6 @@ from hsnn_core.live_index import LiveState
 from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import SearchResult, search
 from hsnn_core.targeting import TargetingFilter
-
-
-class Items(Protocol):
-    """Where searches find the items."""
-
-    @property
-    def state(self) -> LiveState: ...
 
 
 class Retriever:
@@ -76,7 +69,7 @@ class Retriever:
     ) -> TargetingFilter | None:
         """What each user may get; None: everything."""
         context, excluded = decode_context(self._schema, tensors, users, time.time())
-        if state.attributes is None and not excluded.size:
+        if not self._schema.eligibility and not excluded.size:
             return None
         places = [state.view.find(row[row != KEY_MISSING]) for row in excluded]
         return TargetingFilter(state.view, users, state.attributes, context, places)

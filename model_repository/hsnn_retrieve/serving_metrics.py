@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
-from typing import Any, Protocol
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
-
-from hsnn_core.live_index import LiveState
+from items import Items
 
 # Refused are "overload" (the queue was full) and "unmeetable" (its deadline could not be met).
 OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
@@ -45,16 +44,6 @@ class _Period:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.candidates = [0] * layers
         self.timed: list[_Timed] = []
-
-
-class Items(Protocol):
-    """The items that are served, and how far the log is ahead of them."""
-
-    @property
-    def state(self) -> LiveState: ...
-
-    @property
-    def behind(self) -> int: ...
 
 
 class ServingMetrics:

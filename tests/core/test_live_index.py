@@ -206,9 +206,6 @@ def test_targeting_equals_a_mask_over_an_index_built_anew(seed, layers, steps, i
     fresh = GrowingAttributes(corpus.index, corpus.attributes).state
     widths = rng.integers(1, 4, size=layers - 1).tolist()
     k = int(rng.integers(1, 12))
-    # Bounds of nodes stay after their items have gone, so beams by bid may differ; not at full width.
-    if by_bid:
-        widths = [state.view.nodes(layer) for layer in range(1, layers)]
     bids = (state.attributes.bids, fresh.bids) if by_bid else (None, None)
     scorer = live.scorer.over(state.view, state.i2if, state.embeddings)
     ours = search(state.view, scorer, users, widths, k, RANK, targeting, bids[0])
@@ -216,9 +213,10 @@ def test_targeting_equals_a_mask_over_an_index_built_anew(seed, layers, steps, i
     theirs = search(corpus.index, plain, users, widths, k, RANK, MaskFilter(corpus.index, mask), bids[1])
     assert_same_answer(ours, theirs)
     assert ours.valid.tolist() == np.minimum(mask.sum(axis=1), k).tolist()
-    if by_bid:
-        twin = exhaustive(state.view, scorer, users, k, RANK, targeting, state.attributes.bids)
-        np.testing.assert_array_equal(ours.item_ids, twin.item_ids)
+    full = [state.view.nodes(layer) for layer in range(1, layers)]
+    ours = search(state.view, scorer, users, full, k, RANK, targeting, bids[0])
+    twin = exhaustive(state.view, scorer, users, k, RANK, targeting, bids[0])
+    np.testing.assert_array_equal(ours.item_ids, twin.item_ids)
 
 
 def test_a_search_that_runs_sees_one_moment():
