@@ -83,10 +83,12 @@ def start_canary(repository: str | Path, admin: Admin, share: float = 0.0, shado
     return version
 
 
-def stop_canary(repository: str | Path, admin: Admin) -> None:
-    """Unload `hsnn_canary` once its requests are answered; the candidate stays. Nothing to do is no error."""
+def stop_canary(repository: str | Path, admin: Admin, version: int | None = None) -> None:
+    """Unload `hsnn_canary` once its requests are answered; the candidate stays. Nothing to do is no error, and so is
+    a canary of another version than the given one."""
     with locked(Path(repository), LOCK_PATIENCE):
-        _unload(admin)
+        if version is None or version in admin.states(CANARY):
+            _unload(admin)
 
 
 def promote_candidate(repository: str | Path, admin: Admin) -> int:

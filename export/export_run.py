@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,9 @@ from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
 from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import search
+
+if TYPE_CHECKING:
+    from hsnn_train.checkpoint import Run
 
 PARITY_USERS = 64
 SMOKE_USERS = 4
@@ -68,11 +72,18 @@ def export_run(
 
     Raises PublishError naming graph, output, difference and tolerance when a gate fails."""
     from hsnn_train.checkpoint import load_run
+
+    return export_source(
+        source_of(load_run(run_dir)), Path(run_dir) / "export", engine, targets, users, progress
+    )
+
+
+def source_of(run: Run) -> Source:
+    """What an export needs of a loaded run; it sees what becomes of `run.model`."""
     from hsnn_train.runner import TorchRunner
 
-    run = load_run(run_dir)
     model, settings = run.model, run.recipe.search
-    source = Source(
+    return Source(
         schema=run.schema,
         transform=run.transform,
         model=model,
@@ -86,7 +97,6 @@ def export_run(
         k=min(settings.k, settings.max_k),
         max_k=settings.max_k,
     )
-    return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
 
 
 def export_source(

@@ -69,12 +69,13 @@ def finish(repository: Path, version: int, admin: Admin) -> None:
                 load_model(f"snapshot {version}", model, version, repository, admin)
 
 
-def rollback(repository: str | Path, admin: Admin | None = None) -> int:
+def rollback(repository: str | Path, admin: Admin | None = None, version: int | None = None) -> int:
     """Take the newest snapshot out of service in the reverse order of its publishing; return the version that
     serves now. Its directories move to `.retired`; its number is not used again. Without `admin` only the
     files move. A rollback that was killed is finished, and nothing else is taken back.
 
-    Raises PublishError when there is no earlier snapshot, when a candidate waits (its networks take the place
+    Raises PublishError when there is no earlier snapshot, when the newest is not `version` (None: whichever it
+    is), when a candidate waits (its networks take the place
     of the earlier snapshot's), or when the server can't load the earlier one: the newest one is put back
     then."""
     repository = Path(repository)
@@ -95,6 +96,10 @@ def rollback(repository: str | Path, admin: Admin | None = None) -> int:
                     "rolling back needs an earlier one"
                 )
             previous, newest = complete[-2:]
+        if version not in (None, newest):
+            raise PublishError(
+                f"{repository}: the newest snapshot is {newest}, expected {version}: somebody else rolled out or back"
+            )
         *networks, _ = snapshot_models(repository, previous)
         if admin is not None:
             for model in networks:

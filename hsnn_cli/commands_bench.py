@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import commands_bench_cost, commands_bench_serving
+from . import commands_bench_cost, commands_bench_rollouts, commands_bench_serving
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -100,6 +100,7 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--figure", default="recall@100", help="what is maximised (default: %(default)s)")
     tune.set_defaults(run_command=run_tune)
     commands_bench_serving.add_kinds(kinds)
+    commands_bench_rollouts.add_kinds(kinds)
 
     throughput = kinds.add_parser(
         "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from hsnn_core.errors import HsnnError
 
-from . import commands_bench, commands_data, commands_serving, commands_training, commands_tune, demo
+from . import (
+    commands_bench,
+    commands_data,
+    commands_rollout,
+    commands_serving,
+    commands_training,
+    commands_tune,
+    demo,
+)
 
 DESCRIPTION = """HSNN retrieval on NVIDIA Triton: train, export, publish, serve, query.
 
@@ -36,7 +44,15 @@ def parser() -> argparse.ArgumentParser:
         prog="hsnn", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (commands_data, commands_training, commands_tune, commands_serving, commands_bench, demo):
+    for module in (
+        commands_data,
+        commands_training,
+        commands_tune,
+        commands_serving,
+        commands_rollout,
+        commands_bench,
+        demo,
+    ):
         module.add_commands(commands)
     return top
 

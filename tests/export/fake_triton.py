@@ -1,4 +1,4 @@
-"""A Triton that holds versions as the real one does, lives on when the process that talks to it dies, and notes whatever
+"""A Triton that holds versions as the real one does, lives on when the process that talks to it dies, and notes what
 would have failed a request."""
 
 from __future__ import annotations
