@@ -56,8 +56,12 @@ def status(repository: str | Path, admin: Admin | None = None) -> list[SnapshotS
     states: dict[str, dict[int, str]] = {}
     if admin is not None:
         for model in {*repository_models(repository), CANARY}:
-            known = admin.states(model)
-            states[model] = {version: state for version, state in known.items() if state != "UNAVAILABLE"}
+            network = model not in (ORCHESTRATOR, CANARY)
+            states[model] = {
+                version: state
+                for version, state in admin.states(model).items()
+                if state == READY or (not network and state != "UNAVAILABLE")
+            }
             for version in states[model]:
                 disk.setdefault(version, "gone")
     networks = [model for model in states if model not in (ORCHESTRATOR, CANARY)]

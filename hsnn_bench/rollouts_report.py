@@ -31,9 +31,9 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         f"`{report['command']}`",
         "",
-        f"Poisson arrivals at {report['load']:g} of {report['capacity']:.1f} requests/s for {asked['seconds']:.0f} s, each "
-        f"allowed {asked['deadline_ms']:.0f} ms, while {report['rollouts']} snapshots were published and promoted and "
-        f"{report['rollbacks']} rolled back; {report['workers']} workers, a queue of {report['queue']}, one snapshot "
+        f"Poisson arrivals at {report['load']:g} of {report['capacity']:.1f} requests/s for {asked['seconds']:.0f} s, "
+        f"each allowed {asked['deadline_ms']:.0f} ms, while {report['rollouts']} snapshots were published and promoted "
+        f"and {report['rollbacks']} rolled back; {report['workers']} workers, a queue of {report['queue']}, one snapshot "
         f"served at a time. Load and rollouts share the machine with the server. Commit {report['commit']}; "
         f"{report['machine']}; {report['date']}.{' **The data are simulated.**' if report['simulated'] else ''}",
         "",
@@ -43,7 +43,7 @@ def render(report: Mapping[str, Any]) -> str:
         f"| requests without an answer (refused {asked['refused']:,}, expired {asked['expired']:,}, failed "
         f"{asked['failed']:,}) | 0 | {asked['not_answered']:,} |",
         f"| answers that are not the named snapshot's own | 0 | {answers['foreign'] + answers['mixed']:,} |",
-        f"| from trained checkpoint to serving, {report['items']:,} items, s | 60 (100k items) | {fresh['total']:.1f} |",
+        f"| from checkpoint to serving, {report['items']:,} items, s | 60 (100k items) | {fresh['total']:.1f} |",
         f"| latency p50 / p99 / most, ms | | {asked['p50_ms']:.1f} / {asked['p99_ms']:.1f} / {asked['most_ms']:.0f} |",
         "",
         "| seconds of | median | most |",
@@ -65,8 +65,8 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         f"Two exports were published in turns: the run as trained, and with its weights changed a little. The "
         f"probabilities of their answers to one request differ by {apart['median']:.3f} at the median and at least by "
-        f"{apart['least']:.1e}; {apart['alike']} of {answers['distinct_requests']} requests can't tell them apart. Every "
-        f"answer was compared with what its version's export answers offline: {answers['own']:,} agree to "
+        f"{apart['least']:.1e}; {apart['alike']} of {answers['distinct_requests']} requests can't tell them apart. "
+        f"Every answer was compared with what its version's export answers offline: {answers['own']:,} agree to "
         f"{answers['worst']:.1e} (allowed {answers['tolerance']:g}), {answers['foreign']:,} are another snapshot's, "
         f"{answers['mixed']:,} nobody's. {len(answers['by_version'])} versions answered between "
         f"{min(answers['by_version'].values()):,} and {max(answers['by_version'].values()):,} requests each.",

@@ -37,7 +37,7 @@ def add_kinds(kinds: Any) -> None:
     )
     rollouts.add_argument("--workers", type=int, default=2, metavar="N", help="(default: %(default)s)")
     rollouts.add_argument("--queue", type=int, default=512, metavar="N",
-                          help="requests that may wait while a rollout takes the cores (default: %(default)s)")  # fmt: skip
+                          help="requests that may wait (default: %(default)s)")  # fmt: skip
     rollouts.add_argument("--k", type=int, default=100, help="items per request (default: %(default)s)")
     rollouts.add_argument("--latency-ms", type=float, default=2000.0, metavar="MS",
                           help="deadline of each request (default: %(default)g)")  # fmt: skip

@@ -26,6 +26,7 @@ from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
 from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
+from warm_up import NoNetworks, warm_up  # noqa: E402
 from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
 
 import hsnn_core  # noqa: E402
@@ -64,12 +65,14 @@ class TritonPythonModel:
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
             self._retriever = Retriever(bundle, runner, runner.within)
+            cold = Retriever(bundle, NoNetworks(bundle))
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
+            cold = self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]))
         self._schema_hash = config.schema_hash
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
         self._default = Ask(min(config.default.k, self._max_k), config.default.widths)
+        warm_up(bundle, cold, self._default)
         self._metrics = ServingMetrics(version, layers)
         self._pool = WorkerPool(config.workers, config.queue)
 
