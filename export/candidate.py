@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from export import pbtxt
-from export.loading import Admin, load_model, load_networks, retire_leftovers
+from export.loading import Admin, load_model, load_networks, pushed_out, retire_leftovers, serving
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import (
@@ -130,8 +130,9 @@ def withdraw(repository: str | Path, admin: Admin | None = None) -> int:
             _unload(admin)
         retire_candidate(repository, version)
         retire_leftovers(repository, admin)
-        if admin is not None and versions(repository):
-            for model in networks:
+        # Snapshots that were published and never served may stand in the way of a reload; then it can wait.
+        if admin is not None and not pushed_out(repository, networks, serving(admin)):
+            for model in networks if versions(repository) else ():
                 try:
                     admin.load(model)
                 except Exception as error:

@@ -7,6 +7,7 @@ orchestrator may still answer requests with networks that the reload would drop.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -132,25 +133,28 @@ def retire_leftovers(repository: Path, admin: Admin | None) -> list[int]:
     return done
 
 
+def pushed_out(repository: Path, networks: Sequence[str], needed: set[int]) -> set[int]:
+    """Those of the `needed` versions that a reload of these models would drop: newer ones lie on the disk."""
+    found: set[int] = set()
+    for model in networks:
+        config = repository / model / CONFIG_FILE
+        held = pbtxt.parse(config.read_text(), str(config)).version_policy.latest.num_versions
+        found |= needed & set(model_versions(repository, model)[:-held])
+    return found
+
+
 def _make_room(repository: Path, version: int, admin: Admin) -> None:
     """Retire snapshots that were published and never served, where their networks would push out those of one
     that serves. PublishError instead when `version` is a candidate, which supersedes nothing."""
     needed = serving(admin) | {version}
     *networks, _ = snapshot_models(repository, version)
-    for model in networks:
-        present = model_versions(repository, model)
-        config = repository / model / CONFIG_FILE
-        held = pbtxt.parse(config.read_text(), str(config)).version_policy.latest.num_versions
-        pushed_out = needed & set(present[:-held])
-        if not pushed_out:
-            continue
-        unserved = [n for n in versions(repository) if n > min(pushed_out) and n not in needed]
-        if unserved and candidate(repository) == version:
-            raise PublishError(
-                f"candidate {version}: snapshot {unserved[-1]} is published and not served, and a server holds the "
-                f"networks of {held} snapshots; withdraw the candidate, then promote snapshot {unserved[-1]} or "
-                "roll it back"
-            )
-        for number in unserved:
-            retire_snapshot(repository, number)
-        return
+    dropped = pushed_out(repository, networks, needed)
+    unserved = [n for n in versions(repository) if dropped and n > min(dropped) and n not in needed]
+    if unserved and candidate(repository) == version:
+        raise PublishError(
+            f"candidate {version}: snapshot {unserved[-1]} is published and not served, and the server would drop the "
+            f"networks of snapshot {min(dropped)}, which serves; withdraw the candidate, then promote snapshot "
+            f"{unserved[-1]} or roll it back"
+        )
+    for number in unserved:
+        retire_snapshot(repository, number)

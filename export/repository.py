@@ -208,8 +208,10 @@ def locked(repository: Path, patience: float = 0.0) -> Iterator[None]:
     """One command changes a repository at a time; a killed one leaves no lock behind.
 
     `patience`: seconds to wait for another one. PublishError when it is still at work then."""
+    path = repository / LOCK_FILE
     try:
-        lock = (repository / LOCK_FILE).open("w")
+        # A server may have a mount that can only be read; that is enough for the lock.
+        lock = path.open("w" if os.access(path if path.exists() else repository, os.W_OK) else "r")
     except OSError as error:
         raise PublishError(
             f"{repository}: {error.strerror or error}; expected a repository that can be written"

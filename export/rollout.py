@@ -25,6 +25,7 @@ from export.repository import (
     locked,
     model_versions,
     move_version,
+    retire_snapshot,
     snapshot_models,
     snapshots,
     versions,
@@ -72,7 +73,8 @@ def finish(repository: Path, version: int, admin: Admin) -> None:
 def rollback(repository: str | Path, admin: Admin | None = None, version: int | None = None) -> int:
     """Take the newest snapshot out of service in the reverse order of its publishing; return the version that
     serves now. Its directories move to `.retired`; its number is not used again. Without `admin` only the
-    files move. A rollback that was killed is finished, and nothing else is taken back.
+    files move, and so they do for a snapshot that the server does not serve yet. A rollback that was killed is
+    finished, and nothing else is taken back.
 
     Raises PublishError when there is no earlier snapshot, when the newest is not `version` (None: whichever it
     is), when a candidate waits (its networks take the place
@@ -101,6 +103,10 @@ def rollback(repository: str | Path, admin: Admin | None = None, version: int | 
                 f"{repository}: the newest snapshot is {newest}, expected {version}: somebody else rolled out or back"
             )
         *networks, _ = snapshot_models(repository, previous)
+        now = set() if admin is None else serving(admin)
+        if now and newest not in now and not begun:
+            retire_snapshot(repository, newest)
+            return max(now)
         if admin is not None:
             for model in networks:
                 if not admin.ready(model, previous):

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from fake_triton import FakeTriton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from kill import SERVER, TASKS
 from standin_world import standin_source
 
@@ -181,8 +184,16 @@ def test_snapshots_that_were_never_served_make_room(flat: Exported, tmp_path: Pa
     with pytest.raises(PublishError, match="snapshot 2 is published and not served"):
         publish_candidate(flat.path, tmp_path, server)
     publish(flat.path, tmp_path)
-    assert promote(tmp_path, server) == 4
-    assert versions(tmp_path) == [1, 4]
+    with pytest.raises(
+        PublishError, match="snapshot 4 is published and not served.*of snapshot 1, which serves"
+    ):
+        publish_candidate(flat.path, tmp_path, server)
+    assert rollback(tmp_path, server) == 1  # of one that nobody serves: files only
+    assert versions(tmp_path) == [1, 2]
+    for _ in range(2):
+        publish(flat.path, tmp_path)
+    assert promote(tmp_path, server) == 7
+    assert versions(tmp_path) == [1, 7]
     assert server.violations == []
 
 
@@ -275,6 +286,54 @@ def test_two_operators_take_turns(flat: Exported, tmp_path: Path, monkeypatch: p
             command(tmp_path, server)
     assert server.calls == calls
     assert promote_candidate(tmp_path, server) == 2
+
+
+def restart(repository: Path, server: FakeTriton) -> None:
+    server.held, server.fails = {}, ()
+    promote(repository, server)
+
+
+COMMANDS: dict[str, Callable[[Exported, Path, FakeTriton], object]] = {
+    "publish": lambda export, repository, server: publish(export.path, repository),
+    "promote": lambda export, repository, server: promote(repository, server),
+    "publish_candidate": lambda export, repository, server: publish_candidate(
+        export.path, repository, server
+    ),
+    "start_canary": lambda export, repository, server: start_canary(repository, server, 0.1),
+    "stop_canary": lambda export, repository, server: stop_canary(repository, server),
+    "promote_candidate": lambda export, repository, server: promote_candidate(repository, server),
+    "withdraw": lambda export, repository, server: withdraw(repository, server),
+    "rollback": lambda export, repository, server: rollback(repository, server),
+    "retire": lambda export, repository, server: retire(repository, server),
+    "restart": lambda export, repository, server: restart(repository, server),
+    "refuse": lambda export, repository, server: setattr(server, "fails", ("hsnn_scorer_l1", ORCHESTRATOR)),
+    "accept": lambda export, repository, server: setattr(server, "fails", ()),
+}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(commands=st.lists(st.sampled_from(sorted(COMMANDS)), max_size=14), keep=st.integers(1, 2))
+def test_no_order_of_commands_fails_a_request(
+    commands: list[str], keep: int, flat: Exported, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Those that are refused included."""
+    repository = tmp_path_factory.mktemp("repository")
+    server = FakeTriton(repository)
+    publish(flat.path, repository, options=ServingOptions(keep=keep))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "replay", lambda *_: None)
+        promote(repository, server)
+        for command in commands:
+            with suppress(PublishError, RuntimeError):
+                COMMANDS[command](flat, repository, server)
+            assert server.violations == [], command
+            assert server.serving(), command
+        server.fails = ()
+        if candidate(repository) is not None:
+            withdraw(repository, server)
+        newest = promote(repository, server)
+        assert server.serving()[-1] == newest == versions(repository)[-1]
+        assert server.violations == []
 
 
 @pytest.mark.parametrize("task", TASKS)
