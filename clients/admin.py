@@ -82,6 +82,14 @@ class RepositoryAdmin:
             if entry.model == model and entry.state == "READY" and entry.version is not None
         ]
 
+    def states(self, model: str) -> dict[int, str]:
+        """READY, LOADING, UNLOADING or UNAVAILABLE by version of ``model``, of those that the server ever knew."""
+        return {
+            entry.version: entry.state
+            for entry in self.index()
+            if entry.model == model and entry.version is not None
+        }
+
     def ready(self, model: str, version: int | None = None) -> bool:
         """Whether ``model`` (its newest version, or the given one) answers requests; needs no key."""
         wanted = "" if version is None else str(version)

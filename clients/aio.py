@@ -12,11 +12,13 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
+from .canary import MODEL as CANARY_MODEL
+from .canary import AsyncSplit, Canary
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
-__all__ = ["AsyncRetrievalClient", "Hit", "Results", "ServedModel", "Timings"]
+__all__ = ["AsyncRetrievalClient", "Canary", "Hit", "Results", "ServedModel", "Timings"]
 
 
 class AsyncRetrievalClient:
@@ -35,15 +37,25 @@ class AsyncRetrievalClient:
         expected_schema: Schema | None = None,
         retries: int = 2,
         model: str = MODEL,
+        canary: Canary | None = None,
     ) -> None:
         self._url, self._timeout, self._expected = url, timeout, expected_schema
         self._retries, self._model = retries, model
         self._grpc = InferenceServerClient(url)
         self._codec: Codec | None = None
+        self.split: AsyncSplit | None = None
+        if canary is not None:
+            self._canary = AsyncRetrievalClient(url, timeout, expected_schema, retries=0, model=CANARY_MODEL)
+            self.split = AsyncSplit(canary, self._canary)
 
     async def connect(self) -> ServedModel:
         """The served schema and defaults, fetched by the first call, and again when the server changed."""
         return (await self._connected(self._patience(None))).model
+
+    async def refresh(self) -> ServedModel:
+        """What is served now, asked anew; ServerError when the model is not there."""
+        self._codec = await self._fetch(self._patience(None))
+        return self._codec.model
 
     async def retrieve(
         self,
@@ -59,9 +71,23 @@ class AsyncRetrievalClient:
         tasks: Sequence[str] | None = None,
     ) -> Results:
         """The best ``k`` items of every user, as ``RetrievalClient.retrieve``."""
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        if self.split is None:
+            return await self._retrieve(users, question, timeout)
+        return await self.split.answer(
+            lambda left: self._retrieve(users, question, left),
+            lambda left: self._canary._retrieve(users, question, left),
+            self._timeout if timeout is None else timeout,
+        )
+
+    async def _retrieve(
+        self,
+        users: Sequence[Mapping[str, Any]] | WireUsers,
+        question: Question,
+        timeout: float | None,
+    ) -> Results:
         patience = self._patience(timeout)
         codec = await self._connected(patience)
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
         request = codec.request(users, question)
         while True:
             left = patience.remaining()
@@ -79,6 +105,8 @@ class AsyncRetrievalClient:
                 await asyncio.sleep(patience.pause_after(error))
 
     async def close(self) -> None:
+        if self.split is not None:
+            await self.split.close()
         await self._grpc.close()
 
     async def __aenter__(self) -> AsyncRetrievalClient:

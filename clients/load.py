@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -110,9 +110,17 @@ def each_user(tensors: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarra
 
 
 def poisson_load(
-    url: str, messages: Sequence[bytes], rate: float, seconds: float, deadline: float, seed: int = 1
+    url: str,
+    messages: Sequence[bytes],
+    rate: float,
+    seconds: float,
+    deadline: float,
+    seed: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+    answered: Callable[[int, bytes], None] = lambda number, answer: None,
 ) -> Fates:
-    """Send messages in turn for ``seconds`` at ``rate`` a second with exponential gaps, and wait for the last answer.
+    """Send messages in turn for ``seconds``, or until ``stop`` says so, at ``rate`` a second with exponential gaps, and
+    wait for the last answer. ``answered`` is given every answer with the number of its request, from 0.
 
     The gaps depend on ``seed`` alone. Raises RequestError for a rate, a time or a deadline that is not above 0, and
     ServerError when nobody listens at ``url``.
@@ -125,17 +133,26 @@ def poisson_load(
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(1 / rate, max(16, int(rate * seconds * 1.5) + 64))
     due = gaps.cumsum()
-    return asyncio.run(_Load(url, messages, due[due < seconds], deadline).run(seconds))
+    load = _Load(url, messages, due[due < seconds], deadline, answered)
+    return asyncio.run(load.run(seconds, stop))
 
 
 class _Load:
-    def __init__(self, url: str, messages: Sequence[bytes], due: np.ndarray, deadline: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        messages: Sequence[bytes],
+        due: np.ndarray,
+        deadline: float,
+        answered: Callable[[int, bytes], None],
+    ) -> None:
         self._url, self._messages, self._due, self._deadline = url, messages, due, deadline
+        self._answered = answered
         self._slip, self._latency = np.zeros(len(due)), np.zeros(len(due))
         self._outcome = np.full(len(due), FAILED, np.int8)
         self._failures: dict[str, None] = {}
 
-    async def run(self, seconds: float) -> Fates:
+    async def run(self, seconds: float, stop: Callable[[], bool]) -> Fates:
         options = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
         async with grpc.aio.insecure_channel(self._url, options=options) as channel:
             try:
@@ -147,23 +164,30 @@ class _Load:
             call = channel.unary_unary(METHOD)
             tasks = set()
             began = time.perf_counter()
+            sent = 0
             for number, due in enumerate(self._due):
                 # Yield even when late, or the answers of those under way would be seen late.
                 await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+                if stop():
+                    seconds = time.perf_counter() - began
+                    break
+                sent += 1
                 self._slip[number] = time.perf_counter() - began - due
                 task = asyncio.create_task(self._send(call, number))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             if tasks:
                 await asyncio.wait(tasks)
-        return Fates(seconds, self._slip, self._latency, self._outcome, self._deadline, tuple(self._failures))
+        slip, latency, outcome = (kept[:sent] for kept in (self._slip, self._latency, self._outcome))
+        return Fates(seconds, slip, latency, outcome, self._deadline, tuple(self._failures))
 
     async def _send(self, call: grpc.aio.UnaryUnaryMultiCallable, number: int) -> None:
         patience = max(1.0, _PATIENCE * self._deadline)
         sent = time.perf_counter()
         try:
-            await call(self._messages[number % len(self._messages)], timeout=patience)
+            answer = await call(self._messages[number % len(self._messages)], timeout=patience)
             outcome = OK
+            self._answered(number, answer)
         except grpc.aio.AioRpcError as error:
             outcome = self._meaning(error)
         self._latency[number] = time.perf_counter() - sent

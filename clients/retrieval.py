@@ -12,11 +12,13 @@ from tritonclient.utils import InferenceServerException
 
 from hsnn_core.schema import Schema
 
+from .canary import MODEL as CANARY_MODEL
+from .canary import Canary, Split
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
-__all__ = ["Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "WireUsers"]
+__all__ = ["Canary", "Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "WireUsers"]
 
 
 class RetrievalClient:
@@ -28,7 +30,7 @@ class RetrievalClient:
 
     ``url``: host:port. ``timeout``: seconds a call may take, retries included. ``expected_schema``: refuse a
     server that serves another one (SchemaMismatch). ``retries``: further attempts when the connection is lost
-    or refused.
+    or refused. ``canary``: take part in rollouts, see `clients.canary`; without one all requests go to ``model``.
     """
 
     def __init__(
@@ -38,15 +40,25 @@ class RetrievalClient:
         expected_schema: Schema | None = None,
         retries: int = 2,
         model: str = MODEL,
+        canary: Canary | None = None,
     ) -> None:
         self._url, self._timeout, self._expected = url, timeout, expected_schema
         self._retries, self._model = retries, model
         self._grpc = InferenceServerClient(url)
         self._codec: Codec | None = None
+        self.split: Split | None = None
+        if canary is not None:
+            self._canary = RetrievalClient(url, timeout, expected_schema, retries=0, model=CANARY_MODEL)
+            self.split = Split(canary, self._canary)
 
     def connect(self) -> ServedModel:
         """The served schema and defaults, fetched by the first call, and again when the server changed."""
         return self._connected(self._patience(None)).model
+
+    def refresh(self) -> ServedModel:
+        """What is served now, asked anew; ServerError when the model is not there."""
+        self._codec = self._fetch(self._patience(None))
+        return self._codec.model
 
     def retrieve(
         self,
@@ -74,9 +86,23 @@ class RetrievalClient:
         A server that moved to another schema since the last call is asked again by the new one, unless it is
         not the expected one.
         """
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        if self.split is None:
+            return self._retrieve(users, question, timeout)
+        return self.split.answer(
+            lambda left: self._retrieve(users, question, left),
+            lambda left: self._canary._retrieve(users, question, left),
+            self._timeout if timeout is None else timeout,
+        )
+
+    def _retrieve(
+        self,
+        users: Sequence[Mapping[str, Any]] | WireUsers,
+        question: Question,
+        timeout: float | None,
+    ) -> Results:
         patience = self._patience(timeout)
         codec = self._connected(patience)
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
         request = codec.request(users, question)
         while True:
             left = patience.remaining()
@@ -92,6 +118,8 @@ class RetrievalClient:
                 time.sleep(patience.pause_after(error))
 
     def close(self) -> None:
+        if self.split is not None:
+            self.split.close()
         self._grpc.close()
 
     def __enter__(self) -> RetrievalClient:

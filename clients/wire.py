@@ -50,7 +50,8 @@ class Results(list[list[Hit]]):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the model's configuration says: its schema and the defaults of a request."""
+    """What the model's configuration says: its schema and the defaults of a request. `canary_share`,
+    `canary_shadow`: what clients shall give a canary (`clients.canary`); 0 for the stable model."""
 
     name: str
     schema: Schema
@@ -58,6 +59,8 @@ class ServedModel:
     widths: tuple[int, ...]
     max_users: int
     mode: str
+    canary_share: float = 0.0
+    canary_shadow: bool = False
 
 
 def served_model(config: Any, expected: Schema | None) -> ServedModel:
@@ -79,6 +82,8 @@ def served_model(config: Any, expected: Schema | None) -> ServedModel:
         widths=tuple(int(width) for width in facts["widths"].split(",") if width),
         max_users=config.max_batch_size,
         mode=facts.get("mode", ""),
+        canary_share=float(facts.get("canary_share", 0)),
+        canary_shadow=facts.get("canary_shadow") == "true",
     )
 
 

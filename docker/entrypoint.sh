@@ -37,7 +37,8 @@ key=$(<"$key_file")
 models=()
 for config in "$repository"/hsnn_*/config.pbtxt; do
   model=${config%/config.pbtxt}
-  models+=("--load-model=${model##*/}")
+  # A candidate serves nobody after a restart: hsnn rollout starts its canary again.
+  [[ ${model##*/} == hsnn_canary ]] || models+=("--load-model=${model##*/}")
 done
 
 # What lets a client read or change the server needs the key. Triton takes it as an argument only, so it is

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +32,9 @@ from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
 from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import search
+
+if TYPE_CHECKING:
+    from hsnn_train.checkpoint import Run
 
 PARITY_USERS = 64
 SMOKE_USERS = 4
@@ -77,11 +81,19 @@ def export_run(
     Raises PublishError naming graph, output, difference and tolerance when a gate fails, LogError when the log is of
     another schema or cannot be read."""
     from hsnn_train.checkpoint import load_run
+
+    source = source_of(load_run(run_dir))
+    if contains_log is not None:
+        source = dataclasses.replace(source, log=_newest(contains_log, source.schema))
+    return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
+
+
+def source_of(run: Run) -> Source:
+    """What an export needs of a loaded run; it sees what becomes of `run.model`."""
     from hsnn_train.runner import TorchRunner
 
-    run = load_run(run_dir)
     model, settings = run.model, run.recipe.search
-    source = Source(
+    return Source(
         schema=run.schema,
         transform=run.transform,
         model=model,
@@ -95,9 +107,7 @@ def export_run(
         k=min(settings.k, settings.max_k),
         max_k=settings.max_k,
         attributes=run.attributes,
-        log=NO_LOG if contains_log is None else _newest(contains_log, run.schema),
     )
-    return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
 
 
 def _newest(log: str | Path, schema: Schema) -> LogPosition:

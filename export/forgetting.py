@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.pbtxt import ORCHESTRATOR
 from export.publish import current_options
 from export.repository import versions
 from hsnn_core.bundle import read_manifest

@@ -189,6 +189,14 @@ def options_of(orchestrator: pb.ModelConfig, network: pb.ModelConfig) -> Serving
     )
 
 
+def renamed(config: pb.ModelConfig, name: str) -> pb.ModelConfig:
+    """The same configuration under another model's name."""
+    copy = pb.ModelConfig()
+    copy.CopyFrom(config)
+    copy.name = name
+    return copy
+
+
 def to_text(config: pb.ModelConfig) -> str:
     """The file's text, the same for the same configuration; it parses back to `config`."""
     text = text_format.MessageToString(config)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from export import pbtxt
 from export.exported import Exported, check_sha256, open_export
 from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR, ServingOptions
-from export.repository import STAGING, locked, next_version, recover, versions
+from export.repository import CANARY, STAGING, candidate, locked, next_version, recover, versions
 from export.vendor import INDEX_SOURCES, ORCHESTRATOR_SOURCES, vendor, verify_code
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
@@ -27,12 +27,14 @@ from hsnn_core.item_log import LogReader
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a publish is going to do. `configs`: text per model in load order, the orchestrator last."""
+    """What a publish is going to do. `configs`: text per model in load order, `orchestrator` last, which is the
+    canary's name for a candidate."""
 
     exported: Exported
     repository: Path
     version: int
     configs: Mapping[str, str]
+    orchestrator: str
 
     def staging(self, model: str) -> Path:
         return self.repository / model / f"{STAGING}{self.version}"
@@ -46,17 +48,19 @@ def publish(
     repository: str | Path,
     version: int | None = None,
     options: ServingOptions | None = None,
+    as_candidate: bool = False,
 ) -> int:
     """Publish an export as the next snapshot and return its version; no server is told (see
     `rollout.promote`).
 
     `source`: a run directory or its export folder. `version`: refused unless above every earlier one
-    (default: the next). `options`: None keeps those of the repository (`current_options`). Leftovers of a
-    killed publish are removed first.
+    (default: the next). `options`: None keeps those of the repository (`current_options`). `as_candidate`: no
+    server takes it into service until it is promoted (see `candidate.promote_candidate`). Leftovers of a killed
+    publish are removed first.
 
-    Raises PublishError: no finished export, a version in use, tensor shapes or a schema that the
-    repository's other versions don't share, no space; FormatError: a file that changed since the export.
-    Nothing is published then."""
+    Raises PublishError: no finished export, a version in use, a candidate that waits, tensor shapes or a schema
+    that the repository's other versions don't share, no space; FormatError: a file that changed since the
+    export. Nothing is published then."""
     repository = Path(repository)
     exported = open_export(Path(source))
     bundle = exported.verify()
@@ -67,22 +71,30 @@ def publish(
     with locked(repository):
         number = _version(repository, version)
         recover(repository)
+        if (waiting := candidate(repository)) is not None:
+            raise PublishError(
+                f"{repository}: candidate {waiting} waits there, and the networks of one more snapshot would push "
+                "those that serve out; promote it or roll it back first (hsnn rollout)"
+            )
         published = bool(versions(repository))
         chosen = options or current_options(repository)
         _check_log(bundle, repository / chosen.item_log)
         messages = _configs(exported, bundle, chosen)
         if published:
             _check_compatible(repository, messages)
-        plan = _Plan(exported, repository, number, {m.name: pbtxt.to_text(m) for m in messages})
+        if as_candidate:
+            messages[-1] = pbtxt.renamed(messages[-1], CANARY)
+        configs = {message.name: pbtxt.to_text(message) for message in messages}
+        plan = _Plan(exported, repository, number, configs, messages[-1].name)
         try:
             _stage(plan)
-            if not published:
+            if as_candidate or not published:
                 _write_configs(plan)
             _commit(plan)
         except BaseException as error:
             recover(repository)
             if isinstance(error, OSError):
-                done = "is" if number in versions(repository) else "was not"
+                done = "is" if number in (*versions(repository), candidate(repository)) else "was not"
                 raise PublishError(f"{repository}: {error}; version {number} {done} published") from error
             raise
         # Committed. What may differ now (defaults, worker counts) suits the earlier versions as well.
@@ -194,11 +206,11 @@ def _stage(plan: _Plan) -> None:
         staged = plan.staging(graph.signature.model_name) / engine.filename
         copy_file(plan.exported.path / graph.file, staged)
         check_sha256(staged, graph.sha256)
-    for model, sources in ((INDEX, INDEX_SOURCES), (ORCHESTRATOR, ORCHESTRATOR_SOURCES)):
+    for model, sources in ((INDEX, INDEX_SOURCES), (plan.orchestrator, ORCHESTRATOR_SOURCES)):
         vendor(plan.staging(model), sources)
         verify_code(plan.staging(model))
     copy_file(plan.exported.bundle / "schema.json", plan.staging(INDEX) / "schema.json")
-    directory = plan.staging(ORCHESTRATOR)
+    directory = plan.staging(plan.orchestrator)
     for path in sorted(plan.exported.bundle.iterdir()):
         copy_file(path, directory / path.name)
     Bundle.open(directory, verify=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from clients.load import Fates, each_user, poisson_load, serialise
+from clients.metrics import scrape
 from clients.retrieval import RetrievalClient, WireUsers
 from clients.wire import ServedModel
 from export.rollout import promote
@@ -233,21 +233,6 @@ def summary(fates: Fates, capacity: float) -> dict[str, Any]:
         "slip_ms": {f"p{q}": float(1000 * np.percentile(fates.slip, q)) for q in (50, 99)},
         "failures": list(fates.failures),
     }  # fmt: skip
-
-
-def scrape(address: str | None) -> dict[str, float]:
-    """Triton's metrics by name and labels; nothing without an address. ServerError when nobody answers there."""
-    if address is None:
-        return {}
-    try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
-            lines = reply.read().decode().splitlines()
-    except OSError as error:
-        raise ServerError(
-            f"metrics at {address}: {error}; give the address of Triton's metrics, or leave it out"
-        ) from error
-    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
 
 
 def difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

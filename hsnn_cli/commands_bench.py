@@ -6,7 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import commands_bench_cost, commands_bench_live, commands_bench_serving
+from . import (
+    commands_bench_cost,
+    commands_bench_live,
+    commands_bench_rollouts,
+    commands_bench_serving,
+)
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -101,6 +106,7 @@ def add_commands(commands: Any) -> None:
     tune.set_defaults(run_command=run_tune)
     commands_bench_serving.add_kinds(kinds)
     commands_bench_live.add_kinds(kinds)
+    commands_bench_rollouts.add_kinds(kinds)
 
     throughput = kinds.add_parser(
         "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,

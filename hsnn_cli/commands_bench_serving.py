@@ -35,7 +35,7 @@ def add_kinds(kinds: Any) -> None:
                          "(default: the export's)")  # fmt: skip
     serving.add_argument("--workers", type=int, default=2, metavar="N",
                          help="workers of the orchestrators (default: %(default)s)")  # fmt: skip
-    _results(serving)
+    results(serving)
     serving.set_defaults(run_command=run_serving)
 
     capacity = kinds.add_parser(
@@ -68,7 +68,7 @@ def add_kinds(kinds: Any) -> None:
                          help="how long a level is measured, about (default: %(default)s)")  # fmt: skip
     capacity.add_argument("--perf-analyzer", type=Path, metavar="FILE",
                          help="the binary (default: in PATH, else that of `make perf_analyzer`)")  # fmt: skip
-    _results(capacity)
+    results(capacity)
     capacity.set_defaults(run_command=run_capacity)
 
     soak = kinds.add_parser(
@@ -89,23 +89,25 @@ def add_kinds(kinds: Any) -> None:
                       help="items per request, at most the recipe's max_k (default: %(default)s)")  # fmt: skip
     soak.add_argument("--requests", type=int, default=5000, metavar="N",
                       help="distinct requests at most (default: %(default)s)")  # fmt: skip
-    _results(soak)
+    results(soak)
     soak.set_defaults(run_command=run_soak)
 
 
-def _results(command: Any) -> None:
+def results(command: Any) -> None:
+    """The option of where a report goes."""
     command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
                          help="where the report goes (default: %(default)s)")  # fmt: skip
 
 
-def _at_least_one(options: argparse.Namespace, *names: str) -> None:
+def at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """RequestError unless these options are at least 1."""
     for name in names:
         value = getattr(options, name)
         if value < 1:
             raise RequestError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
 
 
-def _typed(options: argparse.Namespace, start: str, **defaults: object) -> str:
+def typed(options: argparse.Namespace, start: str, **defaults: object) -> str:
     """The command as it was typed, as far as it is not the defaults."""
     parts = [start]
     for name, default in defaults.items():
@@ -120,9 +122,9 @@ def run_serving(options: argparse.Namespace) -> None:
     from hsnn_bench.serving import run_serving as run
     from hsnn_bench.serving_report import render, write_report
 
-    _at_least_one(options, "k", "requests", "rounds", "recall_requests", "workers")
+    at_least_one(options, "k", "requests", "rounds", "recall_requests", "workers")
     widths = widths_of(options.widths)
-    command = _typed(
+    command = typed(
         options, f"hsnn bench serving {options.run}", k=1000, requests=1000, rounds=30, recall_requests=100,
         workers=2, widths=None,
     )  # fmt: skip
@@ -144,10 +146,10 @@ def run_capacity(options: argparse.Namespace) -> None:
     from hsnn_bench.capacity_report import render, write_report
     from hsnn_bench.perf_analyzer import find
 
-    _at_least_one(options, "k", "requests", "latency_ms", "seconds")
+    at_least_one(options, "k", "requests", "latency_ms", "seconds")
     tool = find(options.perf_analyzer)
     where = f"--repository {options.repository}" if options.repository else f"--url {options.url}"
-    command = _typed(
+    command = typed(
         options, f"hsnn bench capacity {options.run} {where}", metrics_url=None, latency_ms=20.0, percentile=99,
         k=1000, requests=5000, seconds=10.0,
     )  # fmt: skip
@@ -172,13 +174,13 @@ def run_soak(options: argparse.Namespace) -> None:
     from hsnn_bench.soak import render, write_report
     from hsnn_bench.soak import run_soak as run
 
-    _at_least_one(options, "k", "requests")
+    at_least_one(options, "k", "requests")
     for name in ("capacity", "load", "minutes", "latency_ms"):
         if not getattr(options, name) > 0:
             raise RequestError(
                 f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected a number > 0"
             )
-    command = _typed(
+    command = typed(
         options, f"hsnn bench soak {options.run} --repository {options.repository} --capacity {options.capacity:g}",
         load=0.8, minutes=30.0, latency_ms=100.0, k=1000, requests=5000,
     )  # fmt: skip

@@ -121,16 +121,24 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_publish(options: argparse.Namespace) -> None:
     """hsnn publish."""
-    from dataclasses import replace
+    from export.publish import publish
 
-    from export.publish import current_options, publish
-
-    serving = current_options(options.repository)
-    given = {name: getattr(options, name) for name in ("mode", "workers", "queue", "item_log")}
-    serving = replace(serving, **{name: value for name, value in given.items() if value is not None})
+    serving = serving_options(options, options.repository)
     version = publish(options.run, options.repository, options=serving)
     print(f"published: version {version} in {options.repository}")
     print(f"serve it with: hsnn serve --repository {options.repository}")
+
+
+def serving_options(options: argparse.Namespace, repository: Path) -> Any:
+    """The repository's `ServingOptions` with what was given on the command line."""
+    from dataclasses import replace
+
+    from export.publish import current_options
+
+    given = {name: getattr(options, name) for name in ("mode", "workers", "queue", "item_log")}
+    return replace(
+        current_options(repository), **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -154,6 +162,8 @@ def run_serve(options: argparse.Namespace) -> None:
         version = promote(options.repository, server.admin)
         urls = server.urls
         print(f"serving version {version}: gRPC {urls.grpc}  HTTP {urls.http}  metrics {urls.metrics}")
+        print(f"roll out to it with: hsnn rollout STEP --repository {options.repository} --url {urls.grpc} "
+              f"--key-file {server.key_file}")  # fmt: skip
         print(f"ask it with: hsnn query --url {urls.grpc} --user '{{}}'   (Ctrl-C stops)", flush=True)
         server.wait()
 

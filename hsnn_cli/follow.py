@@ -15,9 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from clients.admin import RepositoryAdmin
+from export.candidate import promote_candidate, publish_candidate
 from export.export_run import export_run
 from export.publish import publish
-from export.rollout import promote
+from export.retire import retire
 from hsnn_core.errors import DataError, FeatureError, HsnnError, PublishError, SchemaError
 from hsnn_train.checkpoint import write_json
 from hsnn_train.follow import Follower
@@ -28,6 +29,7 @@ from hsnn_train.trainer import Interrupted
 
 LOCK_FILE, PUBLISHED = ".follow.lock", "published.json"
 CHECKPOINT_SECONDS = 60.0  # a checkpoint at least this often while there is something to learn from
+KEPT = 2  # snapshots on the disk where this command serves them: the one in service and one to roll back to
 LOOK_SECONDS = 1.0  # between two looks into the folder
 
 
@@ -52,11 +54,14 @@ class Snapshots:
         HsnnError and OSError."""
         began = time.monotonic()
         exported = export_run(self.run, self.engine, users=users, progress=False)
-        version = publish(exported.path, self.repository)
         served = ""
-        if self.url is not None:
+        if self.url is None:
+            version = publish(exported.path, self.repository)
+        else:
             with RepositoryAdmin(self.url, self.key) as admin:
-                promote(self.repository, admin)
+                publish_candidate(exported.path, self.repository, admin)
+                version = promote_candidate(self.repository, admin)
+                retire(self.repository, admin, KEPT)
             served = f", served at {self.url}"
         made = {"repository": str(self.repository.absolute()), "version": version, "files": files}
         write_json(self.run / PUBLISHED, made)

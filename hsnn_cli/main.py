@@ -13,6 +13,7 @@ from . import (
     commands_bench,
     commands_data,
     commands_items,
+    commands_rollout,
     commands_serving,
     commands_training,
     commands_tune,
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
         commands_tune,
         commands_serving,
         commands_items,
+        commands_rollout,
         commands_bench,
         demo,
     )

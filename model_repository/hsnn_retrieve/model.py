@@ -27,6 +27,7 @@ from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
 from retriever import Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
 from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
+from warm_up import NoNetworks, warm_up  # noqa: E402
 from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
 
 import hsnn_core  # noqa: E402
@@ -66,12 +67,15 @@ class TritonPythonModel:
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
             self._retriever = Retriever(bundle, runner, self._items, runner.within)
+            cold = Retriever(bundle, NoNetworks(bundle), self._items)
         else:
-            self._retriever = Retriever(bundle, _onnx_runner(version, bundle.manifest["models"]), self._items)
+            onnx = _onnx_runner(version, bundle.manifest["models"])
+            cold = self._retriever = Retriever(bundle, onnx, self._items)
         self._schema = bundle.schema
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
         self._default = Ask(min(config.k, self._max_k), config.widths, tuple(bundle.schema.rank.tolist()))
+        warm_up(bundle, cold, self._default)
         self._metrics = ServingMetrics(version, layers, self._items)
         self._pool = WorkerPool(config.workers, config.queue)
 

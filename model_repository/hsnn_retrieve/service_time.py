@@ -5,6 +5,7 @@ from __future__ import annotations
 # The gains of TCP's round-trip estimate (RFC 6298), which follows a changing time just as well.
 _GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4
 _FORGOTTEN = 0.01  # of the estimate, by a refusal that rests on it alone
+_FIRST = 4  # measurements of which the least counts
 
 
 class ServiceTime:
@@ -12,19 +13,24 @@ class ServiceTime:
 
     Kept by the number of workers at work when the search began, because workers share cores: four searches at
     once may each take twice as long as one alone. A level without a measurement counts as the next lower one
-    that has, and without any an estimate is 0: a server that knows nothing refuses nothing. Requests of many
-    users take less per user than those of one, so among others they are rated too long. Not locked: its pool is.
+    that has, and without any an estimate is 0: a server that knows nothing refuses nothing. Of the first measurements
+    the least counts: a snapshot that just took over is slower than it is going to be, and would refuse for it.
+    Requests of many users take less per user than those of one, so among others they are rated too long. Not
+    locked: its pool is.
     """
 
     def __init__(self, workers: int) -> None:
         self._mean = [0.0] * (workers + 1)
         self._deviation = [0.0] * (workers + 1)
+        self._count = [0] * (workers + 1)
 
     def add(self, busy: int, users: int, seconds: float) -> None:
         """A search of ``users`` took ``seconds``; it began as one of ``busy`` (1..workers) at work."""
         took = seconds / users
-        if not self._mean[busy]:
-            self._mean[busy], self._deviation[busy] = took, took / 2
+        self._count[busy] += 1
+        if self._count[busy] <= _FIRST:
+            self._mean[busy] = min(took, self._mean[busy] or took)
+            self._deviation[busy] = self._mean[busy] / 2
             return
         error = took - self._mean[busy]
         self._deviation[busy] += _DEVIATION_GAIN * (abs(error) - self._deviation[busy])

@@ -102,6 +102,15 @@ def test_models_control_and_restrictions_are_explicit(place: Path) -> None:
     assert given[-1] == "--log-verbose=1"
 
 
+def test_a_restart_does_not_start_a_canary(place: Path) -> None:
+    (place / "models" / "hsnn_canary").mkdir()
+    (place / "models" / "hsnn_canary" / "config.pbtxt").touch()
+    with start(place, then="exit 0") as process:
+        process.communicate(timeout=10)
+    loaded = [argument for argument in arguments(place) if argument.startswith("--load-model=")]
+    assert loaded == ["--load-model=hsnn_retrieve", "--load-model=hsnn_user_tower"]
+
+
 def test_the_server_gets_the_signal_only_after_the_drain(place: Path) -> None:
     with start(place, "--drain-seconds=1") as process:
         arguments(place)

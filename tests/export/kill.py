@@ -1,5 +1,5 @@
 """Death by file operation: processes that end, without any cleaning up, right after their n-th change to the
-disk.
+disk or, in tasks that talk to a server, to it.
 
 Run as a program (`kill.py TASK SOURCE TEMPLATE OUT`), small enough to be forked often: OUT/<n> is a copy
 of the repository TEMPLATE after a process doing TASK on it died at change n; the last one is that of a
@@ -17,10 +17,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fake_triton import FakeTriton
+
+from export import candidate, loading
 from export.publish import publish
+from export.retire import retire
 from export.rollout import rollback
 
 DIED = 99
+SERVER = "server.json"  # in a repository: what its FakeTriton holds
+TASKS: dict[str, Callable[[Path, Path, FakeTriton], object]] = {
+    "publish_candidate": lambda source, repository, server: candidate.publish_candidate(
+        source, repository, server
+    ),
+    "start_canary": lambda source, repository, server: candidate.start_canary(repository, server, 0.1),
+    "promote_candidate": lambda source, repository, server: candidate.promote_candidate(repository, server),
+    "withdraw": lambda source, repository, server: candidate.withdraw(repository, server),
+    "rollback_served": lambda source, repository, server: rollback(repository, server),
+    "retire": lambda source, repository, server: retire(repository, server, keep=1),
+}
 CHANGES = ("rename", "replace", "mkdir", "rmdir", "unlink", "fsync", "write", "truncate", "link", "symlink")
 
 
@@ -43,6 +58,14 @@ def run_and_die(step: int, task: str, source: Path, repository: Path) -> None:
         return wrapper
 
     os.fsync = lambda descriptor: None  # the kernel lives on; only the order of changes matters here
+    if task in TASKS:
+        # What a killed publish leaves is seen by the task of that name, so here writing files is no change.
+        for name in ("rename", "replace", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        loading.replay = lambda *_: None
+        server = FakeTriton(repository, repository / SERVER, step=counted(lambda: None))
+        TASKS[task](source, repository, server)
+        os._exit(0)
     for name in CHANGES:
         setattr(os, name, counted(getattr(os, name)))
     # A file that was just created and is still empty.
@@ -54,9 +77,16 @@ def run_and_die(step: int, task: str, source: Path, repository: Path) -> None:
     os._exit(0)
 
 
+def _copy(source: str, target: str) -> None:
+    if source.endswith(SERVER):
+        shutil.copy(source, target)
+    else:
+        os.link(source, target)
+
+
 def main(task: str, source: Path, template: Path, out: Path) -> None:
     for step in itertools.count():
-        shutil.copytree(template, out / str(step), copy_function=os.link)
+        shutil.copytree(template, out / str(step), copy_function=_copy)
         child = os.fork()
         if child == 0:
             try:

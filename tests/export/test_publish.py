@@ -281,6 +281,9 @@ class FakeServer:
     def ready(self, model: str, version: int | None = None) -> bool:
         return model != self.unready and (self.repository / model / str(version)).is_dir()
 
+    def states(self, model: str) -> dict[int, str]:
+        return {}
+
     def infer(self, model: str, version: int, inputs: dict, outputs: list) -> list:
         self.ran.append(model)
         session = onnxruntime.InferenceSession(self.repository / model / str(version) / "model.onnx")

@@ -198,6 +198,16 @@ def test_a_server_that_knows_nothing_refuses_nothing(code: SimpleNamespace) -> N
     assert times.seconds(2, 1) == pytest.approx(0.5)
 
 
+def test_a_slow_start_is_forgotten(code: SimpleNamespace) -> None:
+    times = code.service_time.ServiceTime(1)
+    for seconds in (0.300, 0.012, 0.200, 0.010):
+        times.add(1, 1, seconds)
+    assert times.seconds(1, 1, 4.0) == pytest.approx(0.030), "the first searches of a process are slow"
+    for _ in range(50):
+        times.add(1, 1, 0.2)
+    assert times.seconds(1, 1) == pytest.approx(0.2, rel=0.01)
+
+
 def test_the_estimate_follows_the_load(code: SimpleNamespace) -> None:
     times = code.service_time.ServiceTime(1)
     for _ in range(50):
