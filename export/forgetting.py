@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.publish import current_options
-from export.repository import versions
+from export.repository import candidate, locked, orchestrator_directory, versions
 from hsnn_core.bundle import read_manifest
 from hsnn_core.errors import PublishError
 from hsnn_core.item_log import ItemLog
@@ -26,16 +26,19 @@ def forget(repository: str | Path) -> tuple[int, int]:
     repository without a snapshot, LogError when the log cannot be written.
     """
     repository = Path(repository)
-    kept = versions(repository)
-    if not kept:
+    if not versions(repository):
         raise PublishError(
             f"{repository}: no complete snapshot there, expected at least one that contains the log"
         )
-    bundles = [repository / ORCHESTRATOR / str(version) for version in kept]
-    schema = Schema.from_json((bundles[-1] / "schema.json").read_text())
-    with ItemLog.open(log_of(repository), schema.hash) as log:
-        position = min(_contained(directory, log.identity) for directory in bundles)
-        return position, log.forget(position)
+    # A publish that is at work has looked at the log already.
+    with locked(repository):
+        waiting = candidate(repository)
+        kept = [*versions(repository), *([] if waiting is None else [waiting])]
+        bundles = [orchestrator_directory(repository, version) for version in kept]
+        schema = Schema.from_json((bundles[-1] / "schema.json").read_text())
+        with ItemLog.open(log_of(repository), schema.hash) as log:
+            position = min(_contained(directory, log.identity) for directory in bundles)
+            return position, log.forget(position)
 
 
 def _contained(directory: Path, identity: str) -> int:
