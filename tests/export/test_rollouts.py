@@ -37,7 +37,7 @@ from export.status import status
 from hsnn_core.errors import PublishError
 
 ROOT = Path(__file__).parents[2]
-MODELS = ["hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
+MODELS = ["hsnn_index", "hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +258,8 @@ def test_status_tells_disk_and_server(flat: Exported, tmp_path: Path) -> None:
     rows = status(tmp_path, server)
     assert [(r.version, r.disk, r.orchestrator, r.canary, r.networks) for r in rows] == [
         (1, "complete", "", "", 0),
-        (2, "complete", "READY", "", 3),
-        (3, "candidate", "", "READY", 3),
+        (2, "complete", "READY", "", 4),
+        (3, "candidate", "", "READY", 4),
     ]
     assert all(row.created is not None and row.created.startswith("20") for row in rows)
     assert [row.networks for row in status(tmp_path)] == [None] * 3
