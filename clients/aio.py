@@ -69,9 +69,10 @@ class AsyncRetrievalClient:
         exclude: Excluded | None = None,
         rank_by: str | None = None,
         tasks: Sequence[str] | None = None,
+        after: int | None = None,
     ) -> Results:
         """The best ``k`` items of every user, as ``RetrievalClient.retrieve``."""
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after)
         if self.split is None:
             return await self._retrieve(users, question, timeout)
         return await self.split.answer(

@@ -72,6 +72,7 @@ class RetrievalClient:
         exclude: Excluded | None = None,
         rank_by: str | None = None,
         tasks: Sequence[str] | None = None,
+        after: int | None = None,
     ) -> Results:
         """The best ``k`` items of every user, searched together; a user with fewer eligible items gets fewer.
 
@@ -80,13 +81,14 @@ class RetrievalClient:
         ``exclude_items`` [17, 4], ``exclude`` {"advertiser": [5]}, each one for all users or a list of one per user.
         Without context a user gets the items that are open to all. ``tasks``: those whose probabilities are multiplied
         to rank by (default: the schema's ranks); ``rank_by`` "bid" multiplies the product with the item's bid.
+        ``after``: a position of the item log, as `ItemClient` returns it: the answer knows all updates up to there.
 
         Raises FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
 
         A server that moved to another schema since the last call is asked again by the new one, unless it is
         not the expected one.
         """
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after)
         if self.split is None:
             return self._retrieve(users, question, timeout)
         return self.split.answer(

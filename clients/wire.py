@@ -99,6 +99,7 @@ class Question:
     exclude: Excluded | None = None
     rank_by: str | None = None
     tasks: Sequence[str] | None = None
+    after: int | None = None
 
 
 class Codec:
@@ -148,6 +149,8 @@ class Codec:
             parameters["widths"] = ",".join(str(_whole("widths", width)) for width in widths)
         if question.tasks is not None:
             parameters["tasks"] = self._chosen_tasks(question.tasks)
+        if question.after:
+            parameters["after"] = _whole("after", question.after)
         if question.rank_by is not None:
             parameters["rank_by"] = self._rank_by(question.rank_by)
         return parameters

@@ -206,8 +206,9 @@ def freshness_and_latency(report: dict[str, Any], path: Path) -> Path:
     """How many updates were found within how many milliseconds; and each turn's median latency with and without."""
     fresh, steady = report["freshness"], report["sustained"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    found = np.sort(fresh["ms"])
-    left.plot(found, np.arange(1, len(found) + 1) / len(found), color=PRUNED)
+    for (way, of), colour in zip(fresh["ways"].items(), (PRUNED, FLAT)):
+        found = np.sort(of["ms"])
+        left.plot(found, np.arange(1, len(found) + 1) / len(found), color=colour, label=way)
     left.axvline(
         fresh["search_p50_ms"], color="grey", linewidth=0.8, linestyle=":", label="a search alone, median"
     )

@@ -14,6 +14,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from clients.load import METHOD, Fates, poisson_load
+from export.open_items import OpenTargeting
 from hsnn_core.bundle import Bundle
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.search import search
@@ -71,12 +72,12 @@ class Expected:
         bundle = Bundle.open(export / "bundle", verify=False)
         scorers = [export / f"scorer_l{layer}.onnx" for layer in range(1, bundle.index.layers + 1)]
         scorer = bundle.scorer(OnnxRunner(export / "user_tower.onnx", scorers))
+        targeting = OpenTargeting(bundle)
         found = []
         for row in range(len(next(iter(wire.values())))):
             users = bundle.transform.encode_users({name: v[row : row + 1] for name, v in wire.items()})
-            found.append(
-                search(bundle.index, scorer, users, bundle.manifest["widths"], k, bundle.schema.rank)
-            )
+            widths, rank = bundle.manifest["widths"], bundle.schema.rank
+            found.append(search(bundle.index, scorer, users, widths, k, rank, targeting.filter(len(users))))
         parts = ([f.item_ids for f in found], [f.probabilities for f in found], [f.valid for f in found])
         return cls(*(np.concatenate(part) for part in parts))
 

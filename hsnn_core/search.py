@@ -112,10 +112,10 @@ def search(
     where no item was added. ``rank`` (T,): exponent of each task's probability.
 
     ``item_filter`` says which items each user may get; a node without one is dropped before pruning. With ``adapt`` a
-    beam takes more nodes than its width, the next best ones, until they hold K of these items and as many of them as
-    the best ``width`` nodes hold items at all: K items come back whenever there are K, and a narrow filter is searched
-    as deep as none. Without it widths are exact, as an evaluation of them needs. ``deadline`` is called before the
-    user tower and before every layer and may raise DeadlineExceeded.
+    beam takes more nodes than its width, the next best ones, until they hold K of these items, and the geometric mean
+    of what the best ``width`` nodes hold of them and of all items: K items come back whenever there are K, and a
+    filter costs about what no filter does. Without it widths are exact, as an evaluation of them needs. ``deadline``
+    is called before the user tower and before every layer and may raise DeadlineExceeded.
 
     Raises SearchError: k or a width below 1, wrong number of widths, rank of another shape, scores that are
     not finite (naming the layer).
@@ -312,13 +312,15 @@ def _widen(
     """Add the next best candidates to those ``chosen`` (B, C) in a layer above the items, where they hold too few
     items (see `search`)."""
     kept = np.nonzero(chosen)
-    under = index.counts(layer, found.nodes[kept])
+
+    def in_beam(counts: np.ndarray) -> np.ndarray:
+        return np.bincount(kept[0], counts, minlength=len(keys)).astype(np.int64)
+
+    held = in_beam(index.counts(layer, found.nodes[kept]))
     needed = np.full(len(keys), k)
     if found.counts is not None:
-        in_beam = np.bincount(kept[0], under, minlength=len(keys)).astype(np.int64)
-        needed = np.maximum(needed, in_beam)
-        under = found.counts[kept]
-    held = np.bincount(kept[0], under, minlength=len(keys)).astype(np.int64)
+        every, held = held, in_beam(found.counts[kept])
+        needed = np.maximum(needed, np.sqrt(held * every).astype(np.int64))
     more = chosen.sum(axis=1) < found.alive.sum(axis=1)
     for user in np.flatnonzero((held < needed) & more):
         counts = index.counts(layer, found.nodes[user]) if found.counts is None else found.counts[user]

@@ -15,7 +15,7 @@ from hsnn_core.errors import DeadlineExceeded, RequestError, SchemaMismatch
 from hsnn_core.schema import Schema
 from hsnn_core.schema_eligibility import EXCLUDED_ITEMS
 
-PARAMETERS = ("k", "widths", "rank_by", "tasks", "schema_hash")
+PARAMETERS = ("k", "widths", "rank_by", "tasks", "after", "schema_hash")
 RANK_BY = ("probability", "bid")
 
 
@@ -59,12 +59,14 @@ class Deadline:
 @dataclass(frozen=True)
 class Ask:
     """How one request searches: ``k`` items returned and nodes kept after each layer but the last; ``rank``, one
-    exponent of the probability of each task; ``by_bid``: whether their product is multiplied with the item's bid."""
+    exponent of the probability of each task; ``by_bid``: whether their product is multiplied with the item's bid;
+    ``after``: the position of the item log that the answer must know."""
 
     k: int
     widths: tuple[int, ...]
     rank: tuple[float, ...]
     by_bid: bool = False
+    after: int = 0
 
 
 def decode_ask(parameters: str, default: Ask, max_k: int, schema: Schema) -> Ask:
@@ -92,6 +94,7 @@ def decode_ask(parameters: str, default: Ask, max_k: int, schema: Schema) -> Ask
         _widths(given["widths"], default.widths) if "widths" in given else default.widths,
         _rank(given["tasks"], schema) if "tasks" in given else default.rank,
         _by_bid(given["rank_by"], schema) if "rank_by" in given else default.by_bid,
+        _whole("after", given["after"]) if "after" in given else default.after,
     )
 
 

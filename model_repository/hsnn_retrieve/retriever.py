@@ -11,11 +11,15 @@ from items import Items
 from request_decoding import Ask, Deadline, decode_context, split_inputs
 
 from hsnn_core.bundle import Bundle
+from hsnn_core.errors import RequestError
 from hsnn_core.keys import KEY_MISSING
 from hsnn_core.live_index import LiveState
 from hsnn_core.scorer import LayerScorer, Runner
 from hsnn_core.search import SearchResult, search
 from hsnn_core.targeting import TargetingFilter
+
+# What a request waits for an update that was acknowledged, which is followed in milliseconds.
+AFTER_SECONDS, AFTER_PERIOD = 2.0, 0.001
 
 
 class Retriever:
@@ -48,6 +52,7 @@ class Retriever:
         deadline()  # the request may have waited for a worker longer than it may take
         features, context = split_inputs(self._schema, raw)
         users = self._transform.encode_users(features)
+        self._await(ask.after, deadline)
         state, scorer = self._moment()
         allowed = self._filter(state, context, len(users))
         bids = state.attributes.bids if ask.by_bid and state.attributes is not None else None
@@ -63,6 +68,18 @@ class Retriever:
                 bids,
                 deadline=deadline,
             )
+
+    def _await(self, position: int, deadline: Deadline) -> None:
+        """Wait until the items know the log up to ``position``. RequestError when they do not in `AFTER_SECONDS`."""
+        until = time.monotonic() + AFTER_SECONDS
+        while (known := self._items.state.log_position) < position:
+            deadline()
+            if time.monotonic() > until:
+                raise RequestError(
+                    f"after: got position {position} of the item log, but this server knows it up to {known}, and has "
+                    f"not got there in {AFTER_SECONDS:g} s; give a position that its hsnn_index acknowledged"
+                )
+            time.sleep(AFTER_PERIOD)
 
     def _filter(
         self, state: LiveState, tensors: Mapping[str, np.ndarray], users: int

@@ -219,12 +219,14 @@ def test_updates_are_found_and_counted_under_load(tiny_run, tmp_path):
     folder, _ = tiny_run
     # All nodes: so few steps make no beam that finds a copy beside its original.
     found = live_items.run_live(
-        folder, 640, [8, 32], tmp_path / "work", k=40, probes=3, rate=40.0, turns=1, turn_seconds=0.5, requests=20,
+        folder, 640, [8, 32], tmp_path / "work", k=40, probes=4, rate=40.0, turns=1, turn_seconds=0.5, requests=20,
         command="hsnn bench live runs/tiny", say=lambda text: None,
     )  # fmt: skip
     fresh, steady = found["freshness"], found["sustained"]
-    assert fresh["probes"] == 3 and fresh["lost"] == fresh["updates_refused"] == steady["refused"] == 0
-    assert 0 < fresh["p50_ms"] <= fresh["p99_ms"] <= fresh["most_ms"] < 5000
+    assert fresh["probes"] == 4 and fresh["lost"] == fresh["updates_refused"] == steady["refused"] == 0
+    assert list(fresh["ways"]) == ["asked for", "repeated"]
+    for of in fresh["ways"].values():
+        assert 0 < of["p50_ms"] <= of["p99_ms"] <= of["most_ms"] < 5000
     assert steady["per_second"] > 0 and len(steady["turn_medians"]) == 1
     page = live_items.report(found, "tiny", tmp_path / "results")
     assert "Simulated data." in page.read_text() and "ratio of the medians" in page.read_text()

@@ -44,7 +44,9 @@ def naive_search(index, scorer, users, widths, k, rank, mask, adapt):
                 scored = scored[:k]
             else:
                 scored, others = scored[: widths[layer - 1]], scored[widths[layer - 1] :]
-                needed = max(k, sum(holds(node, layer) for _, node, _ in scored))
+                every = sum(holds(node, layer) for _, node, _ in scored)
+                passing = sum(holds(node, layer, row) for _, node, _ in scored)
+                needed = max(k, int(np.sqrt(passing * every)))
                 while adapt and others and sum(holds(node, layer, row) for _, node, _ in scored) < needed:
                     scored.append(others.pop(0))
                 kept_nodes.append(sorted(node for _, node, _ in scored))

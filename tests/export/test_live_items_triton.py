@@ -18,6 +18,7 @@ from export.exported import Exported
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
+from hsnn_core.errors import RequestError
 from hsnn_server.triton import TritonServer
 
 pytestmark = pytest.mark.triton
@@ -38,9 +39,9 @@ def server(repository: Path) -> Iterator[TritonServer]:
         yield running
 
 
-def found(server: TritonServer) -> set[int]:
-    with RetrievalClient(server.urls.grpc) as client:
-        return {hit.item_id for hit in client.retrieve([USER], k=50, widths=[4, 8])[0]}
+def found(server: TritonServer, after: int | None = None) -> set[int]:
+    with RetrievalClient(server.urls.grpc, timeout=5.0) as client:
+        return {hit.item_id for hit in client.retrieve([USER], k=50, widths=[4, 8], after=after)[0]}
 
 
 def metric(server: TritonServer, name: str) -> float:
@@ -65,6 +66,12 @@ def test_items_come_and_go_and_outlive_the_server_and_its_version(
         eventually(lambda: found(server) == base)
         results = items.upsert([{"id": n, "features": {"category": [3], "price": 5.0}} for n in (5000, 5001)])
         assert results.status == ["applied"] * 2
+        # A request may ask to see what was acknowledged.
+        assert found(server, after=results.position) == base | {5000, 5001}
+        with pytest.raises(
+            RequestError, match=r"after: got position \d+ of the item log, but this server knows it up"
+        ):
+            found(server, after=results.position + 1000)
         eventually(lambda: found(server) == base | {5000, 5001})
         items.delete([100, 5001])
         eventually(lambda: found(server) == base - {100} | {5000})
