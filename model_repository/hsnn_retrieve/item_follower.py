@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from pathlib import Path
 from threading import Event, Thread
@@ -20,8 +19,6 @@ from hsnn_core.onnx_runner import OnnxItemTower
 
 # Between two looks at the log, each of some microseconds.
 PERIOD_SECONDS = 0.005
-# Of this thread, while a search waits; Python's own is ten times as long.
-SLICE_SECONDS = 0.0005
 # After the log could not be read.
 PAUSE_SECONDS = 1.0
 # After something that should not happen; the follower begins again from the snapshot.
@@ -62,8 +59,6 @@ class ItemFollower:
                 f"{self._name}: {count} item updates applied, up to {self._follower.log}"
             )
         self.behind = 0
-        # A search gives the interpreter up at every array operation and would wait for a whole slice of this thread.
-        sys.setswitchinterval(SLICE_SECONDS)
         self._closing = Event()
         self._thread = Thread(target=self._follow, name="hsnn-items", daemon=True)
         self._thread.start()
