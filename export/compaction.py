@@ -15,7 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from export.build_index import OnnxItemTower
-from export.exported import BUNDLE_DIR, Exported, open_export
+from export.candidate import promote_candidate, publish_candidate
+from export.exported import BUNDLE_DIR, EXPORT_FILE, Exported, open_export
+from export.loading import Admin
+from export.retire import retire
 from hsnn_core.bundle import Bundle, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.errors import DataError, PublishError
@@ -27,6 +30,8 @@ from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 
 ITEM_TOWER = "item_tower.onnx"
+PREFIX = "compacted-"
+KEPT = 2  # snapshots on the disk: the one in service and one to roll back to
 
 
 def compact(source: str | Path, log: str | Path, target: str | Path, progress: bool = True) -> Exported:
@@ -93,3 +98,48 @@ def smoke_over(bundle: Bundle, exported: Exported, corpus: Corpus) -> Smoke:
     return Smoke(
         {name: np.array(values) for name, values in raw.items()}, found.item_ids, found.probabilities
     )
+
+
+class Compactor:
+    """Keeps the served snapshot close to its log: a compaction when enough has changed, published, checked, promoted.
+
+    ``run``: the run that is served; ``folder``: where compactions go, one at a time, named by the log's position; a
+    newer one is made of the one before, so that only what came since is replayed. One of other networks is not used.
+    """
+
+    def __init__(self, run: str | Path, repository: str | Path, log: str | Path, folder: str | Path) -> None:
+        self._run, self._repository = Path(run), Path(repository)
+        self._log, self._folder = Path(log), Path(folder)
+
+    def pending(self) -> int:
+        """Positions of the log that the newest export does not contain."""
+        bundle = Bundle.open(self._source().bundle, verify=False)
+        with LogReader(self._log, bundle.schema.hash) as reader:
+            return reader.position() - bundle.log.position
+
+    def compact(self, admin: Admin, progress: bool = True) -> int:
+        """One compaction, as the snapshot that the server serves; returns its version. Raises what `compact` and
+        `candidate.publish_candidate` raise: the server goes on with what it serves."""
+        source = self._source()
+        with LogReader(self._log, Bundle.open(source.bundle, verify=False).schema.hash) as reader:
+            target = self._folder / f"{PREFIX}{reader.position()}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # one that was made and not published
+        compact(source.path, self._log, target, progress)
+        publish_candidate(target, self._repository, admin)
+        version = promote_candidate(self._repository, admin)
+        retire(self._repository, admin, KEPT)
+        for path in self._folder.glob(f"{PREFIX}*"):
+            if path != target:
+                shutil.rmtree(path)
+        return version
+
+    def _source(self) -> Exported:
+        """The newest compaction of the run's networks, else the run's own export."""
+        own = open_export(self._run)
+        made = [path for path in self._folder.glob(f"{PREFIX}*") if (path / EXPORT_FILE).is_file()]
+        for path in sorted(made, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True):
+            exported = open_export(path)
+            if [graph.sha256 for graph in exported.graphs] == [graph.sha256 for graph in own.graphs]:
+                return exported
+        return own

@@ -93,13 +93,22 @@ def add_commands(commands: Any) -> None:
         "server that serves it\nholds fewer changes in memory and starts sooner. It runs beside servers; publish it as "
         "any export.",
         epilog="examples:\n  hsnn items compact runs/ads --repository repo --to runs/ads-compacted\n"
-        "  hsnn publish runs/ads-compacted --repository repo",
+        "  hsnn publish runs/ads-compacted --repository repo\n"
+        "  hsnn items compact runs/ads --repository repo --to runs/compacted --every 60 --least 10000 --url host:8001 "
+        "--key-file key",
     )  # fmt: skip
     compact.add_argument("run", type=Path, help="run that was published, or an earlier compaction of it")
     compact.add_argument(
         "--repository", type=Path, required=True, help="repository whose item log is folded in"
     )
-    compact.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the new export")
+    compact.add_argument("--to", type=Path, required=True, metavar="DIR",
+                         help="folder of the new export; with --every that of all of them")  # fmt: skip
+    compact.add_argument("--every", type=float, default=None, metavar="MINUTES",
+                         help="go on until Ctrl-C: compact, publish and promote when enough has changed")  # fmt: skip
+    compact.add_argument("--least", type=int, default=1000, metavar="N",
+                         help="updates that are enough, with --every (default: %(default)s)")  # fmt: skip
+    compact.add_argument("--url", metavar="HOST:PORT", help="Triton's gRPC, with --every")
+    compact.add_argument("--key-file", type=Path, metavar="FILE", help="file with the server's admin key")
     compact.set_defaults(run_command=run_compact)
 
     forget = kinds.add_parser(
@@ -160,6 +169,11 @@ def run_compact(options: argparse.Namespace) -> None:
     from export.compaction import compact
     from export.forgetting import log_of
 
+    if options.every is not None:
+        from .item_commands import keep_compact
+
+        keep_compact(options)
+        return
     log = log_of(options.repository)
     bundle = compact(options.run, log, options.to).verify()
     print(f"{bundle.index.items:,} items, with the updates up to position {bundle.log.position} of {log}")

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clients.items import ItemClient, ItemResults
-from hsnn_core.errors import DataError, LogError, RequestError
+from hsnn_core.errors import DataError, HsnnError, LogError, RequestError
 from hsnn_core.item_updates import APPLIED, FAILED, REFUSED, STALE, STATUSES
 from hsnn_core.schema import Schema
 
@@ -215,3 +215,33 @@ def _ids(schema: Schema, texts: Iterable[str]) -> Iterator[int | str]:
             raise DataError(
                 f"item id: got {text!r}, expected a whole number, as the schema's item ids are"
             ) from None
+
+
+def keep_compact(options: argparse.Namespace) -> None:
+    """hsnn items compact --every: until Ctrl-C."""
+    from clients.admin import RepositoryAdmin
+    from export.compaction import Compactor
+    from export.forgetting import log_of
+
+    if options.url is None or options.every <= 0:
+        raise RequestError(
+            "hsnn items compact --every: expected minutes above 0 and --url, the server to promote on"
+        )
+    try:
+        key = None if options.key_file is None else options.key_file.read_text().strip()
+    except OSError as error:
+        raise RequestError(f"--key-file: {error}; expected a file with the server's admin key") from error
+    compactor = Compactor(options.run, options.repository, log_of(options.repository), options.to)
+    while True:
+        try:
+            pending = compactor.pending()
+            if pending >= options.least:
+                with RepositoryAdmin(options.url, key) as admin:
+                    version = compactor.compact(admin, progress=False)
+                print(f"{pending:,} updates folded into version {version}, which serves", flush=True)
+        except HsnnError as error:  # what is served goes on; the next time may be better
+            print(f"not compacted: {error}", file=sys.stderr, flush=True)
+        try:
+            time.sleep(60 * options.every)
+        except KeyboardInterrupt:
+            return

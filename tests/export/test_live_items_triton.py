@@ -13,7 +13,7 @@ import pytest
 
 from clients.items import ItemClient
 from clients.retrieval import RetrievalClient
-from export.compaction import compact
+from export.compaction import Compactor, compact
 from export.exported import Exported
 from export.pbtxt import ServingOptions
 from export.publish import publish
@@ -44,9 +44,10 @@ def found(server: TritonServer, after: int | None = None) -> set[int]:
         return {hit.item_id for hit in client.retrieve([USER], k=50, widths=[4, 8], after=after)[0]}
 
 
-def metric(server: TritonServer, name: str) -> float:
+def metric(server: TritonServer, name: str, label: str = "") -> float:
     text = urllib.request.urlopen(f"http://{server.urls.metrics}/metrics", timeout=5).read().decode()
-    return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(f"{name}{{")))
+    lines = (line for line in text.splitlines() if line.startswith(f"{name}{{") and label in line)
+    return float(next(lines).split()[-1])
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -87,6 +88,19 @@ def test_items_come_and_go_and_outlive_the_server_and_its_version(
         promote(repository, server.admin)
         expected = base - {100} | {5000, 5002}
         assert found(server) == expected
+
+        # In the background: what came since goes into the next snapshot, made of the one before.
+        compactor = Compactor(exported.path, repository, repository / ".items" / "log.db", tmp_path / "all")
+        items.upsert([{"id": 5003, "features": {"category": [3], "price": 5.0}}])
+        first = compactor.pending()
+        assert compactor.compact(server.admin, progress=False) == 3
+        assert (first, compactor.pending()) == (first, 0)
+        items.delete([5003])
+        assert compactor.pending() == 1
+        assert compactor.compact(server.admin, progress=False) == 4
+        assert len(list((tmp_path / "all").iterdir())) == 1
+        assert found(server) == expected
+        eventually(lambda: metric(server, "hsnn_items_changed", 'version="4"') == 0)
 
     # What was acknowledged survives a killed server.
     pid = server.pid
