@@ -90,7 +90,7 @@ def test_a_foreground_server_ends_with_its_command(repository: Path) -> None:
     for number, process in commands.items():
         process.send_signal(number)
     for process in commands.values():
-        assert process.communicate(timeout=20) == ("stopped\n", None)
+        assert process.communicate(timeout=60) == ("stopped\n", None)
         assert process.returncode == 0
     for pid, prefix in servers:
         assert ended(int(pid))

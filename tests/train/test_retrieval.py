@@ -27,8 +27,8 @@ def report_of(dataset, make_recipe, tmp_path, monkeypatch):
         for name, results in seen.items():
             function = getattr(module, name)
 
-            def recorded(*arguments, function=function, results=results):
-                results.append(function(*arguments))
+            def recorded(*arguments, function=function, results=results, **options):
+                results.append(function(*arguments, **options))
                 return results[-1]
 
             monkeypatch.setattr(module, name, recorded)
