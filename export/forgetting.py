@@ -22,8 +22,8 @@ def forget(repository: str | Path) -> tuple[int, int]:
     do, and how many were dropped. A snapshot that was made without the log contains none of it.
 
     From then on an export that does not contain them cannot be published, and a snapshot that was rolled back and lacks
-    them cannot be put back. Raises PublishError for a
-    repository without a snapshot, LogError when the log cannot be written.
+    them cannot be put back. Raises PublishError for a repository without a snapshot, LogError when the log cannot be
+    written.
     """
     repository = Path(repository)
     if not versions(repository):

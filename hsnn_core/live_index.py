@@ -145,10 +145,8 @@ class LiveIndex:
         buried = view.find(np.concatenate([ids, deleted]))
         first = view.items
         gone = view.gone
-        if len(buried):
-            gone = with_bits(gone, first, buried)
-        if gone is not None:
-            gone = with_bits(gone, first + len(ids), [])
+        if len(buried) or gone is not None:
+            gone = with_bits(gone, first + len(ids), buried)
 
         places = self._place(paths)
         self._append(ids, items, last, distances, places)
@@ -156,9 +154,8 @@ class LiveIndex:
         lost = self._nodes_of(buried)
         for layer, growth in enumerate(self._nodes, start=1):
             growth.count(places[:, layer - 1], lost[:, layer - 1])
-            leaf = layer == len(self._nodes)
-            if leaf:
-                growth.adopt(places[:, layer - 1], positions)
+        if self._nodes:
+            self._nodes[-1].adopt(places[:, -1], positions)
         self._remember(ids, deleted, positions)
         view = self._view(gone)
         changed = [
@@ -299,10 +296,10 @@ class LiveIndex:
         plain = ~np.isin(nodes, whole)
         if plain.any():
             nodes, positions, holder = nodes[plain], positions[plain], holder[plain]
-            best = self._by_distance(layer, nodes, positions)
+            best = self._by_distance(view, layer, nodes, positions)
             nodes, positions, holder = nodes[best], positions[best], holder[best]
-            theirs = self._order_keys(layer, holder)
-            ours = self._order_keys(layer, positions)
+            theirs = self._order_keys(view, layer, holder)
+            ours = self._order_keys(view, layer, positions)
             nearer = np.array([mine < other for mine, other in zip(ours, theirs)], dtype=bool)
             representative[nodes[nearer]] = positions[nearer]
             changed.extend(nodes[nearer])
@@ -310,23 +307,25 @@ class LiveIndex:
             growth.representative = representative
         return np.array(changed, dtype=np.int64)
 
-    def _by_distance(self, layer: int, nodes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _by_distance(
+        self, view: LiveView, layer: int, nodes: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
         """For each different one of ``nodes`` the place of its nearest item (ties: the smaller id)."""
-        keys = self._order_keys(layer, positions)
+        keys = self._order_keys(view, layer, positions)
         order = sorted(range(len(nodes)), key=lambda i: (nodes[i], keys[i]))
         first = [n for n, i in enumerate(order) if n == 0 or nodes[order[n - 1]] != nodes[i]]
         return np.array([order[n] for n in first], dtype=np.int64)
 
-    def _order_keys(self, layer: int, positions: np.ndarray) -> list[tuple[float, int]]:
+    def _order_keys(self, view: LiveView, layer: int, positions: np.ndarray) -> list[tuple[float, int]]:
         distances = self._distances.table().take(positions)[:, layer - 1]
-        return list(zip(distances.tolist(), self._ids(positions).tolist()))
+        return list(zip(distances.tolist(), view.ids(positions).tolist()))
 
     def _nearest(self, view: LiveView, layer: int, node: int) -> int:
         """The position of the live item of a node that is nearest to its codeword (ties: the smaller id)."""
         members = view.under(layer, node)
         distances = self._distances.table().take(members)[:, layer - 1]
         near = members[distances == distances.min()]
-        return int(near[np.argmin(self._ids(near))])
+        return int(near[np.argmin(view.ids(near))])
 
     def _embed_nodes(self, changed: Sequence[np.ndarray]) -> None:
         """The embeddings of the nodes ``changed`` per layer, from their representatives."""
@@ -367,10 +366,3 @@ class LiveIndex:
         if own.any():
             table = table.with_changes(known[own], places[own])
         return i2if.over({feature: rows.table() for feature, rows in self._forward.items()}, table)
-
-    def _ids(self, positions: np.ndarray) -> np.ndarray:
-        """Item ids at positions, those that are being added included."""
-        late = positions >= self._base.items
-        ids = self._base.item_ids[np.where(late, 0, positions)]
-        ids[late] = self._added_ids.extra[positions[late] - self._base.items]
-        return ids

@@ -47,7 +47,7 @@ class Retriever:
         """``raw``: one tensor per user feature, (B, dim) float32 or (B, length) int64 raw keys, and what the request
         says of itself (`Schema.context_wire`).
 
-        Raises FeatureError (names feature, got, expected), DeadlineExceeded, SearchError, ServerError.
+        Raises FeatureError (names feature, got, expected), RequestError, DeadlineExceeded, SearchError, ServerError.
         """
         deadline()  # the request may have waited for a worker longer than it may take
         features, context = split_inputs(self._schema, raw)
