@@ -173,14 +173,14 @@ def _report(
 ) -> dict[str, Any]:
     """Everything that the page says, as plain JSON values."""
     results, missing, trained_at, trained_on = collect(rows, seeds, jobs, failures)
-    dataset = load_data(base)
+    dataset, device = load_data(base), find_device(options.device)
     table1 = options.table == "table1"
     runs = {name: result.folder for name, result in results.items() if result.folder is not None}
     cost = measure(runs, dataset, min(COST_REQUESTS, base.search.requests)) if table1 else {}
     sweeps: dict[str, Any] = {}
     for name, folder in runs.items() if table1 else ():
         if len(results[name].recipe.model.layers) > 1:
-            sweeps[name] = sweep(folder, dataset, min(SWEEP_REQUESTS, base.search.requests))
+            sweeps[name] = sweep(folder, dataset, min(SWEEP_REQUESTS, base.search.requests), device)
     columns = CUSTOMARY.get(base.data.get("adapter", ""), COLUMNS)
     if not table1:
         columns = [*columns, *INDEX_COLUMNS]
