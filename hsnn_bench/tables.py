@@ -27,7 +27,7 @@ from hsnn_train.recipe import Recipe, load_recipe
 from . import plots
 from .cost import Cost, measure
 from .figures import Summary, by_figure, gap_closure, read_metrics, relative_change
-from .jobs import Job
+from .jobs import CHECKPOINT, Job
 from .model_flops import model_flops, small_flops
 from .ours import changed
 from .report import render
@@ -93,7 +93,7 @@ class TableOptions:
 
 @dataclass
 class Result:
-    """A row with what was found: the figures of its finished seeds, and its first finished run."""
+    """A row with what was found: the figures of its finished seeds, and the first of their runs whose model is there."""
 
     row: Row
     recipe: Recipe
@@ -228,7 +228,8 @@ def collect(
                 missing.append({"row": row.id, "label": row.label, "seed": seed, "reason": reason})
                 continue
             result.runs[seed] = read_metrics(metrics)
-            result.folder = result.folder or job.folder
+            if result.folder is None and (job.folder / CHECKPOINT).exists():
+                result.folder = job.folder
             commits.add(record["commit"])
             devices.add(record.get("device", "CPU"))
         result.figures = by_figure(result.runs)

@@ -38,7 +38,9 @@ def test_all_tensors_of_a_nested_tuple_move_and_the_rest_stays():
 @GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("index", ["joint", "em"])
-@pytest.mark.parametrize("train", [{}, {"pool": 64, "unlabelled": 0, "hard": 2, "negatives": 4, "commitment": 1.0}])
+@pytest.mark.parametrize(
+    "train", [{}, {"pool": 64, "unlabelled": 0, "hard": 2, "negatives": 4, "commitment": 1.0}]
+)
 def test_a_gpu_trains_evaluates_and_leaves_a_run_for_the_cpu(dataset, make_recipe, tmp_path, index, train):
     recipe = make_recipe(model={"index": index}, train=train)
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False, device=torch.device("cuda"))
