@@ -93,7 +93,7 @@ class TableOptions:
 
 @dataclass
 class Result:
-    """A row with what was found: the figures of its finished seeds, and the first of their runs whose model is there."""
+    """A row with what was found: the figures of its finished seeds, and the first run of them whose model is there."""
 
     row: Row
     recipe: Recipe
