@@ -184,7 +184,6 @@ def test_a_follower_that_is_killed_and_started_again_loses_nothing(kafka: Kafka,
         for name, value in SESSION.items():
             command += ["--option", f"{name}={value}"]
         sent = 0
-        (tmp_path / "caught-up").touch()  # of a follower that was killed
         for last in (False, True):
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
