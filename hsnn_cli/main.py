@@ -15,6 +15,7 @@ from . import (
     commands_items,
     commands_rollout,
     commands_serving,
+    commands_top,
     commands_training,
     commands_tune,
     demo,
@@ -33,6 +34,7 @@ step by step on your own logs (a recipe is one YAML file; see README):
   hsnn publish runs/mine --repository repo     one new version, atomically
   hsnn serve --repository repo                 the real Triton on loopback
   hsnn query --url 127.0.0.1:8001 --user '{"history": [3, 17]}'
+  hsnn top                                     what it does, live
   hsnn items upsert new.parquet                insert, change, delete items while it serves
 """
 
@@ -51,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         commands_training,
         commands_tune,
         commands_serving,
+        commands_top,
         commands_items,
         commands_rollout,
         commands_bench,
