@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,11 +74,12 @@ class _Ready(BaseHTTPRequestHandler):
 class Envoy:
     """The configuration of docker/envoy with addresses of this machine, run by the real binary.
 
-    ``share`` changes the weights as an operator does: a new routes.yaml, put in place by rename."""
+    ``share`` changes the weights as an operator does, with a new routes.yaml."""
 
     def __init__(self, binary: Path, folder: Path, stable: Backend, canary: Backend) -> None:
         self._folder = folder
         self.port, self.stats_port, admin = free_ports(3)
+        self.admin_port = admin
         ports = {"stable": stable, "canary": canary}
         config = yaml.safe_load((FOLDER / "envoy.yaml").read_text())
         admin_socket = {"socket_address": {"address": "127.0.0.1", "port_value": admin}}
@@ -101,12 +103,16 @@ class Envoy:
                     endpoint["health_check_config"]["port_value"] = backend.http_port
         text = yaml.safe_dump(config).replace("/etc/envoy", str(folder))
         (folder / "envoy.yaml").write_text(text)
-        (folder / "routes.yaml").write_text((FOLDER / "routes.yaml").read_text())
-        command = [str(binary), "-c", str(folder / "envoy.yaml"), "--disable-hot-restart",
-                   "--concurrency", "1", "--log-level", "warning", "--log-path", str(folder / "log")]  # fmt: skip
+        # As a ConfigMap is mounted: a change is a folder beside, and one rename of the link to it.
+        (folder / "routes.yaml").symlink_to("..data/routes.yaml")
+        self._put((FOLDER / "routes.yaml").read_text())
+        command = [
+            *(str(binary), "-c", str(folder / "envoy.yaml"), "--disable-hot-restart", "--concurrency", "1"),
+            *("--drain-time-s", "2", "--log-level", "warning", "--log-path", str(folder / "log")),
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
     def share(self, canary: int) -> None:
         """The canary's share, in percent."""
@@ -114,8 +120,13 @@ class Envoy:
         weights = routes["resources"][0]["virtual_hosts"][0]["routes"][0]["route"]["weighted_clusters"]
         for cluster in weights["clusters"]:
             cluster["weight"] = 100 - canary if cluster["name"] == "stable" else canary
-        (self._folder / "routes.new").write_text(yaml.safe_dump(routes))
-        (self._folder / "routes.new").rename(self._folder / "routes.yaml")
+        self._put(yaml.safe_dump(routes))
+
+    def _put(self, routes: str) -> None:
+        data = Path(tempfile.mkdtemp(dir=self._folder))
+        (data / "routes.yaml").write_text(routes)
+        (self._folder / "link").symlink_to(data.name)
+        (self._folder / "link").rename(self._folder / "..data")
 
     def ask(self, model: str = MODEL, **more: Any) -> str:
         """Who answered one request; RpcError as the client sees it."""
@@ -126,7 +137,7 @@ class Envoy:
         return (self._folder / "log").read_text()
 
     def stop(self) -> None:
-        self._channel.close()
+        self.channel.close()
         self._process.terminate()
         self._process.wait(10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import yaml
 from envoy_backends import FOLDER, Backend, Envoy, answers, envoy_binary
+from kubernetes_checks import KUBERNETES
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clients.items import INDEX_MODEL
@@ -105,6 +107,26 @@ def test_refusals_are_not_repeated_and_only_retrieval_is_let_through(
     assert envoy.ask(id="7", raw_input_contents=[bytes(200_000)])
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{envoy.stats_port}/quitquitquit")
+
+
+@needs_envoy
+def test_a_pod_that_goes_away_asks_its_clients_to_move_first(envoy: Envoy) -> None:
+    deployment = next(
+        value
+        for value in yaml.safe_load_all((KUBERNETES / "overlays" / "canary" / "envoy.yaml").read_text())
+        if value["kind"] == "Deployment"
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    shell, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
+    sleep = int(re.search(r"sleep (\d+)$", script)[1])  # type: ignore[index]
+    drain = int(container["args"][container["args"].index("--drain-time-s") + 1])
+    assert drain < sleep < deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    moved: list[grpc.ChannelConnectivity] = []
+    envoy.channel.subscribe(moved.append)
+    script = script.replace("/9901", f"/{envoy.admin_port}").replace(f"sleep {sleep}", "true")
+    subprocess.run([shell, option, script], check=True, timeout=10)
+    # The connection ends between two requests, none of which fails.
+    assert wait_until(lambda: bool(envoy.ask()) and grpc.ChannelConnectivity.IDLE in moved, 10.0, 0.01)
 
 
 def test_routes_name_clusters_and_methods_that_exist() -> None:
