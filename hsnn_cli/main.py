@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Expected failures print one line on stderr and exit with 1; Ctrl-C with 130."""
     options = parser().parse_args(arguments)
     try:
-        options.run_command(options)
+        status = options.run_command(options)
     except HsnnError as error:
         print(f"hsnn: {error}", file=sys.stderr)
         return 1
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"hsnn: {error}; what was complete before is still there: {WHAT_TO_DO}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":
