@@ -11,6 +11,7 @@ WORKDIR /opt/hsnn
 COPY pyproject.toml ./
 COPY hsnn_core/ hsnn_core/
 COPY clients/ clients/
+COPY hsnn_server/ hsnn_server/
 COPY hsnn_cli/ hsnn_cli/
 RUN pip install --no-cache-dir --no-deps .
 
