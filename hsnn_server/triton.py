@@ -199,9 +199,6 @@ class TritonServer:
         file and state file stay, and /dev/shm is cleaned. No model is loaded. ServerError when it does not come up;
         then it can be tried again."""
         state = self._running()
-        if self._admin is not None:
-            self._admin.close()
-            self._admin = None
         state.process.stop(0.0)
         remove_regions(state.region_prefix)
         ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
