@@ -40,7 +40,8 @@ _TICK = 0.1
 @dataclass(frozen=True)
 class Sample:
     """Of one interval, at its end: calls that ended by what they came to, their latencies in milliseconds (nan: there
-    were none), memory of all processes of the server and its regions in /dev/shm, updates of items."""
+    were none), memory of all processes of the server, regions in /dev/shm of its living stubs and those
+    ``left`` by dead ones, updates of items."""
 
     minutes: float
     answered: int
@@ -52,6 +53,7 @@ class Sample:
     most_ms: float
     resident_mib: float
     shared_mib: float
+    left_mib: float
     processes: int
     updates: int
     updates_failed: int
@@ -222,7 +224,8 @@ class _Sampler:
         refused = sum(call.kind == "Overloaded" for call in calls)
         failed = [call for call in calls if call.status != OK and call.kind != "Overloaded"]
         p50, p99, most = np.percentile(latency, (50, 99, 100)) if len(latency) else (float("nan"),) * 3
-        pids = self._served.server.pids
+        pids, prefix = self._served.server.pids, self._served.server.region_prefix
+        all_regions, shared = shared_bytes(prefix), shared_bytes(prefix, pids)
         updates = (self._changes.applied, self._changes.failed)
         self._journal.sample(
             Sample(
@@ -235,7 +238,8 @@ class _Sampler:
                 float(p99),
                 float(most),
                 resident_bytes(pids) / MIB,
-                shared_bytes(self._served.server.region_prefix) / MIB,
+                shared / MIB,
+                (all_regions - shared) / MIB,
                 len(pids),
                 updates[0] - self._updates[0],
                 updates[1] - self._updates[1],

@@ -25,7 +25,7 @@ BIG = 0.02  # of the mean, over the time that counts: a growth that is less is n
 AFTER = 0.25  # minutes after a kill that belong to it
 _WATCHED = (
     ("resident_mib", "resident memory (PSS), MiB"),
-    ("shared_mib", "/dev/shm in use, MiB"),
+    ("shared_mib", "/dev/shm of living stubs, MiB"),
     ("p99_ms", "p99, ms"),
 )
 
@@ -148,6 +148,9 @@ def render(
         "",
         f"The first {SETTLED:.0%} of the time does not count. The line goes through the means of {BLOCKS} equal parts "
         f"of the rest; something grows when the interval is above 0 and the line rises by more than {BIG:.0%} of it.",
+        f"Not counted are {samples['left_mib'][-1]:.0f} MiB in /dev/shm at the end (at most "
+        f"{samples['left_mib'].max():.0f}) of stubs that were killed at work: Triton 2.51 gives them back when it ends, "
+        "and the supervisor starts it again after eight.",
         "",
         "| failed calls, as the client raised them | calls |",
         "|---|---|",
@@ -182,6 +185,9 @@ def _plot(
     axes[1].set(ylabel="ms, answered calls", yscale="log")
     for axis, (name, label) in zip(axes[2:], _WATCHED):
         axis.plot(minutes, samples[name], color=FLAT)
+        if name == "shared_mib":
+            axis.plot(minutes, samples["left_mib"], color=PRUNED, label="left by killed stubs")
+            axis.legend(fontsize=8, loc="upper left")
         axis.set(ylabel=label, ylim=(0, 1.2 * max(float(samples[name].max()), 1e-3)))
     for kind, colour, style in (("killed", PRUNED, "-"), ("rollout", "grey", ":")):
         for number, at in enumerate(incident.minutes for incident in incidents if incident.kind == kind):
