@@ -37,7 +37,8 @@ class Supervised(Protocol):
 class Patience:
     """Seconds: ``look`` between looks at the processes, ``probe`` between probes; ``failures``: probes in a row that
     must fail; ``settled``: healthy for so long, an attempt has held; ``attempts``: that may fail in a row, after
-    ``pause``, twice, four times ... seconds, at most ``longest``."""
+    ``pause``, twice, four times ... seconds, at most ``longest``; ``revivals``: stubs brought back in one life of the
+    server, which keeps the shared memory and the threads of those that died at work (4 MiB each, Triton 2.51)."""
 
     look: float = 0.2
     probe: float = 1.0
@@ -46,6 +47,7 @@ class Patience:
     attempts: int = 6
     pause: float = 1.0
     longest: float = 30.0
+    revivals: int = 8
 
     def before(self, attempt: int) -> float:
         """Seconds to wait before attempt 1, 2, ..."""
@@ -74,7 +76,7 @@ class Supervisor:
     ) -> None:
         self._server, self._restart, self._probe = server, start_again, probe
         self._patience, self._say, self._clock, self._sleep = patience, say, clock, sleep
-        self._attempts = self._failures = 0
+        self._attempts = self._failures = self._revived = 0
         self._wrong = False
         self._healthy_since: float | None = None
         self._next_probe = clock()
@@ -123,7 +125,9 @@ class Supervisor:
 
     def _revive(self, model: str, version: int) -> None:
         what = f"the stub of {model} version {version} has died"
-        if self._attempts:  # it was tried, and did not hold
+        if (
+            self._attempts or self._revived >= self._patience.revivals
+        ):  # it did not hold, or has left enough behind
             self._start_again(what)
             return
         began = self._clock()
@@ -133,6 +137,7 @@ class Supervisor:
             self._start_again(f"{what} and it could not be loaded again: {first_line(error)}")
             return
         self._attempts = 1
+        self._revived += 1
         self._healthy_since = None
         self._say(f"supervisor: {what}; loaded again in {self._clock() - began:.1f} s")
 
@@ -150,7 +155,7 @@ class Supervisor:
             self._say(f"supervisor: {reason}; starting the server again{said} (attempt {self._attempts})")
             self._sleep(pause)
             began = self._clock()
-            self._failures, self._healthy_since = 0, None
+            self._failures, self._revived, self._healthy_since = 0, 0, None
             try:
                 version = self._restart()
             except HsnnError as error:

@@ -199,15 +199,24 @@ class TritonServer:
         file and state file stay, and /dev/shm is cleaned. No model is loaded. ServerError when it does not come up;
         then it can be tried again."""
         state = self._running()
-        if self._admin is not None:
-            self._admin.close()
-            self._admin = None
         state.process.stop(0.0)
         remove_regions(state.region_prefix)
         ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
         self._launch(state.directory, ports, state.region_prefix, state.log_file)
+        # The channel that the old server had keeps refusing calls until it has tried the new one.
+        if not wait_until(self._admin_answers, self._start_timeout):
+            raise self._error(
+                f"the server did not answer at {self.urls.grpc} within {self._start_timeout:g} s"
+            )
         if self._state_file is not None:
             self._running().write(self._state_file)
+
+    def _admin_answers(self) -> bool:
+        try:
+            self.admin.index()
+        except ServerError:
+            return False
+        return True
 
     def revive(self, model: str, version: int) -> None:
         """Load a version whose Python stub has died once more, while all others go on serving.
