@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Serve a published repository with Triton; on SIGTERM let clients move away before the server ends.
-#   hsnn-triton [--repository=DIR] [--key-file=FILE] [--drain-seconds=N] [--probe-failures=N]
+#   hsnn-triton [--repository=DIR] [--key-file=FILE] [--http-port=N] [--drain-seconds=N] [--probe-failures=N]
 #               [--tls-cert=FILE --tls-key=FILE [--client-ca=FILE]] [-- OPTIONS OF TRITONSERVER]
 set -euo pipefail
 
 repository=/models
 key_file=/run/secrets/hsnn_admin_key
+http_port=8000
 drain_seconds=10
-probe_failures=3
+probe_failures=2
 tls_cert=
 tls_key=
 client_ca=
-probe=/opt/hsnn/probe.py
+tools=/opt/hsnn # probe.py, drain.py
 
 fail() {
   echo "hsnn-triton: $*" >&2
@@ -22,6 +23,7 @@ while (($#)); do
   case $1 in
     --repository=*) repository=${1#*=} ;;
     --key-file=*) key_file=${1#*=} ;;
+    --http-port=*) http_port=${1#*=} ;;
     --drain-seconds=*) drain_seconds=${1#*=} ;;
     --probe-failures=*) probe_failures=${1#*=} ;;
     --tls-cert=*) tls_cert=${1#*=} ;;
@@ -31,12 +33,13 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "$1: unknown option; expected --repository=, --key-file=, --drain-seconds=, --probe-failures=, --tls-cert=," \
-      "--tls-key=, --client-ca=, and after -- what tritonserver takes" ;;
+    *) fail "$1: unknown option; expected --repository=, --key-file=, --http-port=, --drain-seconds=, --probe-failures=," \
+      "--tls-cert=, --tls-key=, --client-ca=, and after -- what tritonserver takes" ;;
   esac
   shift
 done
 
+[[ $http_port =~ ^[0-9]+$ ]] || fail "--http-port: got '$http_port', expected a port"
 [[ $drain_seconds =~ ^[0-9]+$ ]] || fail "--drain-seconds: got '$drain_seconds', expected a whole number of seconds"
 [[ $probe_failures =~ ^[0-9]+$ ]] || fail "--probe-failures: got '$probe_failures', expected a whole number, 0 for no probes"
 [[ -r $key_file ]] || fail "$key_file: no such file, or not readable by user $(id -u); expected the admin key"
@@ -68,6 +71,8 @@ if [[ $tls_cert ]]; then
   [[ -z $client_ca ]] || options+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$client_ca")
 fi
 
+url=http://127.0.0.1:$http_port
+
 # What lets a client read or change the server needs the key. Triton takes it as an argument only, so it is
 # visible to whoever may list this container's processes.
 restricted="model-repository,shared-memory,trace,logging:admin-key=$key"
@@ -78,6 +83,7 @@ rm -f "/dev/shm/$regions"*
 
 tritonserver \
   --model-repository="$repository" \
+  --http-port="$http_port" \
   --model-control-mode=explicit \
   --disable-auto-complete-config \
   --strict-readiness=false \
@@ -98,7 +104,7 @@ server=$!
 watch() {
   local said answered='' failures=0
   while sleep 2 2>/dev/null; do
-    if said=$(python3 "$probe" --url http://127.0.0.1:8000 --repository "$repository" --timeout 3 --live 2>&1); then
+    if said=$(python3 "$tools/probe.py" --url "$url" --repository "$repository" --timeout 3 --live 2>&1); then
       answered=yes failures=0
     elif [[ $answered ]]; then
       failures=$((failures + 1))
@@ -124,7 +130,14 @@ drain() {
   [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
   echo "hsnn-triton: stopping in $drain_seconds s; requests are answered until then" >&2
   sleep "$drain_seconds"
-  kill -TERM "$server" 2>/dev/null || true
+  # A Triton that is told to end fails what its models still ask of each other, and goes on listening while anybody keeps an
+  # HTTP connection. So the models that clients ask end first, with what they have begun; then nothing is worth waiting for.
+  if python3 "$tools/drain.py" --url "$url" --key-file "$key_file" --timeout 10 >&2; then
+    draining=finished
+    kill -KILL "$server" 2>/dev/null || true
+  else
+    kill -TERM "$server" 2>/dev/null || true
+  fi
 }
 trap drain TERM INT
 
@@ -136,4 +149,5 @@ if [[ $draining ]]; then
   wait "$server" || status=$?
 fi
 [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
+[[ $draining != finished ]] || status=0
 exit "$status"

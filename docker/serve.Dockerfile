@@ -14,7 +14,7 @@ RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 1
 FROM ${TRITON_IMAGE} AS server
 # Beside the image's own packages, not over them: Triton's other Python code keeps what it came with.
 COPY --from=packages /opt/hsnn/packages/ /opt/hsnn/packages/
-COPY hsnn_server/probe.py /opt/hsnn/probe.py
+COPY hsnn_server/probe.py docker/drain.py /opt/hsnn/
 COPY docker/entrypoint.sh /usr/local/bin/hsnn-triton
 RUN install --directory --owner=1000 --group=1000 /models /items
 

@@ -242,7 +242,11 @@ def test_health_is_the_smoke_request_asked_by_the_projects_probe() -> None:
     command = json.loads(check.text.partition("CMD ")[2])
     assert command[:2] == ["python3", copied_to("hsnn_server/probe.py")]
     assert probe_options(command[2:]).repository == Path("/models")
-    assert f"probe={command[1]}\n" in (DOCKER / "entrypoint.sh").read_text()
+    entrypoint = (DOCKER / "entrypoint.sh").read_text()
+    folder = re.search(r"^tools=(\S+)", entrypoint, re.M)[1]  # type: ignore[index]
+    used = set(re.findall(r'"\$tools/(\w+\.py)"', entrypoint))
+    assert used == {"probe.py", "drain.py"}
+    assert {f"{folder}/{name}" for name in used} == {command[1], copied_to("docker/drain.py")}
 
 
 def probe_options(arguments: list[str]) -> argparse.Namespace:
@@ -255,7 +259,7 @@ def probe_options(arguments: list[str]) -> argparse.Namespace:
 def copied_to(source: str) -> str:
     """Where the serving image has a file of the project."""
     (target,) = {part.words[-1] for part in dockerfile("serve").all("COPY") if source in part.words[:-1]}
-    return target
+    return target + Path(source).name if target.endswith("/") else target
 
 
 @each_stack

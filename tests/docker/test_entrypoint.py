@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -126,6 +127,28 @@ def test_the_server_gets_the_signal_only_after_the_drain(place: Path) -> None:
     assert "stopping in 1 s" in said
 
 
+def test_requests_in_flight_are_answered_before_the_server_ends(place: Path) -> None:
+    stand_in(place, "python3", f'echo "$*" >> {place}/asked; [[ $1 != *drain.py || ! -e {place}/hangs ]]')
+    with start(place, "--http-port=8123", "--drain-seconds=0", "--probe-failures=0") as process:
+        arguments(place)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 0  # nothing was in flight any more, so it was killed, in order
+    path, *asked = (place / "asked").read_text().split()
+    assert path.endswith("/drain.py")
+    options = dict(zip(asked[::2], asked[1::2]))
+    assert options.keys() == {"--url", "--key-file", "--timeout"}
+    assert options["--url"] == "http://127.0.0.1:8123"
+    assert "--http-port=8123" in arguments(place)
+    (place / "bin" / "arguments").unlink()
+    (place / "hangs").touch()
+    with start(place, "--drain-seconds=0", "--probe-failures=0") as process:
+        arguments(place)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 7  # told to end, and waited for
+
+
 def test_a_server_that_ends_by_itself_ends_the_container_with_its_status(place: Path) -> None:
     with start(place, then="exit 3") as process:
         process.communicate(timeout=10)
@@ -167,13 +190,13 @@ def test_a_server_that_answers_no_more_is_killed_so_that_the_container_ends(plac
 
 def test_probes_can_be_left_to_whoever_runs_the_container(place: Path) -> None:
     stand_in(place, "sleep", "exec /bin/sleep 0.05")
-    stand_in(place, "python3", f"touch {place}/asked")
+    stand_in(place, "python3", f'echo "$*" >> {place}/asked')
     with start(place, "--probe-failures=0", "--drain-seconds=0") as process:
         arguments(place)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
-    assert not (place / "asked").exists()
+    assert "probe.py" not in (place / "asked").read_text()
 
 
 def test_connections_end_by_age_within_a_drain(place: Path) -> None:
@@ -268,9 +291,10 @@ def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Pa
     process = start(
         place,
         "--drain-seconds=1",
+        f"--http-port={ports['http']}",
         "--",
         f"--backend-directory={lay_out(wheel, place / 'backends')}",
-        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-port={port}" for name, port in ports.items() if name != "http"),
         *(f"--{name}-address=127.0.0.1" for name in ports),
         f"--log-file={place / 'triton.log'}",
         then=None,
@@ -286,6 +310,13 @@ def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Pa
             urllib.request.Request(index, method="POST", headers={"admin-key": KEY})
         ) as answer:
             assert b"hsnn_retrieve" in answer.read()
+        drained = subprocess.run(
+            [sys.executable, ROOT / "docker" / "drain.py", "--url", f"http://127.0.0.1:{ports['http']}", "--key-file",
+             place / "key"], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert drained.returncode == 0, drained.stderr
+        assert not answers(ready)
+        assert "successfully unloaded 'hsnn_retrieve'" in (place / "triton.log").read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
