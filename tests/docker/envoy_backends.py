@@ -100,7 +100,8 @@ class Envoy:
                         "address": "127.0.0.1",
                         "port_value": backend.grpc_port,
                     }
-                    endpoint["health_check_config"]["port_value"] = backend.http_port
+                    # A new one: the file's clusters share theirs.
+                    endpoint["health_check_config"] = {"port_value": backend.http_port}
         text = yaml.safe_dump(config).replace("/etc/envoy", str(folder))
         (folder / "envoy.yaml").write_text(text)
         # As a ConfigMap is mounted: a change is a folder beside, and one rename of the link to it.

@@ -367,11 +367,11 @@ def test_triton_gets_the_key_the_repository_and_the_time_it_needs() -> None:
     assert "repository=/models\n" in entrypoint
     assert triton["volumes"] == ["models:/models:ro", "items:/items"]
     assert "--item-log /items/log.db" in " ".join(compose["services"]["publish"]["command"])
-    drain, timeout = (
+    drain, flight, timeout = (
         int(re.search(pattern, entrypoint)[1])  # type: ignore[index]
-        for pattern in (r"drain_seconds=(\d+)", r"--exit-timeout-secs=(\d+)")
+        for pattern in (r"drain_seconds=(\d+)", r"drain\.py.*--timeout (\d+)", r"--exit-timeout-secs=(\d+)")
     )
-    assert seconds(triton["stop_grace_period"]) > drain + timeout
+    assert seconds(triton["stop_grace_period"]) > drain + flight + timeout
     assert {port.split(":")[1] for port in triton["ports"]} == set(dockerfile("serve").all("EXPOSE")[0].words)
 
 

@@ -125,7 +125,8 @@ def test_images_and_arguments_are_the_projects(built: dict[str, list[Object]], n
 def test_servers_are_probed_drained_and_have_the_room_that_they_need(
     built: dict[str, list[Object]], name: str
 ) -> None:
-    exit_timeout = int(re.search(r"--exit-timeout-secs=(\d+)", ENTRYPOINT)[1])  # type: ignore[index]
+    ends = [r"drain\.py.*--timeout (\d+)", r"--exit-timeout-secs=(\d+)"]
+    exit_timeout = sum(int(re.search(pattern, ENTRYPOINT)[1]) for pattern in ends)  # type: ignore[index]
     for value, pod, container in containers(built[name]):
         if container["image"].rpartition("/")[2].partition(":")[0] != "hsnn-serve":
             continue
