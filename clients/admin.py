@@ -14,6 +14,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from hsnn_core.errors import ServerError
 
+from .channel import OPTIONS
+
 KEY_HEADER = "triton-grpc-protocol-admin-key"
 
 
@@ -43,7 +45,7 @@ class RepositoryAdmin:
     def __init__(self, url: str, key: str | None = None, timeout: float = 120.0) -> None:
         self._url, self._timeout = url, timeout
         self._headers = {KEY_HEADER: key} if key else None
-        self._grpc = InferenceServerClient(url)
+        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
 
     def load(self, model: str) -> None:
         """Load the versions that ``model``'s configuration selects; returns when they are ready.

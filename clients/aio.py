@@ -14,6 +14,7 @@ from hsnn_core.schema import Schema
 
 from .canary import MODEL as CANARY_MODEL
 from .canary import AsyncSplit, Canary
+from .channel import OPTIONS
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
@@ -41,7 +42,7 @@ class AsyncRetrievalClient:
     ) -> None:
         self._url, self._timeout, self._expected = url, timeout, expected_schema
         self._retries, self._model = retries, model
-        self._grpc = InferenceServerClient(url)
+        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
         self._codec: Codec | None = None
         self.split: AsyncSplit | None = None
         if canary is not None:

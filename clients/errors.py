@@ -39,8 +39,16 @@ def translate(
     error: InferenceServerException, url: str, model: str, timeout: float, less: str = LESS_TO_SEARCH
 ) -> HsnnError:
     """The error to raise for a failed call; its text says what happened and what to do about it (``less``: what makes
-    a call shorter)."""
-    status = (error.status() or "").removeprefix("StatusCode.")
+    a call shorter), its ``status`` is gRPC's."""
+    found = _translated(error, url, model, timeout, less)
+    found.status = _status(error)
+    return found
+
+
+def _translated(
+    error: InferenceServerException, url: str, model: str, timeout: float, less: str
+) -> HsnnError:
+    status = _status(error)
     kind, text = _split(error.message())
     if kind == "SchemaMismatch":
         return SchemaMismatch(text)
@@ -84,6 +92,10 @@ def schema_may_differ(error: InferenceServerException) -> bool:
     return kind == "SchemaMismatch" or (not kind and error.status() == "StatusCode.INVALID_ARGUMENT")
 
 
+def _status(error: InferenceServerException) -> str:
+    return (error.status() or "").removeprefix("StatusCode.")
+
+
 def _split(message: str) -> tuple[str, str]:
     kind, separator, text = message.partition(": ")
     return (kind, text) if separator and kind in _OURS else ("", message)
@@ -112,10 +124,12 @@ class Patience:
         """Seconds left; DeadlineExceeded when none are."""
         left = self._until - time.monotonic()
         if left <= 0:
-            raise DeadlineExceeded(
+            late = DeadlineExceeded(
                 f"no answer from {self._model} at {self._url} within {self._timeout * 1000:.0f} ms; "
                 f"allow a longer timeout, or {self._less}"
             )
+            late.status = "DEADLINE_EXCEEDED"
+            raise late
         return left
 
     def pause_after(self, error: InferenceServerException) -> float:

@@ -19,6 +19,7 @@ from hsnn_core.errors import RequestError, ServerError
 from hsnn_core.item_updates import REFUSED, STATUSES
 from hsnn_core.schema import Schema
 
+from .channel import OPTIONS
 from .errors import Patience
 
 INDEX_MODEL = "hsnn_index"
@@ -96,7 +97,7 @@ class ItemClient:
             raise RequestError(f"batch: got {batch}, expected 1..{MOST} updates in one call")
         self._url, self._timeout, self._retries = url, timeout, retries
         self._batch, self._model, self._clock = batch, model, clock
-        self._grpc = InferenceServerClient(url)
+        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
         self._last, self._lock = 0, Lock()
 
     def schema(self) -> Schema:

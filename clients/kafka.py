@@ -90,8 +90,10 @@ class KafkaFollower:
         self._client, self._topic, self._batch, self._tell = client, topic, batch, tell
         self._dead_letters = dead_letters
         self._held: list[Message] = []
+        self._at_end: set[int | None] = set()  # partitions whose end was seen
         self.counts = FollowCounts()
-        ours = {"group.id": group, "enable.auto.commit": False, "error_cb": lambda error: tell(error.str())}
+        ours = {"group.id": group, "enable.auto.commit": False, "enable.partition.eof": True,
+                "error_cb": lambda error: tell(error.str())}  # fmt: skip
         try:
             self._consumer = Consumer({"auto.offset.reset": "earliest"} | dict(options) | ours)
         except KafkaException as error:
@@ -99,15 +101,25 @@ class KafkaFollower:
         self._consumer.subscribe([topic])
 
     def follow(
-        self, stopped: Callable[[], bool], progress: Callable[[int], object] = lambda count: None
+        self,
+        stopped: Callable[[], bool],
+        progress: Callable[[int], object] = lambda count: None,
+        caught_up: Callable[[], object] = lambda: None,
     ) -> None:
         """Apply messages until ``stopped`` says so; it is asked at least every second. ``progress`` is called with the
-        number of messages that were just done. Raises ServerError when the topic cannot be read, and what the client
+        number of messages that were just done, ``caught_up`` once: when the end of all its partitions was seen, and
+        what came before is on the server's disk. Raises ServerError when the topic cannot be read, and what the client
         raises for a call that is wrong in itself."""
+        behind = True
         while not stopped():
             messages = self._received()
-            if messages and self._done(messages, stopped):
+            if messages:
+                if not self._done(messages, stopped):
+                    continue
                 progress(len(messages))
+            if behind and not self._held and self._seen_to_the_end():
+                behind = False
+                caught_up()
 
     def lag(self) -> int | None:
         """Messages of its partitions that it has not read yet, as far as it knows."""
@@ -134,6 +146,10 @@ class KafkaFollower:
     ) -> None:
         self.close()
 
+    def _seen_to_the_end(self) -> bool:
+        mine = {place.partition for place in self._consumer.assignment()}
+        return bool(mine) and mine <= self._at_end
+
     def _received(self) -> list[Message]:
         messages, self._held = self._held, []
         for message in self._consumer.consume(self._batch, POLL_SECONDS):
@@ -144,7 +160,9 @@ class KafkaFollower:
                 raise ServerError(
                     f"Kafka: {self._topic} cannot be read: {error.str()}; check --topic and --brokers"
                 )
-            elif error.code() != KafkaError._PARTITION_EOF:
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._at_end.add(message.partition())
+            else:
                 self._tell(error.str())
         return messages
 
@@ -190,11 +208,13 @@ class KafkaFollower:
                     if stopped():
                         return None
                     self._consumer.pause(self._consumer.assignment())
-                    message = self._consumer.poll(0.1)
-                    if (
-                        message is not None and message.error() is None
-                    ):  # of a partition that was just assigned
+                    # Of a partition that was just assigned, or that was being fetched.
+                    if (message := self._consumer.poll(0.1)) is None:
+                        continue
+                    if (condition := message.error()) is None:
                         self._held.append(message)
+                    elif condition.code() == KafkaError._PARTITION_EOF:
+                        self._at_end.add(message.partition())
                 pause = min(2 * pause, LONGEST_PAUSE)
         finally:
             if paused:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     commands_bench_cost,
+    commands_bench_failures,
     commands_bench_live,
     commands_bench_rollouts,
     commands_bench_serving,
@@ -109,6 +110,7 @@ def add_commands(commands: Any) -> None:
     commands_bench_serving.add_kinds(kinds)
     commands_bench_live.add_kinds(kinds)
     commands_bench_rollouts.add_kinds(kinds)
+    commands_bench_failures.add_kinds(kinds)
 
     throughput = kinds.add_parser(
         "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,

@@ -82,6 +82,8 @@ def add_commands(commands: Any) -> None:
     follow.add_argument("--group", required=True, help="consumer group, one per server")
     follow.add_argument("--dead-letters", metavar="FILE",
                         help="append bad messages to this file, as JSON lines (default: standard error)")  # fmt: skip
+    follow.add_argument("--ready-file", type=Path, metavar="FILE", help="made when all that the topic held is on the "
+                        "server's disk, removed at the start: for a readiness probe")  # fmt: skip
     follow.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", dest="options",
                         help="a setting of librdkafka; may be repeated")  # fmt: skip
     _add_connection(follow)

@@ -1,13 +1,16 @@
-"""hsnn export | publish | serve | query: from a trained run to answers over gRPC."""
+"""hsnn export | publish | serve | health | query: from a trained run to answers over gRPC."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hsnn_core.errors import FeatureError, RequestError
+from hsnn_server.probe import add_arguments, run
 
 from .tables import table
 
@@ -15,7 +18,7 @@ FORMAT = argparse.RawDescriptionHelpFormatter
 
 
 def add_commands(commands: Any) -> None:
-    """Register export, publish, serve and query."""
+    """Register export, publish, serve, health and query."""
     export = commands.add_parser(
         "export", help="turn a trained run into serving graphs and an index", formatter_class=FORMAT,
         description="Export towers and scorers (ONNX, or TensorRT engines), build the index over the corpus, and "
@@ -54,7 +57,9 @@ def add_commands(commands: Any) -> None:
 
     serve = commands.add_parser(
         "serve", help="serve a repository with the local Triton, until Ctrl-C", formatter_class=FORMAT,
-        description="Start the Triton server of the nvidia-pytriton wheel on loopback and load the newest snapshot.",
+        description="Start the Triton server of the nvidia-pytriton wheel on loopback and load the newest snapshot. A "
+        "model whose process\ndies is loaded again, a server that ends or hangs is started again on the same ports; a "
+        "line is printed for each.\nAfter six attempts in a row that did not hold, the command ends with 1.",
         epilog="examples:\n  hsnn serve --repository repo\n  hsnn serve --repository repo --grpc-port 8001\n\n"
         "For GPUs and production serve the same repository with an NGC Triton; see README.",
     )  # fmt: skip
@@ -69,6 +74,17 @@ def add_commands(commands: Any) -> None:
         "--log", type=Path, default=None, help="server log file (default: gone with the server)"
     )
     serve.set_defaults(run_command=run_serve)
+
+    health = commands.add_parser(
+        "health", help="does a server answer? its smoke request, for probes", formatter_class=FORMAT,
+        description="Ask a server the smoke request of the snapshot it serves, over HTTP, and look at what comes back. "
+        "Prints one line;\nexits with 0 when it is healthy, 1 when not. The serving image has the same as "
+        "hsnn_server/probe.py.",
+        epilog="examples:\n  hsnn health --repository repo\n  hsnn health --repository repo --live     "
+        "for what restarts it: busy is not dead",
+    )  # fmt: skip
+    add_arguments(health)
+    health.set_defaults(run_command=run_health)
 
     query = commands.add_parser(
         "query", help="ask a server for the top k of a user", formatter_class=FORMAT,
@@ -144,6 +160,7 @@ def serving_options(options: argparse.Namespace, repository: Path) -> Any:
 def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
     from export.rollout import promote
+    from export.supervised import networks, supervisor
     from hsnn_server.triton import TritonServer
 
     if options.stop is not None:
@@ -158,6 +175,7 @@ def run_serve(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log_file=options.log,
+        preload=partial(networks, options.repository),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls
@@ -165,7 +183,13 @@ def run_serve(options: argparse.Namespace) -> None:
         print(f"roll out to it with: hsnn rollout STEP --repository {options.repository} --url {urls.grpc} "
               f"--key-file {server.key_file}")  # fmt: skip
         print(f"ask it with: hsnn query --url {urls.grpc} --user '{{}}'   (Ctrl-C stops)", flush=True)
-        server.wait()
+        with suppress(KeyboardInterrupt):
+            supervisor(server, options.repository, say=partial(print, flush=True)).run()
+
+
+def run_health(options: argparse.Namespace) -> int:
+    """hsnn health; returns the exit status."""
+    return run(options)
 
 
 def json_object(text: str, option: str = "--user", of: str = "features") -> dict[str, Any]:

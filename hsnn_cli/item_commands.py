@@ -82,6 +82,8 @@ def follow_kafka(options: argparse.Namespace) -> None:
     settings = _settings(options.options) | {"bootstrap.servers": options.brokers}
     stop = Event()
     told = _Told()
+    if options.ready_file is not None:
+        options.ready_file.unlink(missing_ok=True)
     with (
         _stopped_by_signals(stop),
         closing(DeadLetters(Path(options.dead_letters) if options.dead_letters else None)) as dead_letters,
@@ -97,7 +99,12 @@ def follow_kafka(options: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{follower.counts}, lag {follower.lag()}", refresh=False)
             bar.update(count)
 
-        follower.follow(stop.is_set, progress)
+        def caught_up() -> None:
+            print(f"caught up: {follower.counts}", flush=True)
+            if options.ready_file is not None:
+                options.ready_file.touch()
+
+        follower.follow(stop.is_set, progress, caught_up)
     print(f"stopped: {follower.counts}")
 
 

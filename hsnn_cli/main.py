@@ -15,6 +15,7 @@ from . import (
     commands_items,
     commands_rollout,
     commands_serving,
+    commands_top,
     commands_training,
     commands_tune,
     demo,
@@ -33,6 +34,7 @@ step by step on your own logs (a recipe is one YAML file; see README):
   hsnn publish runs/mine --repository repo     one new version, atomically
   hsnn serve --repository repo                 the real Triton on loopback
   hsnn query --url 127.0.0.1:8001 --user '{"history": [3, 17]}'
+  hsnn top                                     what it does, live
   hsnn items upsert new.parquet                insert, change, delete items while it serves
 """
 
@@ -51,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         commands_training,
         commands_tune,
         commands_serving,
+        commands_top,
         commands_items,
         commands_rollout,
         commands_bench,
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Expected failures print one line on stderr and exit with 1; Ctrl-C with 130."""
     options = parser().parse_args(arguments)
     try:
-        options.run_command(options)
+        status = options.run_command(options)
     except HsnnError as error:
         print(f"hsnn: {error}", file=sys.stderr)
         return 1
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"hsnn: {error}; what was complete before is still there: {WHAT_TO_DO}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 
 class HsnnError(Exception):
-    """Base of all errors that are reported without a traceback."""
+    """Base of all errors that are reported without a traceback.
+
+    ``status``: name of the gRPC status that a server's refusal came with, None for all that no server said."""
+
+    status: str | None = None
 
 
 class SchemaError(HsnnError):

@@ -45,6 +45,10 @@ class TargetingFilter:
             counts[start:stop] = items.counts(layer, nodes[start:stop])
         return counts
 
+    def eligible(self) -> np.ndarray:
+        """How many items each user may get: (B,) int64."""
+        return np.array([items.eligible() for items in self._users], dtype=np.int64)
+
 
 class _UserItems:
     """The items that one user may get: bits of the base and of what was added."""
@@ -92,6 +96,11 @@ class _UserItems:
         if len(self._added):
             counts += self._added_under(layer)[nodes]
         return counts
+
+    def eligible(self) -> int:
+        """How many items the user may get, of the base and added ones."""
+        added = int(np.unpackbits(self._added).sum()) if len(self._added) else 0
+        return int(self._rank(np.array([self._base_items]))[0]) + added
 
     def _rank(self, positions: np.ndarray) -> np.ndarray:
         """How many of the base's items before each position; (n,) int64."""

@@ -80,9 +80,9 @@ class ServerProcess:
 def launch(
     command: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path
 ) -> ServerProcess:
-    """Start ``command`` as leader of its own session (a terminal's Ctrl-C is for its owner alone), writing to
+    """Start ``command`` as leader of its own session (a terminal's Ctrl-C is for its owner alone), appending to
     ``log``."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -166,6 +166,17 @@ def remove_regions(prefix: str) -> None:
     """Remove the shared memory of Python stubs, which outlives a killed server."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
+
+
+def model_of(pid: int) -> tuple[str, int] | None:
+    """The model and version that a Python stub runs: <repository>/<model>/<version>/<file> is its first argument. None
+    for a process that is none, or is gone."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        _, model, version, _ = words[1].decode().rsplit("/", 3)
+        return model, int(version)
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,17 @@ from clients.admin import RepositoryAdmin
 from hsnn_core.errors import ServerError
 
 from .binaries import environment, find_wheel, lay_out
-from .processes import HOST, check_port_free, ended_like_ctrl_c, free_ports, launch, listening, wait_until
+from .processes import (
+    HOST,
+    check_port_free,
+    ended_like_ctrl_c,
+    free_ports,
+    launch,
+    listening,
+    model_of,
+    remove_regions,
+    wait_until,
+)
 from .state import ServerState, Urls, write_private
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
@@ -27,6 +38,7 @@ _SHARED_BYTES = (
     4 << 20
 )  # a stub's region at its start (pages are only taken when used) and the steps it grows by
 _LOG_LINES = 20
+_LOOK_SECONDS = 2.0  # for the list of models
 _ATTEMPTS = 3  # a free port may be taken between its choice and the server's start
 
 
@@ -40,8 +52,9 @@ class TritonServer:
     port in use is refused. ``threads``: threads of NumPy in each model, and of each network whose
     config.pbtxt does not set ``intra_op_thread_count``. ``log_file``: kept where it is; by default the log
     goes with the server. ``state_file``: written once the server is up and removed with it, for ``attach``.
-    ``arguments``: further arguments of tritonserver. Seconds: ``start_timeout`` until the server answers,
-    ``load_timeout`` per model.
+    ``arguments``: further arguments of tritonserver. ``preload``: asked at every start for models to load, all in
+    parallel, before the server answers; one that fails is left out, and loading it again says why. Seconds:
+    ``start_timeout`` until the server answers, ``load_timeout`` per model.
 
     Model control, shared memory, tracing and logging settings are refused without ``admin_key``. A new key
     is made for every server and kept in a file of mode 0600; Triton takes it as an argument only, so
@@ -64,6 +77,7 @@ class TritonServer:
         log_file: str | Path | None = None,
         state_file: str | Path | None = None,
         arguments: Sequence[str] = (),
+        preload: Callable[[], Sequence[str]] = tuple,
         start_timeout: float = 60.0,
         load_timeout: float = 120.0,
     ) -> None:
@@ -73,10 +87,11 @@ class TritonServer:
         self._threads = threads
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._state_file = None if state_file is None else Path(state_file).absolute()
-        self._arguments = tuple(arguments)
+        self._arguments, self._preload = tuple(arguments), preload
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
         self._admin: RepositoryAdmin | None = None
+        self._looked_at: frozenset[int] | None = None
         self._exit = ExitStack()
 
     @classmethod
@@ -175,6 +190,66 @@ class TritonServer:
             raise
         return self
 
+    def alive(self) -> bool:
+        """Whether its process runs; its models may be dead all the same."""
+        return self._running().process.alive()
+
+    def restart(self) -> None:
+        """End the server at once, in whatever state it is, and start it again where it was: ports, key file, log
+        file and state file stay, and /dev/shm is cleaned. No model is loaded. ServerError when it does not come up;
+        then it can be tried again."""
+        state = self._running()
+        state.process.stop(0.0)
+        remove_regions(state.region_prefix)
+        ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
+        self._launch(state.directory, ports, state.region_prefix, state.log_file)
+        # The channel that the old server had keeps refusing calls until it has tried the new one.
+        if not wait_until(self._admin_answers, self._start_timeout):
+            raise self._error(
+                f"the server did not answer at {self.urls.grpc} within {self._start_timeout:g} s"
+            )
+        if self._state_file is not None:
+            self._running().write(self._state_file)
+
+    def _admin_answers(self) -> bool:
+        try:
+            self.admin.index()
+        except ServerError:
+            return False
+        return True
+
+    def revive(self, model: str, version: int) -> None:
+        """Load a version whose Python stub has died once more, while all others go on serving.
+
+        Triton takes a version that it has for unchanged, dead or not, until a file of it is newer; it never ends an
+        unload of a dead one. ServerError when the load fails, or the repository can't be written."""
+        graphs = sorted((self._repository / model / str(version)).glob("model.*"))
+        if not graphs:
+            raise ServerError(f"{self._repository / model / str(version)}: no model file there to load again")
+        try:
+            os.utime(graphs[0])
+        except OSError as error:
+            raise ServerError(
+                f"{graphs[0]}: its time can't be set ({error.strerror}), and Triton loads nothing older again"
+            ) from error
+        self.load(model)
+
+    def dead_models(self) -> list[tuple[str, int]]:
+        """The versions that Triton calls ready while their Python stub has died: every call of them fails.
+
+        Costs next to nothing as long as no stub has come or gone since the last look. ServerError when the server
+        does not answer."""
+        living = frozenset(self._running().process.children())
+        if living == self._looked_at:
+            return []
+        with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS) as admin:
+            entries = admin.index()
+        stubs = {model_of(pid) for pid in living}
+        ready = [(entry.model, entry.version) for entry in entries if entry.state == "READY"]
+        dead = [(model, version) for model, version in ready if version and (model, version) not in stubs]
+        self._looked_at = None if dead else living
+        return dead
+
     def load(self, model: str) -> None:
         """Load or reload ``model``; returns when it is ready. A new version that fails leaves the old one
         serving."""
@@ -237,19 +312,25 @@ class TritonServer:
         directory = Path(tempfile.mkdtemp(prefix="hsnn-triton-"))
         try:
             write_private(directory / "admin.key", secrets.token_hex(16))
-            backends = lay_out(wheel, directory / "backends")
+            lay_out(wheel, directory / "backends")
             # Python puts the working directory first on the stubs' module path: an empty one changes nothing.
             (directory / "empty").mkdir()
             free = iter(free_ports(len(self._ports)))
             ports = {option: port or next(free) for option, port in self._ports.items()}
-            prefix = f"hsnn-{secrets.token_hex(6)}-"
             log = self._log_file or directory / "triton.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            command = [str(wheel.server), *self._options(directory, backends, ports, prefix)]
-            process = launch(command, environment(wheel, self._threads), directory / "empty", log)
+            log.write_bytes(b"")
+            self._launch(directory, ports, f"hsnn-{secrets.token_hex(6)}-", log)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            if self._state is None:
+                shutil.rmtree(directory, ignore_errors=True)
             raise
+
+    def _launch(self, directory: Path, ports: Mapping[str, int], prefix: str, log: Path) -> None:
+        """Start the process out of its private ``directory`` and wait until it answers."""
+        wheel = find_wheel()
+        command = [str(wheel.server), *self._options(directory, directory / "backends", ports, prefix)]
+        process = launch(command, environment(wheel, self._threads), directory / "empty", log)
         urls = Urls(**{option: f"{HOST}:{port}" for option, port in ports.items()})
         self._state = ServerState(process, urls, self._repository, directory, log, prefix)
         self._await_health(ports)
@@ -280,7 +361,13 @@ class TritonServer:
             *(f"--{name}={value}" for name, value in options.items()),
             *(f"--backend-config=python,{name}={value}" for name, value in stubs.items()),
             *self._arguments,
+            *self._preloading(),
         ]
+
+    def _preloading(self) -> list[str]:
+        models = self._preload()
+        parallel = ["--exit-on-error=false", f"--model-load-thread-count={len(models)}"] if models else []
+        return [*parallel, *(f"--load-model={model}" for model in models)]
 
     def _await_health(self, ports: Mapping[str, int]) -> None:
         process = self._running().process
@@ -289,12 +376,13 @@ class TritonServer:
         def answers() -> bool:
             return _http_ready(address) and all(listening(port) for port in ports.values())
 
-        if wait_until(lambda: not process.alive() or answers(), self._start_timeout, interval=0.05):
+        seconds = self._start_timeout + self._load_timeout * bool(self._preload())
+        if wait_until(lambda: not process.alive() or answers(), seconds, interval=0.05):
             if process.alive():
                 return
             ended = self._error("the server ended while starting")
             raise _PortTaken(str(ended)) if "already in use" in str(ended) else ended
-        raise self._error(f"the server did not answer within {self._start_timeout:g} s")
+        raise self._error(f"the server did not answer within {seconds:g} s")
 
     def _check_state_file(self) -> None:
         if self._state_file is None or not self._state_file.exists():

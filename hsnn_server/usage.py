@@ -38,12 +38,23 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return total
 
 
-def shared_bytes(prefix: str) -> int:
-    """Pages of the /dev/shm regions whose names begin with ``prefix`` that are in use."""
+def shared_bytes(prefix: str, of: Iterable[int] | None = None) -> int:
+    """Pages of the /dev/shm regions whose names begin with ``prefix`` that are in use; ``of``: only the regions of
+    these processes, Python stubs: the others are those of stubs that died."""
     total = 0
+    named = None if of is None else {word for pid in of for word in _words(pid)}
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        if named is not None and region.name not in named:
+            continue
         try:
             total += region.stat().st_blocks * 512
         except OSError:
             continue
     return total
+
+
+def _words(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ class BlsRunner:
     ``models``.
 
     One call per layer for all users of the request. Shared by the worker threads: each sets its own request's
-    deadline with ``within``, and every call is sent with the time that is left.
+    deadline with ``within``, and every call is sent with the time that is left. ``failures``: calls that failed so
+    far, by model.
     """
 
     def __init__(self, version: int, models: Mapping[str, Any]) -> None:
@@ -29,6 +30,8 @@ class BlsRunner:
         self._user_tower, self._scorers = models["user_tower"], models["scorers"]
         self._user_outputs = [f"user_l{layer}" for layer in range(1, len(self._scorers) + 1)]
         self._thread = local()
+        self._lock = Lock()
+        self.failures = dict.fromkeys((self._user_tower, *self._scorers), 0)
 
     @contextmanager
     def within(self, deadline: Deadline) -> Iterator[None]:
@@ -59,10 +62,19 @@ class BlsRunner:
             # A tower on a GPU would otherwise leave its outputs there; the search needs them here.
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
-        response = request.exec()
+        try:
+            response = request.exec()
+        except Exception:
+            self._failed(model)
+            raise
         if response.has_error():
+            self._failed(model)
             raise ServerError(
                 f"{model} version {self._version} failed: {response.error().message()}; "
                 "every model of a snapshot must be loaded in the same version"
             )
         return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs]
+
+    def _failed(self, model: str) -> None:
+        with self._lock:
+            self.failures[model] += 1

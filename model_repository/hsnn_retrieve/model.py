@@ -7,10 +7,11 @@ same version, or their ONNX graphs run in here.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
 from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
-from retriever import Retriever, answer_tensors  # noqa: E402
+from request_log import Refused, RequestLog, traceback_without_features, without_features  # noqa: E402
+from request_spans import Parent, SpanExporter, Spans, Stage  # noqa: E402
+from retriever import Found, Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
-from serving_metrics import LayerUse, ServingMetrics  # noqa: E402
+from serving_metrics import Answered, LayerUse, ServingMetrics, Snapshot  # noqa: E402
 from warm_up import NoNetworks, warm_up  # noqa: E402
 from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
 
@@ -64,9 +67,11 @@ class TritonPythonModel:
             )
         version = int(args["model_version"])
         self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
+        failures: Mapping[str, int] = {}
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
             self._retriever = Retriever(bundle, runner, self._items, runner.within)
+            failures = runner.failures
             cold = Retriever(bundle, NoNetworks(bundle), self._items)
         else:
             onnx = _onnx_runner(version, bundle.manifest["models"])
@@ -76,12 +81,17 @@ class TritonPythonModel:
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
         self._default = Ask(min(config.k, self._max_k), config.widths, tuple(bundle.schema.rank.tolist()))
         warm_up(bundle, cold, self._default)
-        self._metrics = ServingMetrics(version, layers, self._items)
+        created = datetime.fromisoformat(bundle.manifest["created"]).timestamp()
+        self._metrics = ServingMetrics(
+            Snapshot(version, layers, created, config.workers, list(failures)), self._items, failures
+        )
+        self._log = RequestLog(args["model_name"], version)
+        self._spans = SpanExporter.from_environment(version)
         self._pool = WorkerPool(config.workers, config.queue)
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
-            call = _Call(request)
+            call = _Call(request, traced=self._spans is not None)
             self._metrics.started()
             job = Job(call.users, call.deadline, partial(self._answer, call), partial(self._fail, call))
             try:
@@ -93,39 +103,63 @@ class TritonPythonModel:
         self._pool.drain()
         self._items.close()
         self._metrics.close()
+        self._log.close()
+        if self._spans is not None:
+            self._spans.close()
 
     def _answer(self, call: _Call) -> float | None:
-        began = time.perf_counter()
+        began, call.began = time.perf_counter(), time.time_ns()
         try:
             ask = decode_ask(call.parameters, self._default, self._max_k, self._schema)
-            result = self._retriever.retrieve(call.inputs, ask, call.deadline)
-            call.send(answer_tensors(result))
+            found = self._retriever.retrieve(call.inputs, ask, call.deadline)
+            call.send(answer_tensors(found.result))
         except Exception as error:  # whatever it is, it must reach this request's client and no other's
             self._fail(call, error)
             # A search that was cut off would have taken longer still; other failures say nothing of a search.
             return time.perf_counter() - began if isinstance(error, DeadlineExceeded) else None
+        result = found.result
         self._metrics.finished(
             "ok",
             call.deadline.seconds_since_start(),
-            [LayerUse(layer.microseconds / 1e6, int(layer.candidates.sum())) for layer in result.layers],
+            Answered(
+                [LayerUse(layer.microseconds / 1e6, int(layer.candidates.sum())) for layer in result.layers],
+                users=len(result.valid),
+                empty=int((result.valid == 0).sum()),
+                eligible=found.eligible,
+            ),
         )
+        if self._spans is not None and call.parent is not None:
+            self._spans.add(Spans(call.parent, call.whole("ok"), [*call.waited(), *_stages(call, found)]))
         return time.perf_counter() - began
 
     def _fail(self, call: _Call, error: Exception) -> None:
         outcome, code = _meaning(error)
         if not isinstance(error, HsnnError):
-            pb_utils.Logger.log_error("hsnn_retrieve: " + "".join(traceback.format_exception(error)))
+            pb_utils.Logger.log_error("hsnn_retrieve: " + traceback_without_features(error))
         call.fail(f"{type(error).__name__}: {error}", code)
-        self._metrics.finished(outcome, call.deadline.seconds_since_start())
+        seconds = call.deadline.seconds_since_start()
+        self._metrics.finished(outcome, seconds)
+        trace = None if call.parent is None else call.parent.trace
+        k = json.loads(call.parameters or "{}").get("k")
+        self._log.add(
+            Refused(outcome, _NAMES[outcome], error, call.users, k, call.request_id, trace, seconds)
+        )
+        if self._spans is not None and call.parent is not None:
+            text = f"{type(error).__name__}: {without_features(error)}"
+            self._spans.add(Spans(call.parent, call.whole(outcome), call.waited(), text))
 
 
 class _Call:
     """One request: what ``execute`` must copy out of it, and where its answer goes."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, traced: bool) -> None:
+        self.arrived = time.time_ns()
+        self.began = 0  # unix nanoseconds at which a worker took it
         # Triton's memory behind the inputs is only promised while ``execute`` runs.
         self.inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
         self.parameters: str = request.parameters()
+        self.request_id: str = request.request_id()
+        self.parent = Parent.of(request) if traced else None
         self.users = max((len(values) for values in self.inputs.values()), default=1)
         self.deadline = Deadline(request.timeout())
         self._outputs = set(request.requested_output_names())
@@ -137,12 +171,51 @@ class _Call:
             pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
+    def whole(self, outcome: str) -> Stage:
+        """The request from its arrival until now."""
+        return Stage(
+            "hsnn.retrieve", self.arrived, time.time_ns(), {"hsnn.outcome": outcome, "hsnn.users": self.users}
+        )
+
+    def waited(self) -> list[Stage]:
+        """Its time before a worker took it, if one did."""
+        return [Stage("hsnn.wait", self.arrived, self.began, {})] if self.began else []
+
     def fail(self, message: str, code: int) -> None:
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
         try:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:  # the client is gone, or the answer was already sent
             pb_utils.Logger.log_warn(f"hsnn_retrieve: could not send {message!r}: {error}")
+
+
+# The gRPC statuses of `_meaning`, by outcome.
+_NAMES = {
+    "overload": "UNAVAILABLE",
+    "unmeetable": "UNAVAILABLE",
+    "deadline": "CANCELLED",
+    "invalid": "INVALID_ARGUMENT",
+    "error": "INTERNAL",
+}
+
+
+def _stages(call: _Call, found: Found) -> list[Stage]:
+    """What followed the wait, one stage after the other."""
+    result, at = found.result, found.began
+    stages = [Stage("hsnn.prepare", call.began, at, {})]
+    named: list[tuple[str, int, dict[str, int]]] = [("hsnn.user_tower", result.user_microseconds, {})]
+    named += [
+        (
+            f"hsnn.layer.{number}",
+            layer.microseconds,
+            {"hsnn.candidates": int(layer.candidates.sum()), "hsnn.kept": int(layer.kept.sum())},
+        )
+        for number, layer in enumerate(result.layers, start=1)
+    ]
+    for name, microseconds, attributes in named:
+        stages.append(Stage(name, at, at + microseconds * 1000, attributes))
+        at += microseconds * 1000
+    return stages
 
 
 def _meaning(error: Exception) -> tuple[str, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 from items import Items
@@ -20,6 +21,16 @@ from hsnn_core.targeting import TargetingFilter
 
 # What a request waits for an update that was acknowledged, which is followed in milliseconds.
 AFTER_SECONDS, AFTER_PERIOD = 2.0, 0.001
+
+
+@dataclass(frozen=True)
+class Found:
+    """One request's answer. ``eligible`` (B,): share of the items that each user may get, empty when nothing was
+    filtered; ``began``: unix time in nanoseconds at which the search itself began."""
+
+    result: SearchResult
+    eligible: Sequence[float]
+    began: int
 
 
 class Retriever:
@@ -43,7 +54,7 @@ class Retriever:
         self._schema = bundle.schema
         self._within = within
 
-    def retrieve(self, raw: Mapping[str, np.ndarray], ask: Ask, deadline: Deadline) -> SearchResult:
+    def retrieve(self, raw: Mapping[str, np.ndarray], ask: Ask, deadline: Deadline) -> Found:
         """``raw``: one tensor per user feature, (B, dim) float32 or (B, length) int64 raw keys, and what the request
         says of itself (`Schema.context_wire`).
 
@@ -56,8 +67,9 @@ class Retriever:
         state, scorer = self._moment()
         allowed = self._filter(state, context, len(users))
         bids = state.attributes.bids if ask.by_bid and state.attributes is not None else None
+        began = time.time_ns()
         with self._within(deadline):
-            return search(
+            result = search(
                 state.view,
                 scorer,
                 users,
@@ -68,6 +80,8 @@ class Retriever:
                 bids,
                 deadline=deadline,
             )
+        shares = [] if allowed is None else (allowed.eligible() / max(1, state.view.live_items)).tolist()
+        return Found(result, shares, began)
 
     def _await(self, position: int, deadline: Deadline) -> None:
         """Wait until the items know the log up to ``position``. RequestError when they do not in `AFTER_SECONDS`."""

@@ -8,7 +8,7 @@ and together for all requests of a period where the metric allows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 from typing import Any
@@ -21,6 +21,7 @@ OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
 PERIOD = 0.25  # seconds between reports
 TIMED = 500  # answers per period whose times are reported, the first: more would keep the reporter busy
 SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+SHARES = [0.0, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9, 1.0]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,29 @@ class LayerUse:
 
 
 @dataclass(frozen=True)
-class _Timed:
-    seconds: float
+class Answered:
+    """One answered request: its layers, how many users it had and how many of them got no item, and for each user the
+    share of all items that matched its context (none when nothing was filtered)."""
+
     layers: Sequence[LayerUse]
+    users: int
+    empty: int
+    eligible: Sequence[float]
+
+
+_NOTHING = Answered((), 0, 0, ())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What does not change while a version serves: ``created``, unix time; ``workers``: requests that run at once;
+    ``networks``: names of the models that are called through Triton."""
+
+    version: int
+    layers: int
+    created: float
+    workers: int
+    networks: Sequence[str] = ()
 
 
 class _Period:
@@ -43,65 +64,68 @@ class _Period:
     def __init__(self, layers: int) -> None:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.candidates = [0] * layers
-        self.timed: list[_Timed] = []
+        self.users = self.empty = 0
+        self.timed: list[tuple[float, Sequence[LayerUse]]] = []
+        self.eligible: list[float] = []
 
 
 class ServingMetrics:
-    """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer},
-    hsnn_candidates_total{layer}, hsnn_requests_in_flight, hsnn_items, hsnn_items_changed, hsnn_item_log_behind; each
-    also labelled with the model's version.
+    """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer}, hsnn_candidates_total{layer},
+    hsnn_users_total, hsnn_empty_results_total, hsnn_eligible_share, hsnn_bls_failures_total{model},
+    hsnn_requests_in_flight, hsnn_workers, hsnn_items, hsnn_items_changed, hsnn_item_log_behind,
+    hsnn_snapshot_created_seconds; each also labelled with the model's version.
 
     All requests are counted. Times are those of answers that were searched for (not of refusals, which take none),
-    of at most TIMED a period."""
+    of at most TIMED a period; so are shares, of at most TIMED users. ``bls_failures``: calls that failed so far, by
+    model, read at every report.
+    """
 
-    def __init__(self, version: int, layers: int, items: Items) -> None:
-        labels = {"version": str(version)}
-        by_layer = [labels | {"layer": str(layer)} for layer in range(1, layers + 1)]
-        family = pb_utils.MetricFamily
+    def __init__(self, snapshot: Snapshot, items: Items, bls_failures: Mapping[str, int]) -> None:
+        labels = {"version": str(snapshot.version)}
+        by_layer = [labels | {"layer": str(layer)} for layer in range(1, snapshot.layers + 1)]
         # The families are kept: a metric goes when its family is collected.
-        self._families = {
-            "requests": family(
-                name="hsnn_requests_total", description="Requests by outcome", kind=family.COUNTER
-            ),
-            "seconds": family(
-                name="hsnn_request_seconds",
-                description="Seconds from arrival to answer, by request",
-                kind=family.HISTOGRAM,
-            ),
-            "layer_seconds": family(
-                name="hsnn_layer_seconds",
-                description="Seconds in one layer of the search, by request",
-                kind=family.HISTOGRAM,
-            ),
-            "candidates": family(
-                name="hsnn_candidates_total", description="Nodes scored, by layer", kind=family.COUNTER
-            ),
-            "in_flight": family(
-                name="hsnn_requests_in_flight",
-                description="Requests accepted and not answered",
-                kind=family.GAUGE,
-            ),
+        self._families: list[Any] = []
+        counter, gauge, histogram = (
+            getattr(pb_utils.MetricFamily, kind) for kind in ("COUNTER", "GAUGE", "HISTOGRAM")
+        )
+        family = self._family
+        requests = family("hsnn_requests_total", "Requests by outcome", counter)
+        self._requests = {o: requests.Metric(labels=labels | {"outcome": o}) for o in OUTCOMES}
+        seconds = family("hsnn_request_seconds", "Seconds from arrival to answer, by request", histogram)
+        self._seconds = seconds.Metric(labels=labels, buckets=SECONDS)
+        layers = family("hsnn_layer_seconds", "Seconds in one layer of the search, by request", histogram)
+        self._layer_seconds = [layers.Metric(labels=label, buckets=SECONDS) for label in by_layer]
+        candidates = family("hsnn_candidates_total", "Nodes scored, by layer", counter)
+        self._candidates = [candidates.Metric(labels=label) for label in by_layer]
+        self._users = family("hsnn_users_total", "Users answered", counter).Metric(labels=labels)
+        self._empty = family("hsnn_empty_results_total", "Users answered without any item", counter).Metric(
+            labels=labels
+        )
+        share = family("hsnn_eligible_share", "Share of all items that match a user's context", histogram)
+        self._eligible = share.Metric(labels=labels, buckets=SHARES)
+        failures = family("hsnn_bls_failures_total", "Failed calls of a network through Triton", counter)
+        self._failures = {
+            name: failures.Metric(labels=labels | {"model": name}) for name in snapshot.networks
         }
-        self._items = items
-        self._item_gauges = {
-            name: self._gauge(name, description).Metric(labels=labels)
+        self._gauges = {
+            name: family(name, description, gauge).Metric(labels=labels)
             for name, description in (
+                ("hsnn_requests_in_flight", "Requests accepted and not answered"),
+                ("hsnn_workers", "Requests that can run at once"),
                 ("hsnn_items", "Items that can be found"),
                 ("hsnn_items_changed", "Items added since the snapshot, and items that are gone since"),
                 ("hsnn_item_log_behind", "Positions of the item log that are not followed yet"),
+                ("hsnn_snapshot_created_seconds", "When the snapshot was exported, unix time"),
             )
         }
-        self._requests = {
-            outcome: self._metric("requests", labels | {"outcome": outcome}) for outcome in OUTCOMES
-        }
-        self._seconds = self._metric("seconds", labels, buckets=SECONDS)
-        self._layer_seconds = [self._metric("layer_seconds", label, buckets=SECONDS) for label in by_layer]
-        self._candidates = [self._metric("candidates", label) for label in by_layer]
-        self._in_flight = self._metric("in_flight", labels)
+        self._gauges["hsnn_workers"].set(snapshot.workers)
+        self._gauges["hsnn_snapshot_created_seconds"].set(snapshot.created)
+        self._items, self._bls_failures = items, bls_failures
+        self._reported_failures = dict.fromkeys(snapshot.networks, 0)
         self._lock = Lock()
         self._running = 0
-        self._layers = layers
-        self._period = _Period(layers)
+        self._layers = snapshot.layers
+        self._period = _Period(self._layers)
         self._closing = Event()
         self._reporter = Thread(target=self._report, name="hsnn-metrics", daemon=True)
         self._reporter.start()
@@ -111,27 +135,29 @@ class ServingMetrics:
         with self._lock:
             self._running += 1
 
-    def finished(self, outcome: str, seconds: float, layers: Sequence[LayerUse] = ()) -> None:
+    def finished(self, outcome: str, seconds: float, answered: Answered = _NOTHING) -> None:
         """A request was answered; ``outcome`` is one of OUTCOMES."""
         with self._lock:
             self._running -= 1
-            self._period.outcomes[outcome] += 1
-            for number, layer in enumerate(layers):
-                self._period.candidates[number] += layer.candidates
-            if outcome not in ("overload", "unmeetable") and len(self._period.timed) < TIMED:
-                self._period.timed.append(_Timed(seconds, layers))
+            period = self._period
+            period.outcomes[outcome] += 1
+            period.users += answered.users
+            period.empty += answered.empty
+            for number, layer in enumerate(answered.layers):
+                period.candidates[number] += layer.candidates
+            if outcome not in ("overload", "unmeetable") and len(period.timed) < TIMED:
+                period.timed.append((seconds, answered.layers))
+            if len(period.eligible) < TIMED:
+                period.eligible.extend(answered.eligible)
 
     def close(self) -> None:
         """Report what is left and stop."""
         self._closing.set()
         self._reporter.join()
 
-    def _metric(self, family: str, labels: dict[str, str], **options: Any) -> Any:
-        return self._families[family].Metric(labels=labels, **options)
-
-    def _gauge(self, name: str, description: str) -> Any:
-        family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
-        self._families[name] = family
+    def _family(self, name: str, description: str, kind: Any) -> Any:
+        family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+        self._families.append(family)
         return family
 
     def _report(self) -> None:
@@ -146,19 +172,31 @@ class ServingMetrics:
                 pb_utils.Logger.log_warn(f"hsnn_retrieve: metrics were not reported: {error}")
 
     def _apply(self, period: _Period) -> None:
-        self._in_flight.set(self._running)
         view = self._items.state.view
         found, added = view.live_items, len(view.added_ids)
-        self._item_gauges["hsnn_items"].set(found)
-        self._item_gauges["hsnn_items_changed"].set(added + view.items - found)
-        self._item_gauges["hsnn_item_log_behind"].set(self._items.behind)
-        for outcome, count in period.outcomes.items():
+        self._gauges["hsnn_requests_in_flight"].set(self._running)
+        self._gauges["hsnn_items"].set(found)
+        self._gauges["hsnn_items_changed"].set(added + view.items - found)
+        self._gauges["hsnn_item_log_behind"].set(self._items.behind)
+        counts = [
+            *((self._requests[outcome], count) for outcome, count in period.outcomes.items()),
+            *zip(self._candidates, period.candidates),
+            (self._users, period.users),
+            (self._empty, period.empty),
+            *((self._failures[model], self._new_failures(model)) for model in self._failures),
+        ]
+        for metric, count in counts:
             if count:
-                self._requests[outcome].increment(count)
-        for number, count in enumerate(period.candidates):
-            if count:
-                self._candidates[number].increment(count)
-        for timed in period.timed:
-            self._seconds.observe(timed.seconds)
-            for metric, layer in zip(self._layer_seconds, timed.layers):
+                metric.increment(count)
+        for seconds, layers in period.timed:
+            self._seconds.observe(seconds)
+            for metric, layer in zip(self._layer_seconds, layers):
                 metric.observe(layer.seconds)
+        for share in period.eligible:
+            self._eligible.observe(share)
+
+    def _new_failures(self, model: str) -> int:
+        """Failed calls of the model since the last report."""
+        so_far = self._bls_failures.get(model, 0)
+        new, self._reported_failures[model] = so_far - self._reported_failures[model], so_far
+        return new

@@ -52,14 +52,16 @@ class Dockerfile:
         joined = re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
         parts = [Instruction(*line.split(maxsplit=1)) for line in joined]
         starts = [i for i, part in enumerate(parts) if part.keyword == "FROM"]
+        self.arguments = dict(part.text.split("=", 1) for part in parts[: starts[0]])
         self.stages = []
         for start, end in zip(starts, [*starts[1:], len(parts)]):
             base, *alias = parts[start].words
+            base = re.sub(r"\$\{(\w+)}", lambda m: self.arguments[m[1]], base)
             self.stages.append(Stage(alias[-1] if alias else str(start), base, tuple(parts[start + 1 : end])))
 
     @property
     def images(self) -> list[str]:
-        """The images from elsewhere."""
+        """The images from elsewhere, the defaults of ARGs before the first stage filled in."""
         own = {stage.name for stage in self.stages} | {"scratch"}
         return [stage.base for stage in self.stages if stage.base not in own]
 
@@ -140,14 +142,23 @@ def merged(base: Any, over: Any) -> Any:
     return over
 
 
-def compose_complaints(compose: Mapping[str, Any], folder: Path) -> list[str]:
-    """References of a compose file in ``folder`` that lead nowhere, and doors left open."""
+def env_file(text: str) -> dict[str, str]:
+    """NAME=VALUE lines."""
+    return dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def compose_complaints(compose: Mapping[str, Any], folder: Path, images: Mapping[str, str]) -> list[str]:
+    """References of a compose file in ``folder`` that lead nowhere, and doors left open. ``images``: those from
+    elsewhere, by the name of their variable."""
     complaints = []
     services = compose["services"]
+    built = {service["image"] for service in services.values() if "build" in service and "image" in service}
     for name, service in services.items():
         build = service.get("build", {})
         if "image" not in service and not build:
             complaints.append(f"{name}: neither image nor build")
+        elif not build and service["image"] not in {*built, *(f"${{{variable}}}" for variable in images)}:
+            complaints.append(f"{name}: image {service['image']}: neither built here nor in docker/.env")
         if build:
             file = folder / build["context"] / build["dockerfile"]
             if not file.is_file():
@@ -159,11 +170,20 @@ def compose_complaints(compose: Mapping[str, Any], folder: Path) -> list[str]:
         references = {
             "depends on service": (service.get("depends_on", {}), services),
             "secret": (service.get("secrets", []), compose.get("secrets", {})),
-            "volume": ([v.split(":")[0] for v in service.get("volumes", [])], compose.get("volumes", {})),
+            "volume": (
+                [v.split(":")[0] for v in service.get("volumes", []) if not v.startswith("./")],
+                compose.get("volumes", {}),
+            ),
+            "folder": (
+                [v.split(":")[0] for v in service.get("volumes", []) if v.startswith("./")],
+                [f"./{path.relative_to(folder)}" for path in folder.glob("**/")],
+            ),
         }
         for kind, (used, declared) in references.items():
             complaints += [
-                f"{name}: {kind} {one}, which is not declared" for one in used if one not in declared
+                f"{name}: {kind} {one}, which is not {'there' if kind == 'folder' else 'declared'}"
+                for one in used
+                if one not in declared
             ]
         for port in service.get("ports", []):
             if not port.startswith("127.0.0.1:"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.resources
 import json
@@ -21,6 +22,7 @@ from docker_checks import (
     Dockerfile,
     compose_complaints,
     copy_complaints,
+    env_file,
     git_files,
     ignored,
     merged,
@@ -32,6 +34,7 @@ from packaging.specifiers import SpecifierSet
 from clients.items import INDEX_MODEL
 from clients.wire import MODEL as ORCHESTRATOR
 from hsnn_cli.main import parser
+from hsnn_server.probe import add_arguments as add_probe_arguments
 
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -39,13 +42,21 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {
     requirement.name.lower(): requirement
     for requirement in map(
-        Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tensorrt"]]
+        Requirement,
+        [
+            *PROJECT["dependencies"],
+            *(PROJECT["optional-dependencies"][extra][0] for extra in ("tensorrt", "kafka")),
+        ],
     )
 }
 IGNORE = [
     line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
 ]
-STACKS = {"cpu": ["compose.yaml"], "gpu": ["compose.yaml", "compose.gpu.yaml"]}
+STACKS = {
+    "cpu": ["compose.yaml"],
+    **{name: ["compose.yaml", f"compose.{name}.yaml"] for name in ("gpu", "watch", "canary")},
+}
+IMAGES = env_file((DOCKER / ".env").read_text())
 
 
 def dockerfile(name: str) -> Dockerfile:
@@ -116,6 +127,8 @@ def test_secrets_and_runs_never_reach_a_builder_or_git() -> None:
 @each_dockerfile
 def test_images_are_pinned_known_and_run_without_root(path: Path) -> None:
     file = Dockerfile(path.read_text())
+    for variable, image in file.arguments.items():
+        assert IMAGES[variable].partition("@")[0] == image
     for image in file.images:
         name, _, tag = image.partition(":")
         assert name in ("python", "nvcr.io/nvidia/tritonserver")
@@ -158,7 +171,17 @@ def test_every_package_of_the_project_is_in_the_training_image() -> None:
     assert {pattern.rstrip("*") for pattern in packages["include"]} <= copied
 
 
-def test_a_query_needs_no_more_than_the_client_image_has() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["query", "--url", "127.0.0.1:9", "--timeout", "0.2"],
+        ["items", "stats", "--url", "127.0.0.1:9", "--timeout", "0.2"],
+        ["top", "--url", "127.0.0.1:9", "--once"],
+        ["health", "--url", "http://127.0.0.1:9", "--repository", "gone"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_needs_no_more_than_the_client_image_has(arguments: list[str]) -> None:
     """Run with every import refused that the image lacks."""
     image = dockerfile("client")
     copied = {source.rstrip("/") for part in image.all("COPY") for source in part.words[:-1]} - {
@@ -167,7 +190,7 @@ def test_a_query_needs_no_more_than_the_client_image_has() -> None:
     third_party = (
         "torch pyarrow sklearn threadpoolctl tqdm matplotlib onnx onnxscript onnxruntime pytriton pandas"
     )
-    lacking = {*third_party.split(), "hsnn_train", "export", "hsnn_server"} - copied
+    lacking = {*third_party.split(), "hsnn_train", "export", "hsnn_server"} - copied - set(image.pins())
     script = f"""
 import sys
 class Lacking:
@@ -176,13 +199,13 @@ class Lacking:
             raise ModuleNotFoundError(f"the client image has no {{name}}")
 sys.meta_path.insert(0, Lacking())
 from hsnn_cli.main import main
-sys.exit(main(["query", "--url", "127.0.0.1:9", "--timeout", "0.2"]))
+sys.exit(main({arguments!r}))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert re.match(r"hsnn: .*127\.0\.0\.1:9", done.stderr), done.stderr
+    assert re.search(r"127\.0\.0\.1:9", done.stdout + done.stderr), done.stderr
     assert {"numpy", "pyyaml", "tritonclient"} <= set(image.pins())
 
 
@@ -207,18 +230,36 @@ def test_a_served_model_needs_no_more_than_the_serving_image_has(model: str) -> 
     assert set(dockerfile("serve").pins()) == {"numpy", "onnxruntime"}
 
 
-def test_the_serving_images_mode_is_one_that_publish_knows() -> None:
-    text = dockerfile("serve").text
-    modes = {*re.findall(r"ARG MODE=(\w+)", text), *re.findall(r'"\$\{MODE}" = (\w+)', text)}
-    for mode in modes:
-        parser().parse_args(["publish", "run", "--repository", "repo", "--mode", mode])
-    assert modes == {"bls", "in_process"}
+def test_items_change_in_every_mode_so_the_serving_image_has_the_runtime_of_the_item_tower() -> None:
+    """`OnnxItemTower` runs in the orchestrator, also where networks are called through Triton."""
+    assert "import onnxruntime" in (ROOT / "hsnn_core" / "onnx_runner.py").read_text()
+    assert "onnxruntime" in dockerfile("serve").pins()
 
 
-def test_health_is_the_orchestrators_own() -> None:
+def test_health_is_the_smoke_request_asked_by_the_projects_probe() -> None:
     check = dockerfile("serve").last("HEALTHCHECK")
     assert check is not None
-    assert f"http://127.0.0.1:8000/v2/models/{ORCHESTRATOR}/ready" in check.text
+    command = json.loads(check.text.partition("CMD ")[2])
+    assert command[:2] == ["python3", copied_to("hsnn_server/probe.py")]
+    assert probe_options(command[2:]).repository == Path("/models")
+    entrypoint = (DOCKER / "entrypoint.sh").read_text()
+    folder = re.search(r"^tools=(\S+)", entrypoint, re.M)[1]  # type: ignore[index]
+    used = set(re.findall(r'"\$tools/(\w+\.py)"', entrypoint))
+    assert used == {"probe.py", "drain.py"}
+    assert {f"{folder}/{name}" for name in used} == {command[1], copied_to("docker/drain.py")}
+
+
+def probe_options(arguments: list[str]) -> argparse.Namespace:
+    """What the project's probe makes of its arguments."""
+    probe = argparse.ArgumentParser(exit_on_error=False)
+    add_probe_arguments(probe)
+    return probe.parse_args(arguments)
+
+
+def copied_to(source: str) -> str:
+    """Where the serving image has a file of the project."""
+    (target,) = {part.words[-1] for part in dockerfile("serve").all("COPY") if source in part.words[:-1]}
+    return target + Path(source).name if target.endswith("/") else target
 
 
 @each_stack
@@ -236,7 +277,7 @@ def test_compose_files_follow_the_compose_specification(name: str) -> None:
 
 @each_stack
 def test_compose_references_lead_somewhere_and_doors_are_shut(name: str) -> None:
-    assert compose_complaints(stack(name), DOCKER) == []
+    assert compose_complaints(stack(name), DOCKER, IMAGES) == []
 
 
 def test_a_broken_compose_file_is_found() -> None:
@@ -248,9 +289,13 @@ def test_a_broken_compose_file_is_found() -> None:
                 "depends_on": {"three": {}}, "secrets": ["key"], "volumes": ["data:/data"], "read_only": True,
             },
             "four": {"build": {"context": "..", "dockerfile": "docker/gone.Dockerfile"}, "privileged": True},
+            "five": {
+                "image": "somebody/thing:latest", "volumes": ["./gone:/x:ro", "./envoy:/y:ro"], "read_only": True,
+                "security_opt": ["no-new-privileges:true"],
+            },
         }
     }  # fmt: skip
-    assert compose_complaints(compose, DOCKER) == [
+    assert compose_complaints(compose, DOCKER, IMAGES) == [
         "one: neither image nor build",
         "one: port 8000:8000 is open beyond this machine",
         "two: docker/serve.Dockerfile has no stage gone",
@@ -261,6 +306,8 @@ def test_a_broken_compose_file_is_found() -> None:
         "four: docker/gone.Dockerfile: no such Dockerfile",
         "four: may gain privileges",
         "four: its root file system is writable",
+        "five: image somebody/thing:latest: neither built here nor in docker/.env",
+        "five: folder ./gone, which is not there",
     ]
 
 
@@ -268,7 +315,7 @@ def test_a_broken_compose_file_is_found() -> None:
 def test_the_stack_goes_from_training_to_a_query(name: str) -> None:
     services = stack(name)["services"]
     order = ["train", "export", "publish", "triton", "client"]
-    assert list(services) == order
+    assert list(services)[:5] == order
     waits_for = [next(iter(services[name].get("depends_on", {})), None) for name in order]
     assert waits_for == [None, *order[:-1]]
     assert services["client"]["depends_on"]["triton"]["condition"] == "service_healthy"
@@ -277,14 +324,20 @@ def test_the_stack_goes_from_training_to_a_query(name: str) -> None:
 @each_stack
 def test_every_service_command_is_one_the_command_line_takes(name: str) -> None:
     done = {}
-    for service, described in stack(name)["services"].items():
-        entry = Dockerfile(
-            (DOCKER / described["build"]["context"] / described["build"]["dockerfile"]).read_text()
-        )
-        entrypoint = entry.last("ENTRYPOINT")
+    services = stack(name)["services"]
+    files = {
+        s["image"]: DOCKER / s["build"]["context"] / s["build"]["dockerfile"]
+        for s in services.values()
+        if "build" in s
+    }
+    for service, described in services.items():
+        if described["image"] not in files:
+            continue
+        entrypoint = Dockerfile(files[described["image"]].read_text()).last("ENTRYPOINT")
         assert entrypoint is not None
         if entrypoint.words == ["hsnn"]:
-            done[service] = parser().parse_args(described["command"])
+            command = [re.sub(r"\$\{\w+:-(\w+)}", r"\1", word) for word in described["command"]]
+            done[service] = parser().parse_args(command)
     assert done["train"].run == done["export"].run == done["publish"].run
     assert (ROOT / "recipes" / f"{done['train'].recipe}.yaml").is_file()
     mounts = dict(volume.split(":")[:2] for volume in stack(name)["services"]["publish"]["volumes"])
@@ -314,12 +367,56 @@ def test_triton_gets_the_key_the_repository_and_the_time_it_needs() -> None:
     assert "repository=/models\n" in entrypoint
     assert triton["volumes"] == ["models:/models:ro", "items:/items"]
     assert "--item-log /items/log.db" in " ".join(compose["services"]["publish"]["command"])
-    drain, timeout = (
+    drain, flight, timeout = (
         int(re.search(pattern, entrypoint)[1])  # type: ignore[index]
-        for pattern in (r"drain_seconds=(\d+)", r"--exit-timeout-secs=(\d+)")
+        for pattern in (r"drain_seconds=(\d+)", r"drain\.py.*--timeout (\d+)", r"--exit-timeout-secs=(\d+)")
     )
-    assert seconds(triton["stop_grace_period"]) > drain + timeout
+    assert seconds(triton["stop_grace_period"]) > drain + flight + timeout
     assert {port.split(":")[1] for port in triton["ports"]} == set(dockerfile("serve").all("EXPOSE")[0].words)
+
+
+def test_canary_and_stable_differ_in_repository_and_log_and_have_the_names_that_envoy_asks() -> None:
+    services = stack("canary")["services"]
+    stable, canary = services["triton"], services["triton-canary"]
+    assert not {v.split(":")[0] for v in stable["volumes"]} & {v.split(":")[0] for v in canary["volumes"]}
+    assert [v.split(":", 1)[1] for v in stable["volumes"]] == [v.split(":", 1)[1] for v in canary["volumes"]]
+    envoy = yaml.safe_load((DOCKER / "envoy" / "envoy.yaml").read_text())
+    asked = {
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"][
+            "socket_address"
+        ]["address"]
+        for cluster in envoy["static_resources"]["clusters"]
+        if cluster["name"] in ("stable", "canary")
+    }
+    named = {alias for s in (stable, canary) for alias in s["networks"]["default"]["aliases"]}
+    assert named == asked
+    ports = {
+        listener["address"]["socket_address"]["port_value"]
+        for listener in envoy["static_resources"]["listeners"]
+    }
+    assert {int(port.split(":")[2]) for port in services["envoy"]["ports"]} == ports
+
+
+def test_pinning_adds_the_digest_of_every_tag_and_can_be_repeated(tmp_path: Path) -> None:
+    shutil.copy(DOCKER / "pin.sh", tmp_path)
+    shutil.copy(DOCKER / ".env", tmp_path)
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "docker"
+    stand_in.write_text("#!/bin/sh\nprintf sha256:%064d 17\n")
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    for _ in range(2):
+        subprocess.run([tmp_path / "pin.sh"], env=environment, capture_output=True, check=True)
+        pinned = env_file((tmp_path / ".env").read_text())
+        assert {name: image.partition("@")[0] for name, image in pinned.items()} == {
+            name: image.partition("@")[0] for name, image in IMAGES.items()
+        }
+        assert all(re.fullmatch(r"[^@]+@sha256:\d{64}", image) for image in pinned.values())
+    stand_in.write_text("#!/bin/sh\necho unauthorised\n")
+    done = subprocess.run([tmp_path / "pin.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "python:3.11-slim: got 'unauthorised', expected sha256: and 64" in done.stderr
+    assert env_file((tmp_path / ".env").read_text()) == pinned
 
 
 def test_the_guide_names_files_and_commands_that_exist() -> None:

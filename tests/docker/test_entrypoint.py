@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import secrets
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from docker_checks import ROOT, Dockerfile
+from docker_checks import ROOT
 
 from hsnn_core.errors import ServerError
 from hsnn_server.binaries import environment, find_wheel, lay_out
+from hsnn_server.probe import add_arguments as add_probe_arguments
 from hsnn_server.processes import free_ports, remove_regions, wait_until
 from hsnn_server.triton import RESTRICTED
 
@@ -53,7 +56,7 @@ def start(place: Path, *options: str, then: str | None = FOREVER) -> subprocess.
     command = [str(ENTRYPOINT), f"--repository={place / 'models'}", f"--key-file={place / 'key'}", *options]
     return subprocess.Popen(
         command,
-        env={"PATH": f"{place / 'bin'}:{os.environ['PATH']}"},
+        env={"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "HOSTNAME": place.name},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -124,10 +127,115 @@ def test_the_server_gets_the_signal_only_after_the_drain(place: Path) -> None:
     assert "stopping in 1 s" in said
 
 
+def test_requests_in_flight_are_answered_before_the_server_ends(place: Path) -> None:
+    stand_in(place, "python3", f'echo "$*" >> {place}/asked; [[ $1 != *drain.py || ! -e {place}/hangs ]]')
+    with start(place, "--http-port=8123", "--drain-seconds=0", "--probe-failures=0") as process:
+        arguments(place)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 0  # nothing was in flight any more, so it was killed, in order
+    path, *asked = (place / "asked").read_text().split()
+    assert path.endswith("/drain.py")
+    options = dict(zip(asked[::2], asked[1::2]))
+    assert options.keys() == {"--url", "--key-file", "--timeout"}
+    assert options["--url"] == "http://127.0.0.1:8123"
+    assert "--http-port=8123" in arguments(place)
+    (place / "bin" / "arguments").unlink()
+    (place / "hangs").touch()
+    with start(place, "--drain-seconds=0", "--probe-failures=0") as process:
+        arguments(place)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 7  # told to end, and waited for
+
+
 def test_a_server_that_ends_by_itself_ends_the_container_with_its_status(place: Path) -> None:
     with start(place, then="exit 3") as process:
         process.communicate(timeout=10)
     assert process.returncode == 3
+
+
+def stand_in(place: Path, name: str, script: str) -> None:
+    (place / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+    (place / "bin" / name).chmod(0o755)
+
+
+def test_a_server_that_answers_no_more_is_killed_so_that_the_container_ends(place: Path) -> None:
+    stand_in(place, "sleep", "exec /bin/sleep 0.05")
+    stand_in(
+        place,
+        "python3",
+        f'echo "$*" > {place}/asked; [[ -e {place}/healthy ]] || {{ echo dead: no answer; exit 1; }}',
+    )
+    with start(place, "--probe-failures=2") as process:
+        arguments(place)
+        assert wait_until((place / "asked").exists, 5.0)
+        time.sleep(0.3)
+        assert process.poll() is None  # it has not answered yet: it loads
+        (place / "healthy").touch()
+        time.sleep(0.3)
+        (place / "healthy").unlink()
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "probe 2 of 2 failed: dead: no answer" in said
+    assert "ending the server, it does not answer" in said
+    path, *asked = (place / "asked").read_text().split()
+    probe = argparse.ArgumentParser(exit_on_error=False)
+    add_probe_arguments(probe)
+    options = probe.parse_args(asked)
+    assert options.live  # one that is busy must not be restarted
+    assert options.repository == place / "models"
+    assert path.endswith("/probe.py")
+
+
+def test_probes_can_be_left_to_whoever_runs_the_container(place: Path) -> None:
+    stand_in(place, "sleep", "exec /bin/sleep 0.05")
+    stand_in(place, "python3", f'echo "$*" >> {place}/asked')
+    with start(place, "--probe-failures=0", "--drain-seconds=0") as process:
+        arguments(place)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert "probe.py" not in (place / "asked").read_text()
+
+
+def test_connections_end_by_age_within_a_drain(place: Path) -> None:
+    with start(place, "--drain-seconds=20", then="exit 0") as process:
+        process.communicate(timeout=10)
+    (age,) = [a for a in arguments(place) if a.startswith("--grpc-max-connection-age=")]
+    assert 10_000 < float(age.partition("=")[2]) * 1.1 < 20_000  # gRPC varies it by a tenth
+
+
+def test_certificates_are_checked_and_handed_over(place: Path) -> None:
+    for name in ("cert", "tls", "ca"):
+        (place / name).touch()
+    tls = [f"--tls-cert={place / 'cert'}", f"--tls-key={place / 'tls'}", f"--client-ca={place / 'ca'}"]
+    with start(place, *tls, then="exit 0") as process:
+        process.communicate(timeout=10)
+    assert {
+        "--grpc-use-ssl=true", f"--grpc-server-cert={place / 'cert'}", f"--grpc-server-key={place / 'tls'}",
+        "--grpc-use-ssl-mutual=true", f"--grpc-root-cert={place / 'ca'}",
+    } <= set(arguments(place))  # fmt: skip
+    (place / "bin" / "arguments").unlink()
+    assert "give both or neither" in refused(place, tls[0])
+    assert "--client-ca: needs --tls-cert" in refused(place, tls[2])
+    (place / "tls").unlink()
+    assert "tls: no such file, or not readable" in refused(place, *tls[:2])
+
+
+def test_shared_memory_that_a_killed_server_left_is_removed(place: Path) -> None:
+    left = Path("/dev/shm") / f"hsnn-{place.name}-1"
+    others = Path("/dev/shm") / f"hsnn-other-{secrets.token_hex(4)}"
+    left.touch()
+    others.touch()
+    try:
+        with start(place, then="exit 0") as process:
+            process.communicate(timeout=10)
+        assert not left.exists()
+        assert others.exists()
+        assert f"--backend-config=python,shm-region-prefix-name=hsnn-{place.name}-" in arguments(place)
+    finally:
+        others.unlink()
 
 
 def test_a_missing_or_weak_key_is_refused(place: Path) -> None:
@@ -143,6 +251,7 @@ def test_an_empty_repository_and_wrong_options_are_refused(place: Path) -> None:
     (place / "models" / "hsnn_retrieve" / "config.pbtxt").unlink()
     assert "no hsnn_retrieve there; publish first: hsnn publish" in refused(place)
     assert "--drain-seconds: got '5s', expected a whole number" in refused(place, "--drain-seconds=5s")
+    assert "--probe-failures: got '', expected a whole number" in refused(place, "--probe-failures=")
     assert "--log-verbose=1: unknown option" in refused(place, "--log-verbose=1")
 
 
@@ -178,25 +287,21 @@ def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Pa
     )
     wrapper.chmod(0o755)
     ports = dict(zip(("http", "grpc", "metrics"), free_ports(3)))
-    prefix = f"hsnn-docker-{secrets.token_hex(4)}-"
+    prefix = f"hsnn-{place.name}-"
     process = start(
         place,
-        "--drain-seconds=0",
+        "--drain-seconds=1",
+        f"--http-port={ports['http']}",
         "--",
         f"--backend-directory={lay_out(wheel, place / 'backends')}",
-        f"--backend-config=python,shm-region-prefix-name={prefix}",
-        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-port={port}" for name, port in ports.items() if name != "http"),
         *(f"--{name}-address=127.0.0.1" for name in ports),
         f"--log-file={place / 'triton.log'}",
         then=None,
     )
     try:
-        check = Dockerfile((ROOT / "docker" / "serve.Dockerfile").read_text()).last("HEALTHCHECK")
-        assert check is not None
-        script = re.search(r'"-c", "(.*)"]', check.text)
-        assert script is not None
-        healthy = script[1].replace(":8000/", f":{ports['http']}/")
-        assert wait_until(lambda: process.poll() is not None or answers(healthy), 30.0), "not healthy in time"
+        ready = f"http://127.0.0.1:{ports['http']}/v2/models/hsnn_retrieve/ready"
+        assert wait_until(lambda: process.poll() is not None or answers(ready), 30.0), "not ready in time"
         assert process.poll() is None, (place / "triton.log").read_text()[-3000:]
         index = f"http://127.0.0.1:{ports['http']}/v2/repository/index"
         with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -205,6 +310,13 @@ def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Pa
             urllib.request.Request(index, method="POST", headers={"admin-key": KEY})
         ) as answer:
             assert b"hsnn_retrieve" in answer.read()
+        drained = subprocess.run(
+            [sys.executable, ROOT / "docker" / "drain.py", "--url", f"http://127.0.0.1:{ports['http']}", "--key-file",
+             place / "key"], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert drained.returncode == 0, drained.stderr
+        assert not answers(ready)
+        assert "successfully unloaded 'hsnn_retrieve'" in (place / "triton.log").read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -212,10 +324,10 @@ def test_the_real_triton_takes_the_arguments_is_healthy_and_restricted(place: Pa
         remove_regions(prefix)
 
 
-def answers(health_check: str) -> bool:
-    """Whether the image's own health check passes."""
+def answers(url: str) -> bool:
+    """Whether the address answers with success."""
     try:
-        exec(health_check, {})
+        urllib.request.urlopen(url, timeout=1).close()
     except OSError:
         return False
     return True
@@ -227,7 +339,9 @@ def test_every_flag_is_one_of_the_real_tritonserver(place: Path) -> None:
         wheel = find_wheel()
     except ServerError as error:
         pytest.skip(str(error))
-    with start(place, then="exit 0") as process:
+    (place / "file").touch()
+    files = [f"--{name}={place / 'file'}" for name in ("tls-cert", "tls-key", "client-ca")]
+    with start(place, *files, then="exit 0") as process:
         process.communicate(timeout=10)
     shown = subprocess.run(
         [str(wheel.server), "--help"], env=environment(wheel, 1), capture_output=True, text=True, check=False

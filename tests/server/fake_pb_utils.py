@@ -81,12 +81,19 @@ class Request:
     ) -> None:
         self._inputs, self._outputs, self._timeout, self._parameters = inputs, outputs, timeout, parameters
         self.sender = Sender()
+        self.context: str | None = None  # of its trace, as Triton gives it
 
     def inputs(self) -> list[Tensor]:
         return [Tensor(name, values) for name, values in self._inputs.items()]
 
     def parameters(self) -> str:
         return json.dumps(self._parameters)
+
+    def request_id(self) -> str:
+        return "ad-17"
+
+    def trace(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(get_context=lambda: self.context)
 
     def timeout(self) -> int:
         return self._timeout

@@ -88,6 +88,7 @@ def follow(
     """Follow until that many messages are done, or that many lines told; what the follower had to say."""
     lines: list[str] = []
     count = 0
+    caught_up: list[int] = []
     until = time.monotonic() + 30
 
     def progress(more: int) -> None:
@@ -96,15 +97,16 @@ def follow(
 
     def stopped() -> bool:
         assert time.monotonic() < until, (count, lines)
-        return count >= done or len(lines) >= told
+        return (count >= done and bool(caught_up)) or len(lines) >= told
 
     letters = DeadLetters(folder / "bad.jsonl")
     options = {"bootstrap.servers": kafka.brokers} | SESSION
     with KafkaFollower(server, topic, topic, options, letters, 50, lines.append) as follower:  # type: ignore[arg-type]
-        follower.follow(stopped, progress)
+        follower.follow(stopped, progress, lambda: caught_up.append(count))
         counts = follower.counts
         if done < 1 << 30:
             assert follower.lag() == 0
+            assert caught_up == [done]
     letters.close()
     assert counts.applied + counts.stale + counts.bad == count
     return lines
@@ -177,7 +179,7 @@ def test_a_follower_that_is_killed_and_started_again_loses_nothing(kafka: Kafka,
         command = [
             sys.executable, "-m", "hsnn_cli.main", "items", "follow-kafka", "--brokers", kafka.brokers, "--topic",
             "items", "--group", "host-1", "--url", server.urls.grpc, "--batch", "20",
-            "--dead-letters", str(tmp_path / "bad.jsonl"),
+            "--dead-letters", str(tmp_path / "bad.jsonl"), "--ready-file", str(tmp_path / "caught-up"),
         ]  # fmt: skip
         for name, value in SESSION.items():
             command += ["--option", f"{name}={value}"]
@@ -204,6 +206,8 @@ def test_a_follower_that_is_killed_and_started_again_loses_nothing(kafka: Kafka,
         out, err = process.communicate(timeout=20)
         assert process.returncode == 0, err
         assert "stopped: " in out
+        assert "caught up: " in out
+        assert (tmp_path / "caught-up").exists()
         with LogReader(tmp_path / ".items" / "log.db", ELIGIBLE.hash) as reader:
             assert {entry.item: entry.sequence for entry in reader.since(0, 10**6)} == wanted
         with ItemClient(server.urls.grpc) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_snapshot import LAYERS, SCHEMA, K, TinySnapshot, tiny_users, write_configs, write_snapshot
+from tiny_snapshot import (
+    LAYERS,
+    SCHEMA,
+    K,
+    TinySnapshot,
+    item_ids,
+    tiny_users,
+    write_configs,
+    write_snapshot,
+)
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
@@ -310,6 +320,11 @@ def test_metrics_are_exported(server: TritonServer, client: RetrievalClient) -> 
     with pytest.raises(RequestError):
         client.retrieve(tiny_users(), k=101)
     client.retrieve(tiny_users())
+    assert client.retrieve([{}], exclude_items=item_ids()) == [[]]
+    server.unload("hsnn_scorer_l2")
+    with pytest.raises(ServerError, match="hsnn_scorer_l2 version 7 failed"):
+        client.retrieve([{}])
+    server.load("hsnn_scorer_l2")
     url = f"http://{server.urls.metrics}/metrics"
     wanted = [
         'hsnn_requests_total{outcome="ok",version="7"}',
@@ -317,6 +332,10 @@ def test_metrics_are_exported(server: TritonServer, client: RetrievalClient) -> 
         'hsnn_request_seconds_bucket{version="7",le="0.5"}',
         'hsnn_layer_seconds_count{layer="3",version="7"}',
         'hsnn_candidates_total{layer="1",version="7"}',
+        'hsnn_users_total{version="7"}',
+        'hsnn_empty_results_total{version="7"}',
+        'hsnn_eligible_share_count{version="7"}',
+        'hsnn_bls_failures_total{model="hsnn_scorer_l2",version="7"}',
     ]
     until = time.monotonic() + 10
     while True:
@@ -327,6 +346,29 @@ def test_metrics_are_exported(server: TritonServer, client: RetrievalClient) -> 
         assert time.monotonic() < until, {name: lines.get(name) for name in wanted}
         time.sleep(0.1)
     assert float(lines['hsnn_requests_in_flight{version="7"}']) == 0
+    assert float(lines['hsnn_workers{version="7"}']) in (1, 4), "three models here share their metrics"
+    assert abs(time.time() - float(lines['hsnn_snapshot_created_seconds{version="7"}'])) < 600
+    assert float(lines['hsnn_eligible_share_bucket{version="7",le="0"}']) >= 1
+
+
+def test_refused_and_failed_requests_are_logged(server: TritonServer, snapshot: TinySnapshot) -> None:
+    secret = 31.4159
+    tensors = snapshot.users | {"age": np.full((8, 1), secret, np.float32)}
+    tensors["age"][3] = np.inf
+    with pytest.raises(InferenceServerException, match="inf"):
+        raw_infer(server, tensors, request_id="ad-17")
+    lines: list[dict[str, Any]] = []
+    until = time.monotonic() + 10
+    while not lines and time.monotonic() < until:
+        time.sleep(0.1)
+        texts = [line for line in server.log_file.read_text().splitlines() if line.startswith("{")]
+        lines = [line for line in map(json.loads, texts) if line.get("request_id") == "ad-17"]
+    assert [(line["outcome"], line["code"], line["error"]) for line in lines] == [
+        ("invalid", "INVALID_ARGUMENT", "FeatureError")
+    ]
+    assert lines[0]["message"] == "feature 'age': got [#] in row #, expected finite numbers"
+    assert (lines[0]["users"], lines[0]["version"], lines[0]["model"]) == (8, VERSION, "hsnn_retrieve")
+    assert "31.4" not in server.log_file.read_text()
 
 
 def test_a_config_with_another_schema_does_not_load(snapshot: TinySnapshot, server: TritonServer) -> None:

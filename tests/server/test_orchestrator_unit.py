@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from threading import Event
 from types import ModuleType
@@ -17,8 +18,16 @@ import fake_pb_utils
 import numpy as np
 import pytest
 from fake_pb_utils import InferenceResponse, Request, Tensor, TritonError
-from tiny_snapshot import ORCHESTRATOR, SCHEMA, TinySnapshot, orchestrator_parameters, write_snapshot
+from tiny_snapshot import (
+    ORCHESTRATOR,
+    SCHEMA,
+    TinySnapshot,
+    item_ids,
+    orchestrator_parameters,
+    write_snapshot,
+)
 
+from hsnn_core.keys import KEY_MISSING
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
 
@@ -41,11 +50,16 @@ class Orchestrator:
     def start(self, **parameters: Any) -> Orchestrator:
         facts = orchestrator_parameters(self.snapshot.schema) | {k: str(v) for k, v in parameters.items()}
         config = {"parameters": {name: {"string_value": value} for name, value in facts.items()}}
-        self.model.initialize({"model_config": json.dumps(config), "model_version": str(VERSION)})
+        self.model.initialize(
+            {"model_config": json.dumps(config), "model_name": "hsnn_retrieve", "model_version": str(VERSION)}
+        )
         return self
 
-    def ask(self, rows: Any = slice(0, 1), **options: Any) -> Request:
-        request = Request({name: value[rows] for name, value in self.snapshot.users.items()}, **options)
+    def ask(
+        self, rows: Any = slice(0, 1), context: dict[str, np.ndarray] | None = None, **options: Any
+    ) -> Request:
+        users = {name: value[rows] for name, value in self.snapshot.users.items()}
+        request = Request(users | (context or {}), **options)
         assert self.model.execute([request]) is None
         return request
 
@@ -288,6 +302,9 @@ def test_a_failing_model_is_named(
     message, code = orchestrator.error()
     assert message == "RuntimeError: stub is gone"
     assert code == TritonError.INTERNAL
+    orchestrator.model.finalize()
+    failures = orchestrator.pb_utils.MetricFamily.made["hsnn_bls_failures_total"]
+    assert {m.labels["model"]: m.value for m in failures if m.value} == {"hsnn_scorer_l2": 1}
     assert "stub is gone" in orchestrator.pb_utils.Logger.lines[-1], "the unexpected is in the server's log"
 
 
@@ -330,6 +347,27 @@ def test_metrics(orchestrator: Orchestrator) -> None:
     assert made["hsnn_requests_in_flight"][0].value == 0
     assert made["hsnn_items"][0].value == 60
     assert made["hsnn_items_changed"][0].value == made["hsnn_item_log_behind"][0].value == 0
+    assert (made["hsnn_users_total"][0].value, made["hsnn_empty_results_total"][0].value) == (2, 0)
+    assert made["hsnn_workers"][0].value == 4
+    created = datetime.fromisoformat(orchestrator.snapshot.bundle.manifest["created"])
+    assert made["hsnn_snapshot_created_seconds"][0].value == created.timestamp()
+    assert made["hsnn_eligible_share"][0].observed == [], "nothing was filtered"
+    networks = {metric.labels["model"]: metric.value for metric in made["hsnn_bls_failures_total"]}
+    assert networks == dict.fromkeys(["hsnn_user_tower", *(f"hsnn_scorer_l{n}" for n in (1, 2, 3))], 0)
+
+
+def test_metrics_of_filtered_requests(orchestrator: Orchestrator) -> None:
+    """A quarter of the items excluded by one user, all by the other."""
+    every = item_ids()
+    excluded = np.stack([np.where(np.arange(60) < 15, every, KEY_MISSING), every])
+    orchestrator.start()
+    assert orchestrator.ask(slice(0, 2), context={"exclude_items": excluded}).sender.wait().tensors[
+        "valid"
+    ].tolist() == [[10], [0]]
+    orchestrator.model.finalize()
+    made = orchestrator.pb_utils.MetricFamily.made
+    assert made["hsnn_eligible_share"][0].observed == [0.75, 0.0]
+    assert (made["hsnn_users_total"][0].value, made["hsnn_empty_results_total"][0].value) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""A local server of a repository under supervision: what is loaded when it starts anew, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from export.repository import snapshot_models, versions
+from export.rollout import promote
+from hsnn_server.probe import probe
+from hsnn_server.supervisor import PATIENCE, Patience, Supervisor
+from hsnn_server.triton import TritonServer
+
+
+def networks(repository: Path) -> list[str]:
+    """All models of the newest complete snapshot but its orchestrator, which `promote` loads last; none where there is
+    no snapshot. For `TritonServer`'s ``preload``."""
+    newest = versions(repository)[-1:]
+    return [model for version in newest for model in snapshot_models(repository, version)[:-1]]
+
+
+def supervisor(
+    server: TritonServer,
+    repository: Path,
+    patience: Patience = PATIENCE,
+    say: Callable[[str], None] = print,
+) -> Supervisor:
+    """One for a running ``server`` of ``repository``, which promotes its newest snapshot whenever it started again."""
+
+    def start_again() -> int:
+        server.restart()
+        return promote(repository, server.admin)
+
+    return Supervisor(server, start_again, lambda: probe(server.urls.http, repository), patience, say)
+
+
+@contextmanager
+def supervised(
+    server: TritonServer,
+    repository: Path,
+    patience: Patience = PATIENCE,
+    say: Callable[[str], None] = print,
+) -> Iterator[None]:
+    """Within the block a thread supervises a running ``server``. What made it give up is raised at the end."""
+    watching, ended = supervisor(server, repository, patience, say), Event()
+    failures: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            watching.run(ended.is_set)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = Thread(target=watch, name="hsnn-supervisor", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if failures:
+        raise failures[0]

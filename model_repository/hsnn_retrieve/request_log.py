@@ -1,0 +1,136 @@
+"""One line of JSON for every request that was refused or failed, for whoever asks later why.
+
+On standard output, because Triton writes its own log, which quotes what a model says, to standard error: a log
+shipper gets lines that it can parse as they are. No line holds a user's features. They reach the server as numbers, so
+numbers are left out of every text but those of errors that are known to speak of the request's settings and times.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from threading import Event, Lock, Thread
+from typing import Any
+
+from hsnn_core.errors import DeadlineExceeded, Overloaded, RequestError, SchemaMismatch
+
+PERIOD = 1.0  # seconds
+LINES = 10  # per period and outcome; the others are counted
+_LONGEST = 500  # characters of a text that a client may have chosen
+_OF_THE_REQUEST = (RequestError, SchemaMismatch, Overloaded, DeadlineExceeded)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\w.+-]*|inf\b)")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What the log says of a request: ``outcome``, one of `serving_metrics.OUTCOMES`; ``code``: the gRPC status it was
+    answered with; ``k``: None when it asked for the default; ``seconds`` since its arrival; ``trace``: its trace id, if
+    it was traced."""
+
+    outcome: str
+    code: str
+    error: Exception
+    users: int
+    k: Any
+    request_id: str
+    trace: str | None
+    seconds: float
+
+
+def _to_standard_output(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class RequestLog:
+    """Writes at most LINES lines per second and outcome, the first ones, then one that says how many more there were.
+
+    ``add`` only notes the request: a thread writes, so that a reader who is slow holds up no request.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        write: Callable[[str], None] = _to_standard_output,
+        period: float = PERIOD,
+    ) -> None:
+        self._who = {"model": model, "version": version}
+        self._write, self._period = write, period
+        self._lock = Lock()
+        self._lines: list[dict[str, Any]] = []
+        self._counts: dict[str, int] = {}
+        self._closing = Event()
+        self._writer = Thread(target=self._follow, name="hsnn-log", daemon=True)
+        self._writer.start()
+
+    def add(self, refused: Refused) -> None:
+        """Log it, or count it where enough of its kind were logged."""
+        with self._lock:
+            count = self._counts[refused.outcome] = self._counts.get(refused.outcome, 0) + 1
+            if count > LINES:
+                return
+        line = self._line(refused)
+        with self._lock:
+            self._lines.append(line)
+
+    def close(self) -> None:
+        """Write what is left and stop."""
+        self._closing.set()
+        self._writer.join()
+
+    def _line(self, refused: Refused) -> dict[str, Any]:
+        k = refused.k
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "level": "error" if refused.outcome == "error" else "warning",
+            "event": "request",
+            "outcome": refused.outcome,
+            "code": refused.code,
+            "error": type(refused.error).__name__,
+            "message": without_features(refused.error),
+            "users": refused.users,
+            "k": k if isinstance(k, int) else None,
+            "request_id": refused.request_id[:_LONGEST],
+            "trace_id": refused.trace,
+            "seconds": round(refused.seconds, 6),
+            **self._who,
+        }
+
+    def _follow(self) -> None:
+        last = False
+        while not last:
+            last = self._closing.wait(self._period)
+            with self._lock:
+                lines, self._lines = self._lines, []
+                counts, self._counts = self._counts, {}
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            for outcome, count in counts.items():
+                if count > LINES:
+                    lines.append(
+                        {"time": now, "level": "warning", "event": "suppressed", "outcome": outcome,
+                         "count": count - LINES, **self._who}
+                    )  # fmt: skip
+            if lines:
+                with suppress(Exception):  # a log that cannot be written now may be written later
+                    self._write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def without_features(error: Exception) -> str:
+    """The text of an error as a log may hold it."""
+    text = str(error)
+    return (text if isinstance(error, _OF_THE_REQUEST) else _NUMBER.sub("#", text))[:_LONGEST]
+
+
+def traceback_without_features(error: Exception) -> str:
+    """Where an unexpected error came from, in as many lines as Python's own."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    cause = error.__cause__ or error.__context__
+    before = f"{traceback_without_features(cause)}\nwhich led to:\n" if isinstance(cause, Exception) else ""
+    return f"{before}{frames}{type(error).__name__}: {without_features(error)}"
