@@ -21,7 +21,7 @@ from clients.retrieval import RetrievalClient, WireUsers
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
-from export.supervised import networks, supervised
+from export.supervised import models, supervised
 from hsnn_cli.commands_training import load_data
 from hsnn_core.errors import HsnnError, ServerError
 from hsnn_core.item_updates import APPLIED
@@ -76,17 +76,21 @@ def rig(
     requests: int,
     patience: Patience = PATIENCE,
     say: Callable[[str], None] = print,
+    prepare: Callable[[Path], None] | None = None,
 ) -> Iterator[Rig]:
-    """Publish the run's export into a new repository under ``work``, which is emptied first, and serve it."""
+    """Publish the run's export into a new repository under ``work``, which is emptied first, and serve it; ``prepare``
+    is called with the repository in between."""
     run = load_run(run_dir)
     dataset = load_data(run.recipe)
     shutil.rmtree(work, ignore_errors=True)
     repository = work / "repository"
     publish(run_dir, repository, options=ServingOptions(mode=mode, workers=WORKERS))
+    if prepare is not None:
+        prepare(repository)
     users = real_requests(dataset, requests)
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
     with TritonServer(
-        repository, preload=partial(networks, repository), log_file=work / "triton.log"
+        repository, preload=partial(models, repository), log_file=work / "triton.log"
     ) as server:
         promote(repository, server.admin)
         ready = Rig(run, run_dir, repository, server, users, k, mode, dataset.simulated)
