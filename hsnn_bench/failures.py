@@ -16,7 +16,7 @@ from clients.retrieval import RetrievalClient, WireUsers
 from export.pbtxt import INDEX, ORCHESTRATOR
 from export.repository import snapshot_models, versions
 from hsnn_cli.provenance import commit, machine
-from hsnn_core.errors import HsnnError
+from hsnn_core.errors import HsnnError, RequestError
 from hsnn_server.processes import SHARED_MEMORY
 from hsnn_server.supervisor import PATIENCE, Patience
 
@@ -27,10 +27,11 @@ from .small_disks import full, mount_small, own_mounts
 
 QUIET = 3.0  # seconds in which every call must be answered, then it has recovered
 GIVEN_UP = 90.0
-SHARED_MIB, LOG_MIB = 96, 4
+SHARED_MIB, LOG_MIB = 96, 192  # an item log keeps up to 64 MiB beside itself
 _CLOSED_SECONDS = 3.0
 _UPDATES = 20.0  # a second
 _TICK = 0.1
+_MANY = 16  # users of one request
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ def run_failures(
     text); returns the report (see `failures_report`). Full disks are left out, and the report says so, where this
     process may not mount any."""
     made_at = commit()
-    mounted = own_mounts()
+    todo = [failure for failure in failures(mode) if only is None or only in failure.name]
+    if not todo:
+        raise RequestError(
+            f"--only {only!r}: no failure has this in its name; there are {[f.name for f in failures(mode)]}"
+        )
+    mounted = any(failure.small_disks for failure in todo) and own_mounts()
     if mounted:
         mount_small(SHARED_MEMORY, SHARED_MIB)
-    todo = [failure for failure in failures(mode) if only is None or only in failure.name]
     left_out = [failure.name for failure in todo if failure.small_disks and not mounted]
     todo = [failure for failure in todo if failure.name not in left_out]
     found: list[Outcome] = []
@@ -249,12 +254,14 @@ def _full_shared_memory(served: Rig) -> Iterator[None]:
     """And a request of many users, for which the stubs' regions must grow."""
     with full(SHARED_MEMORY):
         try:
-            with RetrievalClient(served.server.urls.grpc, timeout=1.0, retries=0) as client:
+            with RetrievalClient(served.server.urls.grpc, timeout=5.0, retries=0) as client:
                 client.retrieve(
-                    WireUsers({name: values[:64] for name, values in served.users.items()}), k=served.k
+                    WireUsers({name: values[:_MANY] for name, values in served.users.items()}), k=served.k
                 )
         except HsnnError as error:
-            served.lines.append((time.monotonic(), f"a request of 64 users: {type(error).__name__}: {error}"))
+            served.lines.append(
+                (time.monotonic(), f"a request of {_MANY} users: {type(error).__name__}: {error}")
+            )
         yield
 
 

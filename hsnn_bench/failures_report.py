@@ -73,17 +73,15 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {line}{f' ({count} times)' if count > 1 else ''} |")
         if not any(o["supervisor"] for o in outcomes):
             lines.append(f"| {name} | nothing |")
-    lines += ["", "| what clients were told | |", "|---|---|"]
-    told: dict[tuple[str, str], str] = {}
-    for name, outcomes in by_failure.items():
-        for outcome in outcomes:
-            for status, message in outcome["messages"].items():
-                told.setdefault((name, status), message)
-            for message in outcome["updates_failed"]:
-                told.setdefault((name, f"item update: {message.split(' ')[0]}"), message)
-    lines += [
-        f"| {name}: {status} | {' '.join(message.split())} |" for (name, status), message in told.items()
-    ]
+    lines += ["", "| what clients were told, the first of each kind | |", "|---|---|"]
+    told: dict[str, str] = {}
+    for outcome in report["outcomes"]:
+        for status, message in outcome["messages"].items():
+            told.setdefault(status, message)
+        for message in outcome["updates_failed"]:
+            kind = message.partition(":")[0]
+            told.setdefault(f"item update: {'failed' if '/' in kind else kind}", message)
+    lines += [f"| {status} | {' '.join(message.split())} |" for status, message in sorted(told.items())]
     return "\n".join(lines) + "\n"
 
 

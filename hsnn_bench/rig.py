@@ -112,7 +112,7 @@ def rig(
 class ItemChanges:
     """Upserts and deletes of ``items`` made-up items, ``rate`` a second, in a thread while it is entered.
 
-    ``applied``, ``failed``: updates; ``failures``: the messages of failed calls and what they were, with how often."""
+    ``applied``, ``failed``: updates; ``failures``: what the client was told of failed ones, with how many."""
 
     def __init__(self, url: str, rate: float, items: int = 500, batch: int = 5) -> None:
         self._client = ItemClient(url, timeout=2.0, retries=0, batch=batch)
@@ -142,7 +142,7 @@ class ItemChanges:
             try:
                 results = self._client.upsert(rows)
             except HsnnError as error:
-                self._count(f"{error.status} {type(error).__name__}", self._batch)
+                self._count(f"{error.status} {type(error).__name__}: {error}", self._batch)
                 continue
             good = results.count(APPLIED)
             self.applied += good
