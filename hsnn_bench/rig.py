@@ -25,7 +25,7 @@ from export.supervised import models, supervised
 from hsnn_cli.commands_training import load_data
 from hsnn_core.errors import HsnnError, ServerError
 from hsnn_core.item_updates import APPLIED
-from hsnn_server.processes import model_of
+from hsnn_server.stubs import model_of
 from hsnn_server.supervisor import PATIENCE, Patience
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import Run, load_run
