@@ -57,6 +57,7 @@ def supervised(
         try:
             watching.run(ended.is_set)
         except BaseException as error:
+            say(f"supervisor: gave up: {error}")
             failures.append(error)
 
     thread = Thread(target=watch, name="hsnn-supervisor", daemon=True)

@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that was done or seen: ``kind`` "killed", "rollout", "supervisor", "failed call" or "given up"."""
+    """Something that was done or seen: ``kind`` "killed", "rollout", "supervisor" or "failed call"."""
 
     minutes: float
     kind: str
