@@ -72,7 +72,7 @@ def test_a_large_disk_is_never_filled(tmp_path, monkeypatch):
 @pytest.mark.triton
 def test_a_short_endurance_run_and_its_report_alone(shop, tmp_path, capsys):
     command = ["bench", "endurance", str(shop / "run"), "--results", str(tmp_path)]
-    options = ["--minutes", "0.1", "--rollout-every", "0.05", "--kill-every", "0.04", "--updates", "20", "--k", "20",
+    options = ["--minutes", "0.08", "--rollout-every", "0.04", "--kill-every", "0.04", "--updates", "20", "--k", "20",
                "--capacity", "10", "--timeout-ms", "2000", "--work", str(tmp_path / "work")]  # fmt: skip
     assert main([*command, *options]) == 0
     table, incidents, facts, page, plot = paths(tmp_path / f"endurance-{_name(shop)}")
