@@ -195,8 +195,8 @@ class TritonServer:
 
     def restart(self) -> None:
         """End the server at once, in whatever state it is, and start it again where it was: ports, key file, log
-        file and state file stay, and /dev/shm is cleaned. No model is loaded. ServerError when it does not come up;
-        then it can be tried again."""
+        file and state file stay, and /dev/shm is cleaned. Loaded are the models of ``preload`` alone. ServerError when
+        it does not come up; then it can be tried again."""
         state = self._running()
         state.process.stop(0.0)
         remove_regions(state.region_prefix)

@@ -161,6 +161,12 @@ def test_a_refusal_is_not_a_death(
     assert verdict.alive == (state == BUSY)
 
 
+def test_another_programs_server_raises_nothing(server: Server, repository: Path) -> None:
+    server.versions = ["one"]
+    verdict = probe(server.url, repository)
+    assert verdict.state == WRONG and "is not the hsnn_retrieve of" in verdict.reason
+
+
 def test_it_takes_no_longer_than_it_is_given(server: Server, repository: Path) -> None:
     def slow(head: dict[str, Any], data: bytes) -> tuple[int, bytes, dict[str, str]]:
         time.sleep(0.5)
@@ -188,6 +194,10 @@ def test_nobody_there_and_nothing_loaded(server: Server, repository: Path, tmp_p
         (lambda: tensors(items=np.full((1, 4), 11, np.int64)), "items that are no ranking"),
         (lambda: tensors(probabilities=PROBABILITIES / 2), "answers 0 of 4 items with the probabilities"),
         (lambda: (200, b"{}", {}), "the answer is not one of hsnn_retrieve"),
+        (
+            lambda: (200, json.dumps({"outputs": 7}).encode(), {"Inference-Header-Content-Length": "14"}),
+            "answer is not",
+        ),
     ],
 )
 def test_a_wrong_answer_is_said_and_no_reason_to_restart(

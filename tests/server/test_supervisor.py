@@ -36,7 +36,7 @@ class World:
         self.did.append(f"{self.now:.1f} revive {model} {version}")
         if not self.revives:
             raise ServerError("can't load\nthe log")
-        self.dead = []
+        self.dead = [other for other in self.dead if other != (model, version)]
 
     def start_again(self) -> int:
         self.did.append(f"{self.now:.1f} start")
@@ -71,6 +71,22 @@ def test_a_dead_stub_is_loaded_again_at_once() -> None:
     assert world.said == ["supervisor: the stub of hsnn_retrieve version 3 has died; loaded again in 0.0 s"]
 
 
+def test_stubs_that_die_together_are_loaded_together() -> None:
+    world = World()
+    world.dead = [("a", 3), ("b", 3), ("c", 2)]
+    world.run(100)
+    assert [text.split()[1:] for text in world.did] == [
+        ["revive", "a", "3"],
+        ["revive", "b", "3"],
+        ["revive", "c", "2"],
+    ]
+    assert "the stubs of a version 3, b version 3, c version 2 have died; loaded again" in world.said[0]
+    world = World(revivals=2)
+    world.dead = [("a", 3), ("b", 3), ("c", 2)]
+    world.run(100)
+    assert [text.split()[1] for text in world.did] == ["start"]
+
+
 def test_a_stub_that_dies_again_takes_a_new_server() -> None:
     world = World(settled=20).run(1)
     for _ in range(2):
@@ -96,7 +112,7 @@ def test_a_load_that_fails_takes_a_new_server() -> None:
     world.run(1)
     assert [text.split()[1] for text in world.did] == ["revive", "start"]
     assert (
-        "the stub of m version 1 has died and it could not be loaded again: can't load; starting"
+        "the stub of m version 1 has died and could not be loaded again: can't load; starting"
         in world.said[0]
     )
     assert "the log" not in world.said[0]
