@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from clients.items import ItemClient
 from clients.retrieval import RetrievalClient, WireUsers
 from export.pbtxt import INDEX, ORCHESTRATOR
 from export.repository import snapshot_models, versions
@@ -32,6 +33,7 @@ _CLOSED_SECONDS = 3.0
 _UPDATES = 20.0  # a second
 _TICK = 0.1
 _MANY = 16  # users of one request
+_UNKNOWN, _DELETES = 1 << 42, 50_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def failures(mode: Mode) -> list[Failure]:
         Failure("server stopped for 2 s (SIGSTOP, SIGCONT)", 2.0, _stopped(lambda rig: rig.server.pid)),
         Failure("server stopped for 15 s", 15.0, _stopped(lambda rig: rig.server.pid)),
         Failure("/dev/shm full for 5 s", 5.0, _full_shared_memory, small_disks=True),
-        Failure("item log's disk full for 5 s", 5.0, lambda rig: full(_log_folder(rig)), small_disks=True),
+        Failure("item log's disk full for 5 s", 5.0, _full_log, small_disks=True),
     ]
     return found if mode == "bls" else [failure for failure in found if "tower" not in failure.name]
 
@@ -265,8 +267,20 @@ def _full_shared_memory(served: Rig) -> Iterator[None]:
         yield
 
 
-def _log_folder(served: Rig) -> Path:
-    return served.repository / ".items"
+@contextmanager
+def _full_log(served: Rig) -> Iterator[None]:
+    """And as many updates as need room: a log reuses what it has beside it, and would not notice for a while. They are
+    deletes of items that are not there, so that nothing else changes."""
+    with full(served.repository / ".items"):
+        with ItemClient(served.server.urls.grpc, timeout=10.0, retries=0) as client:
+            results = client.delete(range(_UNKNOWN, _UNKNOWN + _DELETES))
+        told = {message for _, message in results.reasons("failed")}
+        served.lines.append((
+            time.monotonic(),
+            f"{_DELETES:,} more updates: {results.count('applied'):,} applied, {results.count('failed'):,} failed: "
+            f"{'; '.join(sorted(told)) or 'none'}",
+        ))  # fmt: skip
+        yield
 
 
 def _small_log(repository: Path) -> None:

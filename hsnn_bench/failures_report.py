@@ -65,12 +65,12 @@ def render(report: Mapping[str, Any]) -> str:
         "moment. Calls are those sent from the failure until all had been answered for three seconds; full disks are "
         "small ones that only the bench sees.",
         "",
-        "| failure | what the supervisor did |",
+        "| failure | what the supervisor did, and what the bench asked besides |",
         "|---|---|",
     ]
     for name, outcomes in by_failure.items():
         for line, count in Counter(line for o in outcomes for line in o["supervisor"]).items():
-            lines.append(f"| {name} | {line}{f' ({count} times)' if count > 1 else ''} |")
+            lines.append(f"| {name} | {' '.join(line.split())}{f' ({count} times)' if count > 1 else ''} |")
         if not any(o["supervisor"] for o in outcomes):
             lines.append(f"| {name} | nothing |")
     lines += ["", "| what clients were told, the first of each kind | |", "|---|---|"]
