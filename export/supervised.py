@@ -9,16 +9,19 @@ from threading import Event, Thread
 
 from export.repository import snapshot_models, versions
 from export.rollout import promote
-from hsnn_server.probe import probe
+from hsnn_server.probe import Verdict, probe
 from hsnn_server.supervisor import PATIENCE, Patience, Supervisor
 from hsnn_server.triton import TritonServer
 
+PROBE_SECONDS = 2.0  # on a machine that is busy with other things, an answer may well take one
 
-def networks(repository: Path) -> list[str]:
-    """All models of the newest complete snapshot but its orchestrator, which `promote` loads last; none where there is
-    no snapshot. For `TritonServer`'s ``preload``."""
+
+def models(repository: Path) -> list[str]:
+    """The models of the newest complete snapshot; none where there is none. For `TritonServer`'s ``preload``: all at
+    once, while `promote` loads one after the other, which takes twice as long. What `promote` checks is checked all
+    the same, when it finds them loaded."""
     newest = versions(repository)[-1:]
-    return [model for version in newest for model in snapshot_models(repository, version)[:-1]]
+    return [model for version in newest for model in snapshot_models(repository, version)]
 
 
 def supervisor(
@@ -33,7 +36,10 @@ def supervisor(
         server.restart()
         return promote(repository, server.admin)
 
-    return Supervisor(server, start_again, lambda: probe(server.urls.http, repository), patience, say)
+    def ask() -> Verdict:
+        return probe(server.urls.http, repository, PROBE_SECONDS)
+
+    return Supervisor(server, start_again, ask, patience, say)
 
 
 @contextmanager
@@ -51,6 +57,7 @@ def supervised(
         try:
             watching.run(ended.is_set)
         except BaseException as error:
+            say(f"supervisor: gave up: {error}")
             failures.append(error)
 
     thread = Thread(target=watch, name="hsnn-supervisor", daemon=True)

@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that was done or seen: ``kind`` "killed", "rollout", "supervisor", "failed call" or "given up"."""
+    """Something that was done or seen: ``kind`` "killed", "rollout", "supervisor" or "failed call"."""
 
     minutes: float
     kind: str
@@ -248,7 +248,10 @@ class _Sampler:
         self._updates = updates
         lines = self._served.lines[self._lines :]
         self._lines += len(lines)
-        seen = [Incident((at - self._began) / 60, "supervisor", text) for at, text in lines]
+        seen = [
+            Incident((at - self._began) / 60, "supervisor", text.removeprefix("supervisor: "))
+            for at, text in lines
+        ]
         kept = failed[: max(0, _ERRORS_KEPT - self._kept)]
         self._kept += len(kept)
         seen += [

@@ -21,11 +21,11 @@ from clients.retrieval import RetrievalClient, WireUsers
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
-from export.supervised import networks, supervised
+from export.supervised import models, supervised
 from hsnn_cli.commands_training import load_data
 from hsnn_core.errors import HsnnError, ServerError
 from hsnn_core.item_updates import APPLIED
-from hsnn_server.processes import model_of
+from hsnn_server.stubs import model_of
 from hsnn_server.supervisor import PATIENCE, Patience
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import Run, load_run
@@ -76,17 +76,21 @@ def rig(
     requests: int,
     patience: Patience = PATIENCE,
     say: Callable[[str], None] = print,
+    prepare: Callable[[Path], None] | None = None,
 ) -> Iterator[Rig]:
-    """Publish the run's export into a new repository under ``work``, which is emptied first, and serve it."""
+    """Publish the run's export into a new repository under ``work``, which is emptied first, and serve it; ``prepare``
+    is called with the repository in between."""
     run = load_run(run_dir)
     dataset = load_data(run.recipe)
     shutil.rmtree(work, ignore_errors=True)
     repository = work / "repository"
     publish(run_dir, repository, options=ServingOptions(mode=mode, workers=WORKERS))
+    if prepare is not None:
+        prepare(repository)
     users = real_requests(dataset, requests)
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
     with TritonServer(
-        repository, preload=partial(networks, repository), log_file=work / "triton.log"
+        repository, preload=partial(models, repository), log_file=work / "triton.log"
     ) as server:
         promote(repository, server.admin)
         ready = Rig(run, run_dir, repository, server, users, k, mode, dataset.simulated)
@@ -108,7 +112,7 @@ def rig(
 class ItemChanges:
     """Upserts and deletes of ``items`` made-up items, ``rate`` a second, in a thread while it is entered.
 
-    ``applied``, ``failed``: updates; ``failures``: the messages of failed calls and what they were, with how often."""
+    ``applied``, ``failed``: updates; ``failures``: what the client was told of failed ones, with how many."""
 
     def __init__(self, url: str, rate: float, items: int = 500, batch: int = 5) -> None:
         self._client = ItemClient(url, timeout=2.0, retries=0, batch=batch)
@@ -138,7 +142,7 @@ class ItemChanges:
             try:
                 results = self._client.upsert(rows)
             except HsnnError as error:
-                self._count(f"{error.status} {type(error).__name__}", self._batch)
+                self._count(f"{error.status} {type(error).__name__}: {error}", self._batch)
                 continue
             good = results.count(APPLIED)
             self.applied += good

@@ -1,4 +1,4 @@
-"""hsnn bench endurance: what serves when things are killed, filled and stopped."""
+"""hsnn bench failures | endurance: what serves when things are killed, filled and stopped."""
 
 from __future__ import annotations
 
@@ -44,6 +44,28 @@ def add_kinds(kinds: Any) -> None:
     _served(endurance, "endurance")
     endurance.set_defaults(run_command=run_endurance)
 
+    failures = kinds.add_parser(
+        "failures", help="kill, stop and fill things under load: time to recovery, and what clients see",
+        formatter_class=FORMAT,
+        description="Serve an exported run under the supervisor of hsnn serve, load it through the real client, and "
+        "break one thing\nafter another: Python stubs and the server killed or stopped, /dev/shm and the item log's "
+        "disk full (small ones,\nfor this command alone; needs root). Writes failures-RUN.json and .md.",
+        epilog="examples:\n  hsnn bench failures runs/demo/run\n"
+        "  hsnn bench failures runs/demo/run --rounds 1 --only killed",
+    )  # fmt: skip
+    failures.add_argument("run", type=Path, help="run directory that hsnn export finished")
+    failures.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="of all failures (default: %(default)s)"
+    )
+    failures.add_argument("--only", metavar="TEXT", help="failures whose name has this text")
+    failures.add_argument(
+        "--load", type=float, default=0.5, help="share of the capacity (default: %(default)s)"
+    )
+    failures.add_argument("--capacity", type=float, metavar="RATE",
+                          help="requests a second (default: measured, two calls always under way)")  # fmt: skip
+    _served(failures, "failures")
+    failures.set_defaults(run_command=run_failures)
+
 
 def _served(command: Any, work: str) -> None:
     command.add_argument("--mode", choices=("bls", "in_process"), default="bls",
@@ -70,6 +92,29 @@ def _name(run: Path) -> str:
     """What a run is called in its reports: the folder above for `demo/run`."""
     path = run.resolve()
     return path.parent.name if path.name == "run" else path.name
+
+
+def run_failures(options: argparse.Namespace) -> None:
+    """hsnn bench failures."""
+    from hsnn_bench.failures import run_failures as run
+    from hsnn_bench.failures_report import write_report
+    from hsnn_server.processes import ended_like_ctrl_c
+
+    at_least_one(options, "k", "requests", "rounds")
+    _positive(options, "load", "capacity", "timeout_ms")
+    command = typed(
+        options, f"hsnn bench failures {options.run}", rounds=3, only=None, load=0.5, capacity=None, mode="bls", k=100,
+        timeout_ms=1000.0, requests=1000,
+    )  # fmt: skip
+    with ended_like_ctrl_c():
+        report = run(
+            options.run, rounds=options.rounds, load=options.load, capacity=options.capacity, mode=options.mode,
+            k=options.k, timeout=options.timeout_ms / 1000, requests=options.requests, work=options.work,
+            command=command, only=options.only,
+        )  # fmt: skip
+    written = write_report(report, options.results / f"failures-{_name(options.run)}")
+    print(written.read_text())
+    print(f"report: {written}")
 
 
 def run_endurance(options: argparse.Namespace) -> None:

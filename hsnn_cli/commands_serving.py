@@ -160,7 +160,7 @@ def serving_options(options: argparse.Namespace, repository: Path) -> Any:
 def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
     from export.rollout import promote
-    from export.supervised import networks, supervisor
+    from export.supervised import models, supervisor
     from hsnn_server.triton import TritonServer
 
     if options.stop is not None:
@@ -175,7 +175,7 @@ def run_serve(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log_file=options.log,
-        preload=partial(networks, options.repository),
+        preload=partial(models, options.repository),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls

@@ -84,6 +84,8 @@ def probe(url: str, repository: str | Path, timeout: float = TIMEOUT) -> Verdict
         state = HEALTHY
     except _Unanswered as found:
         state, reason = found.args
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        state, reason = WRONG, f"what answers at {url} is not the {MODEL} of {repository} ({error!r})"
     return Verdict(state, reason, time.monotonic() - began)
 
 

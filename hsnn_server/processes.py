@@ -168,17 +168,6 @@ def remove_regions(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def model_of(pid: int) -> tuple[str, int] | None:
-    """The model and version that a Python stub runs: <repository>/<model>/<version>/<file> is its first argument. None
-    for a process that is none, or is gone."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        _, model, version, _ = words[1].decode().rsplit("/", 3)
-        return model, int(version)
-    except (OSError, ValueError, IndexError):
-        return None
-
-
 @dataclass(frozen=True)
 class _Status:
     dead: bool

@@ -92,9 +92,8 @@ class Supervisor:
         if not self._server.alive():
             self._start_again("its process has ended")
             return
-        dead = self._dead_models()
-        for model, version in dead:
-            self._revive(model, version)
+        if dead := self._dead_models():
+            self._revive(dead)
         if dead or self._clock() >= self._next_probe:
             self._probe_it()
 
@@ -123,21 +122,24 @@ class Supervisor:
             if now - self._healthy_since >= self._patience.settled:
                 self._attempts = 0
 
-    def _revive(self, model: str, version: int) -> None:
-        what = f"the stub of {model} version {version} has died"
-        if (
-            self._attempts or self._revived >= self._patience.revivals
-        ):  # it did not hold, or has left enough behind
+    def _revive(self, dead: list[tuple[str, int]]) -> None:
+        named = ", ".join(f"{model} version {version}" for model, version in dead)
+        what = f"the stub{'s' * (len(dead) > 1)} of {named} {'have' if len(dead) > 1 else 'has'} died"
+        if self._attempts:  # it was tried, and did not hold
             self._start_again(what)
+            return
+        if self._revived + len(dead) > self._patience.revivals:
+            self._start_again(f"{what}, and {self._revived} stubs before")
             return
         began = self._clock()
         try:
-            self._server.revive(model, version)
+            for model, version in dead:
+                self._server.revive(model, version)
         except ServerError as error:
-            self._start_again(f"{what} and it could not be loaded again: {first_line(error)}")
+            self._start_again(f"{what} and could not be loaded again: {first_line(error)}")
             return
         self._attempts = 1
-        self._revived += 1
+        self._revived += len(dead)
         self._healthy_since = None
         self._say(f"supervisor: {what}; loaded again in {self._clock() - began:.1f} s")
 
@@ -158,7 +160,7 @@ class Supervisor:
             self._failures, self._revived, self._healthy_since = 0, 0, None
             try:
                 version = self._restart()
-            except HsnnError as error:
+            except (HsnnError, OSError) as error:
                 reason = first_line(error)
                 continue
             self._next_probe = self._clock()

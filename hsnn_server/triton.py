@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import secrets
 import shutil
 import tempfile
@@ -24,11 +23,11 @@ from .processes import (
     free_ports,
     launch,
     listening,
-    model_of,
     remove_regions,
     wait_until,
 )
 from .state import ServerState, Urls, write_private
+from .stubs import dead, make_newer
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
 RESTRICTED = "model-repository,shared-memory,trace,logging"
@@ -196,8 +195,8 @@ class TritonServer:
 
     def restart(self) -> None:
         """End the server at once, in whatever state it is, and start it again where it was: ports, key file, log
-        file and state file stay, and /dev/shm is cleaned. No model is loaded. ServerError when it does not come up;
-        then it can be tried again."""
+        file and state file stay, and /dev/shm is cleaned. Loaded are the models of ``preload`` alone. ServerError when
+        it does not come up; then it can be tried again."""
         state = self._running()
         state.process.stop(0.0)
         remove_regions(state.region_prefix)
@@ -219,19 +218,9 @@ class TritonServer:
         return True
 
     def revive(self, model: str, version: int) -> None:
-        """Load a version whose Python stub has died once more, while all others go on serving.
-
-        Triton takes a version that it has for unchanged, dead or not, until a file of it is newer; it never ends an
+        """Load a version whose Python stub has died once more, while all others go on serving: Triton never ends an
         unload of a dead one. ServerError when the load fails, or the repository can't be written."""
-        graphs = sorted((self._repository / model / str(version)).glob("model.*"))
-        if not graphs:
-            raise ServerError(f"{self._repository / model / str(version)}: no model file there to load again")
-        try:
-            os.utime(graphs[0])
-        except OSError as error:
-            raise ServerError(
-                f"{graphs[0]}: its time can't be set ({error.strerror}), and Triton loads nothing older again"
-            ) from error
+        make_newer(self._repository / model / str(version))
         self.load(model)
 
     def dead_models(self) -> list[tuple[str, int]]:
@@ -243,12 +232,9 @@ class TritonServer:
         if living == self._looked_at:
             return []
         with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS) as admin:
-            entries = admin.index()
-        stubs = {model_of(pid) for pid in living}
-        ready = [(entry.model, entry.version) for entry in entries if entry.state == "READY"]
-        dead = [(model, version) for model, version in ready if version and (model, version) not in stubs]
-        self._looked_at = None if dead else living
-        return dead
+            found = dead(admin.index(), living)
+        self._looked_at = None if found else living
+        return found
 
     def load(self, model: str) -> None:
         """Load or reload ``model``; returns when it is ready. A new version that fails leaves the old one

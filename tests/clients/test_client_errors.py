@@ -51,6 +51,7 @@ def test_every_failure_has_its_error(status: str, message: str, kind: type[HsnnE
     error = translate(failure(status, message), "h:1", "m", 0.25)
     assert type(error) is kind
     assert text in str(error)
+    assert error.status == status
 
 
 def test_a_lost_connection_is_tried_again_while_time_remains() -> None:

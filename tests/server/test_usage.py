@@ -43,3 +43,21 @@ def test_shared_memory_counts_pages_in_use():
     finally:
         region.close()
         region.unlink()
+
+
+def test_regions_of_living_processes_are_told_from_those_that_are_left():
+    region = SharedMemory(create=True, size=1 << 20)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()", region.name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline()  # it is up
+        region.buf[:] = b"x" * (1 << 20)
+        assert shared_bytes(region.name, [child.pid, os.getpid()]) == shared_bytes(region.name) >= 1 << 20
+        assert shared_bytes(region.name, [os.getpid()]) == 0
+    finally:
+        child.communicate(b"\n")
+        region.close()
+        region.unlink()

@@ -1,0 +1,42 @@
+"""The Python stubs of a server: which version each runs, which have died, and how to bring one back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from clients.admin import ModelVersion
+from hsnn_core.errors import ServerError
+
+
+def model_of(pid: int) -> tuple[str, int] | None:
+    """The model and version that a Python stub runs: <repository>/<model>/<version>/<file> is its first argument. None
+    for a process that is none, or is gone."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        _, model, version, _ = words[1].decode().rsplit("/", 3)
+        return model, int(version)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def dead(entries: Iterable[ModelVersion], living: Iterable[int]) -> list[tuple[str, int]]:
+    """The versions that Triton calls ready (``entries``: its index) and none of the ``living`` processes runs."""
+    running = {model_of(pid) for pid in living}
+    ready = [(entry.model, entry.version) for entry in entries if entry.state == "READY"]
+    return [(model, version) for model, version in ready if version and (model, version) not in running]
+
+
+def make_newer(directory: Path) -> None:
+    """Set the time of a version's model file, so that Triton's next load takes the version for a changed one: it does
+    not load again what it has, dead or not. ServerError where there is none, or the repository can't be written."""
+    files = sorted(directory.glob("model.*"))
+    if not files:
+        raise ServerError(f"{directory}: no model file there to load again")
+    try:
+        os.utime(files[0])
+    except OSError as error:
+        raise ServerError(
+            f"{files[0]}: its time can't be set ({error.strerror}), and Triton loads nothing older again"
+        ) from error
