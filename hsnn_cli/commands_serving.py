@@ -68,6 +68,10 @@ def add_commands(commands: Any) -> None:
     serve.add_argument(
         "--log", type=Path, default=None, help="server log file (default: gone with the server)"
     )
+    serve.add_argument("--trace-endpoint", metavar="URL", help="collector to send traces to, OTLP over HTTP, like "
+                       "http://127.0.0.1:4318/v1/traces (default: no tracing)")  # fmt: skip
+    serve.add_argument("--trace-rate", type=int, default=1000, metavar="N", help="of the requests without a trace "
+                       "context trace every N-th; those with one are traced (default: %(default)s)")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     query = commands.add_parser(
@@ -144,6 +148,7 @@ def serving_options(options: argparse.Namespace, repository: Path) -> Any:
 def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
     from export.rollout import promote
+    from hsnn_server.tracing import Tracing
     from hsnn_server.triton import TritonServer
 
     if options.stop is not None:
@@ -158,6 +163,9 @@ def run_serve(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log_file=options.log,
+        tracing=None
+        if options.trace_endpoint is None
+        else Tracing(options.trace_endpoint, options.trace_rate),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls

@@ -18,6 +18,7 @@ from hsnn_core.errors import ServerError
 from .binaries import environment, find_wheel, lay_out
 from .processes import HOST, check_port_free, ended_like_ctrl_c, free_ports, launch, listening, wait_until
 from .state import ServerState, Urls, write_private
+from .tracing import Tracing
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
 RESTRICTED = "model-repository,shared-memory,trace,logging"
@@ -40,8 +41,8 @@ class TritonServer:
     port in use is refused. ``threads``: threads of NumPy in each model, and of each network whose
     config.pbtxt does not set ``intra_op_thread_count``. ``log_file``: kept where it is; by default the log
     goes with the server. ``state_file``: written once the server is up and removed with it, for ``attach``.
-    ``arguments``: further arguments of tritonserver. Seconds: ``start_timeout`` until the server answers,
-    ``load_timeout`` per model.
+    ``tracing``: off unless given. ``arguments``: further arguments of tritonserver. Seconds: ``start_timeout``
+    until the server answers, ``load_timeout`` per model.
 
     Model control, shared memory, tracing and logging settings are refused without ``admin_key``. A new key
     is made for every server and kept in a file of mode 0600; Triton takes it as an argument only, so
@@ -63,6 +64,7 @@ class TritonServer:
         threads: int = 1,
         log_file: str | Path | None = None,
         state_file: str | Path | None = None,
+        tracing: Tracing | None = None,
         arguments: Sequence[str] = (),
         start_timeout: float = 60.0,
         load_timeout: float = 120.0,
@@ -73,6 +75,7 @@ class TritonServer:
         self._threads = threads
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._state_file = None if state_file is None else Path(state_file).absolute()
+        self._tracing = tracing
         self._arguments = tuple(arguments)
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
@@ -246,7 +249,10 @@ class TritonServer:
             log = self._log_file or directory / "triton.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             command = [str(wheel.server), *self._options(directory, backends, ports, prefix)]
-            process = launch(command, environment(wheel, self._threads), directory / "empty", log)
+            variables = environment(wheel, self._threads)
+            if self._tracing is not None:
+                variables |= self._tracing.environment()
+            process = launch(command, variables, directory / "empty", log)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -279,6 +285,7 @@ class TritonServer:
             "--disable-auto-complete-config",
             *(f"--{name}={value}" for name, value in options.items()),
             *(f"--backend-config=python,{name}={value}" for name, value in stubs.items()),
+            *(self._tracing.arguments() if self._tracing is not None else ()),
             *self._arguments,
         ]
 
