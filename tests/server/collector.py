@@ -29,7 +29,7 @@ class Collector:
 
     def traced(self, send: Callable[[], str], names: set[str]) -> dict[str, dict[str, Any]]:
         """The spans of a request by their names, as soon as there are all ``names``. ``send``: sends one and returns
-        its trace id; again where nothing comes, since Triton 2.51 overlooks the context of one in a hundred."""
+        its trace id; again where nothing comes, since Triton 2.51 overlooks the context of some."""
         for _ in range(5):
             trace_id = send()
             until = time.monotonic() + 5
