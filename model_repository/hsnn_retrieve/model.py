@@ -186,7 +186,7 @@ class _Call:
         try:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:  # the client is gone, or the answer was already sent
-            pb_utils.Logger.log_warn(f"hsnn_retrieve: could not send {message!r}: {error}")
+            pb_utils.Logger.log_warn(f"hsnn_retrieve: an answer could not be sent: {error}")
 
 
 # The gRPC statuses of `_meaning`, by outcome.
