@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import yaml
 from collector import Collector, collecting
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from opentelemetry.sdk.trace import TracerProvider
 from tiny_snapshot import LAYERS, item_ids, tiny_users, write_configs, write_snapshot
 
@@ -99,6 +102,37 @@ def test_the_dashboard_is_whole() -> None:
         assert [target["datasource"]["uid"] for target in panel["targets"]] == ["${datasource}"] * len(
             panel["targets"]
         )
+
+
+def as_grafana_reads_it(dashboard: dict[str, Any]) -> dict[str, Any]:
+    """Through Grafana's own types: a field that they do not know is lost."""
+    read: dict[str, Any] = json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder))
+    return read
+
+
+def lost(given: Any, read: Any, where: str = "") -> list[str]:
+    """What is in ``given`` and is not the same in ``read``, by its path."""
+    if isinstance(given, dict):
+        return [one for key in given for one in lost(given[key], read.get(key), f"{where}.{key}")]
+    if isinstance(given, list) and len(given) == len(read or ()):
+        return [
+            one
+            for i, (ours, theirs) in enumerate(zip(given, read))
+            for one in lost(ours, theirs, f"{where}.{i}")
+        ]
+    return [] if given == read else [where]
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    register_default_plugins()
+    dashboard = json.loads(FILE.read_text())
+    assert lost(dashboard, as_grafana_reads_it(dashboard)) == []
+    dashboard["panels"][7]["options"]["legend"]["palcement"] = "bottom"
+    dashboard["refersh"] = "5s"
+    assert lost(dashboard, as_grafana_reads_it(dashboard)) == [
+        ".panels.7.options.legend.palcement",
+        ".refersh",
+    ]
 
 
 def test_grafana_finds_what_it_is_given() -> None:
