@@ -28,10 +28,10 @@ from .prometheus import Prometheus
 
 # Shares of the capacity, each for as long as the others; the third is more than the server can bear.
 PHASES = (0.3, 0.6, 1.6, 0.3)
-DEADLINE = 0.2  # seconds
+DEADLINE = 0.5  # seconds
 _WORKERS = 2
 _RATE_INTERVAL = "15s"
-_ROUNDS = 10
+_ROUNDS = 40
 
 
 def picture(run: Path, path: Path, seconds: float, command: str) -> None:
