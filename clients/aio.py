@@ -17,9 +17,10 @@ from .canary import AsyncSplit, Canary
 from .channel import OPTIONS
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
+from .tracing import Trace
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
-__all__ = ["AsyncRetrievalClient", "Canary", "Hit", "Results", "ServedModel", "Timings"]
+__all__ = ["AsyncRetrievalClient", "Canary", "Hit", "Results", "ServedModel", "Timings", "Trace"]
 
 
 class AsyncRetrievalClient:
@@ -71,9 +72,10 @@ class AsyncRetrievalClient:
         rank_by: str | None = None,
         tasks: Sequence[str] | None = None,
         after: int | None = None,
+        trace: Trace | None = None,
     ) -> Results:
         """The best ``k`` items of every user, as ``RetrievalClient.retrieve``."""
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after, trace)
         if self.split is None:
             return await self._retrieve(users, question, timeout)
         return await self.split.answer(

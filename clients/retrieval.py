@@ -17,9 +17,10 @@ from .canary import Canary, Split
 from .channel import OPTIONS
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
+from .tracing import Trace
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
-__all__ = ["Canary", "Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "WireUsers"]
+__all__ = ["Canary", "Hit", "Results", "RetrievalClient", "ServedModel", "Timings", "Trace", "WireUsers"]
 
 
 class RetrievalClient:
@@ -74,6 +75,7 @@ class RetrievalClient:
         rank_by: str | None = None,
         tasks: Sequence[str] | None = None,
         after: int | None = None,
+        trace: Trace | None = None,
     ) -> Results:
         """The best ``k`` items of every user, searched together; a user with fewer eligible items gets fewer.
 
@@ -83,13 +85,14 @@ class RetrievalClient:
         Without context a user gets the items that are open to all. ``tasks``: those whose probabilities are multiplied
         to rank by (default: the schema's ranks); ``rank_by`` "bid" multiplies the product with the item's bid.
         ``after``: a position of the item log, as `ItemClient` returns it: the answer knows all updates up to there.
+        ``trace``: the trace that the server's spans of this request belong to, where it is traced (`clients.tracing`).
 
         Raises FeatureError or RequestError (the request is wrong), SchemaMismatch, DeadlineExceeded, ServerError.
 
         A server that moved to another schema since the last call is asked again by the new one, unless it is
         not the expected one.
         """
-        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after)
+        question = Question(k, widths, timings, context, exclude_items, exclude, rank_by, tasks, after, trace)
         if self.split is None:
             return self._retrieve(users, question, timeout)
         return self.split.answer(

@@ -13,6 +13,7 @@ from hsnn_core.errors import RequestError, ServerError
 from hsnn_core.schema import Schema, check_same
 
 from .encode import DTYPES, Context, Excluded, ExcludedItems, UserEncoder, WireUsers, context_tensors
+from .tracing import Trace
 
 MODEL = "hsnn_retrieve"
 OUTPUTS = ("item_ids", "probabilities", "rank_score", "valid")
@@ -100,6 +101,7 @@ class Question:
     rank_by: str | None = None
     tasks: Sequence[str] | None = None
     after: int | None = None
+    trace: Trace | None = None
 
 
 class Codec:
@@ -133,6 +135,7 @@ class Codec:
             "inputs": inputs,
             "outputs": [InferRequestedOutput(name) for name in names],
             "parameters": self._parameters(question),
+            "headers": {} if question.trace is None else question.trace.headers,
         }
 
     def _parameters(self, question: Question) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def _draw_series(
         times = [datetime.fromtimestamp(at, UTC) for at in one.times]
         axes.plot(times, list(one.values), label=name, linewidth=1.2, color=_COLOURS[number % len(_COLOURS)])
     axes.set_title(panel.title, fontsize=10, color="#222222", loc="left")
+    if not any(value for _, one in series for value in one.values):
+        axes.set_ylim(0, 1)  # nothing happened, which must not look like a scale of thousandths
     low, high = panel.bounds
     if low is not None:
         axes.set_ylim(bottom=low)
@@ -123,7 +125,8 @@ def _draw_series(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(series) > 1 or (series and series[0][0]):
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False)
+        columns = 2 if max(len(name) for name, _ in series) > 14 else 4
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, frameon=False)
 
 
 def _text(value: float, unit: str) -> str:

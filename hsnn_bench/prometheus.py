@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from hsnn_core.errors import ServerError
-from hsnn_server.processes import HOST, free_ports, launch, listening, wait_until
+from hsnn_server.processes import HOST, free_ports, launch, wait_until
 
 INSTALLED = Path(sys.prefix) / "prometheus" / "usr" / "bin"  # where `make prometheus` puts both
 HOW = (
@@ -81,11 +81,11 @@ class Prometheus:
                 {}, folder, log,
             )  # fmt: skip
             stack.callback(process.stop, _STOP_SECONDS)
-            wait_until(lambda: listening(port) or not process.alive(), _START_SECONDS)
-            if not process.alive() or not listening(port):
+            self.url = f"http://{HOST}:{port}"
+            wait_until(lambda: _ready(self.url) or not process.alive(), _START_SECONDS)
+            if not process.alive() or not _ready(self.url):
                 tail = "\n".join(log.read_text().splitlines()[-5:])
                 raise ServerError(f"{binary} did not start; the last lines of its log:\n{tail}")
-            self.url = f"http://{HOST}:{port}"
             self._exit = stack.pop_all()
         return self
 
@@ -141,6 +141,14 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             said = json.load(error).get("error", error.reason)
             raise ServerError(f"Prometheus refused {arguments.get('query', what)}: {said}") from error
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _vector(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

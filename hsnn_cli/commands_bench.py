@@ -10,6 +10,7 @@ from . import (
     commands_bench_cost,
     commands_bench_failures,
     commands_bench_live,
+    commands_bench_operations,
     commands_bench_rollouts,
     commands_bench_serving,
 )
@@ -111,6 +112,7 @@ def add_commands(commands: Any) -> None:
     commands_bench_live.add_kinds(kinds)
     commands_bench_rollouts.add_kinds(kinds)
     commands_bench_failures.add_kinds(kinds)
+    commands_bench_operations.add_kinds(kinds)
 
     throughput = kinds.add_parser(
         "throughput", help="what learning the index jointly costs training", formatter_class=FORMAT,

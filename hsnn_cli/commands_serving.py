@@ -73,6 +73,10 @@ def add_commands(commands: Any) -> None:
     serve.add_argument(
         "--log", type=Path, default=None, help="server log file (default: gone with the server)"
     )
+    serve.add_argument("--trace-endpoint", metavar="URL", help="collector to send traces to, OTLP over HTTP, like "
+                       "http://127.0.0.1:4318/v1/traces (default: no tracing)")  # fmt: skip
+    serve.add_argument("--trace-rate", type=int, default=1000, metavar="N", help="of the requests without a trace "
+                       "context trace every N-th; those with one are traced (default: %(default)s)")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     health = commands.add_parser(
@@ -161,6 +165,7 @@ def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
     from export.rollout import promote
     from export.supervised import models, supervisor
+    from hsnn_server.tracing import Tracing
     from hsnn_server.triton import TritonServer
 
     if options.stop is not None:
@@ -176,6 +181,9 @@ def run_serve(options: argparse.Namespace) -> None:
         metrics_port=options.metrics_port,
         log_file=options.log,
         preload=partial(models, options.repository),
+        tracing=None
+        if options.trace_endpoint is None
+        else Tracing(options.trace_endpoint, options.trace_rate),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls

@@ -28,6 +28,7 @@ from .processes import (
 )
 from .state import ServerState, Urls, write_private
 from .stubs import dead, make_newer
+from .tracing import Tracing
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
 RESTRICTED = "model-repository,shared-memory,trace,logging"
@@ -51,9 +52,9 @@ class TritonServer:
     port in use is refused. ``threads``: threads of NumPy in each model, and of each network whose
     config.pbtxt does not set ``intra_op_thread_count``. ``log_file``: kept where it is; by default the log
     goes with the server. ``state_file``: written once the server is up and removed with it, for ``attach``.
-    ``arguments``: further arguments of tritonserver. ``preload``: asked at every start for models to load, all in
-    parallel, before the server answers; one that fails is left out, and loading it again says why. Seconds:
-    ``start_timeout`` until the server answers, ``load_timeout`` per model.
+    ``tracing``: off unless given. ``arguments``: further arguments of tritonserver. ``preload``: asked at every start
+    for models to load, all in parallel, before the server answers; one that fails is left out, and loading it again
+    says why. Seconds: ``start_timeout`` until the server answers, ``load_timeout`` per model.
 
     Model control, shared memory, tracing and logging settings are refused without ``admin_key``. A new key
     is made for every server and kept in a file of mode 0600; Triton takes it as an argument only, so
@@ -75,6 +76,7 @@ class TritonServer:
         threads: int = 1,
         log_file: str | Path | None = None,
         state_file: str | Path | None = None,
+        tracing: Tracing | None = None,
         arguments: Sequence[str] = (),
         preload: Callable[[], Sequence[str]] = tuple,
         start_timeout: float = 60.0,
@@ -86,6 +88,7 @@ class TritonServer:
         self._threads = threads
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._state_file = None if state_file is None else Path(state_file).absolute()
+        self._tracing = tracing
         self._arguments, self._preload = tuple(arguments), preload
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
@@ -316,7 +319,10 @@ class TritonServer:
         """Start the process out of its private ``directory`` and wait until it answers."""
         wheel = find_wheel()
         command = [str(wheel.server), *self._options(directory, directory / "backends", ports, prefix)]
-        process = launch(command, environment(wheel, self._threads), directory / "empty", log)
+        variables = environment(wheel, self._threads)
+        if self._tracing is not None:
+            variables |= self._tracing.environment()
+        process = launch(command, variables, directory / "empty", log)
         urls = Urls(**{option: f"{HOST}:{port}" for option, port in ports.items()})
         self._state = ServerState(process, urls, self._repository, directory, log, prefix)
         self._await_health(ports)
@@ -346,6 +352,7 @@ class TritonServer:
             "--disable-auto-complete-config",
             *(f"--{name}={value}" for name, value in options.items()),
             *(f"--backend-config=python,{name}={value}" for name, value in stubs.items()),
+            *(self._tracing.arguments() if self._tracing is not None else ()),
             *self._arguments,
             *self._preloading(),
         ]

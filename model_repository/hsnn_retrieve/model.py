@@ -93,6 +93,9 @@ class TritonPythonModel:
         for request in requests:
             call = _Call(request, traced=self._spans is not None)
             self._metrics.started()
+            if call.unreadable is not None:
+                self._fail(call, call.unreadable)
+                continue
             job = Job(call.users, call.deadline, partial(self._answer, call), partial(self._fail, call))
             try:
                 self._pool.submit(job)
@@ -150,20 +153,38 @@ class TritonPythonModel:
 
 
 class _Call:
-    """One request: what ``execute`` must copy out of it, and where its answer goes."""
+    """One request: what ``execute`` must copy out of it, and where its answer goes.
+
+    ``unreadable``: why it could not be copied. Triton fails all requests that it handed over together when ``execute``
+    raises, so one of them must not make it.
+    """
 
     def __init__(self, request: Any, traced: bool) -> None:
         self.arrived = time.time_ns()
         self.began = 0  # unix nanoseconds at which a worker took it
+        self.deadline = Deadline(request.timeout())
+        self._sender = request.get_response_sender()
+        self.users, self.parameters, self.request_id = 1, "", ""
+        self.parent: Parent | None = None
+        self.unreadable: Exception | None = None
+        try:
+            self._read(request, traced)
+        except UnicodeDecodeError:
+            self.unreadable = RequestError(
+                "the request's id or the name or text of a parameter is not valid UTF-8, expected text; "
+                "encode it, or leave it out"
+            )
+        except Exception as error:
+            self.unreadable = error
+
+    def _read(self, request: Any, traced: bool) -> None:
         # Triton's memory behind the inputs is only promised while ``execute`` runs.
         self.inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
-        self.parameters: str = request.parameters()
-        self.request_id: str = request.request_id()
-        self.parent = Parent.of(request) if traced else None
         self.users = max((len(values) for values in self.inputs.values()), default=1)
-        self.deadline = Deadline(request.timeout())
         self._outputs = set(request.requested_output_names())
-        self._sender = request.get_response_sender()
+        self.parent = Parent.of(request) if traced else None
+        self.request_id = request.request_id()
+        self.parameters = request.parameters()
 
     def send(self, tensors: dict[str, np.ndarray]) -> None:
         outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items() if name in self._outputs]
@@ -186,7 +207,7 @@ class _Call:
         try:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:  # the client is gone, or the answer was already sent
-            pb_utils.Logger.log_warn(f"hsnn_retrieve: could not send {message!r}: {error}")
+            pb_utils.Logger.log_warn(f"hsnn_retrieve: an answer could not be sent: {error}")
 
 
 # The gRPC statuses of `_meaning`, by outcome.

@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.vitals import vitals
+from hsnn_cli import commands_top
+from hsnn_cli.main import main
+from hsnn_core.errors import ServerError
 
 BOUNDS = [0.001, 0.01, 0.1, 1.0]
 
@@ -40,7 +43,7 @@ def test_quantiles_are_of_what_came_between_and_lie_in_the_right_bucket(
     rank = {"p50": 0.5, "p99": 0.99}[which] * len(between)
     true = sorted(between)[max(0, -int(-rank // 1) - 1)]
     bucket = bisect.bisect_left(BOUNDS, true)
-    assert ([0.0, *BOUNDS])[bucket] <= found <= BOUNDS[bucket]
+    assert [0.0, *BOUNDS][bucket] - 1e-9 <= found <= BOUNDS[bucket] + 1e-9
     assert one.rate == len(between) / 2
 
 
@@ -89,3 +92,36 @@ def test_versions_are_told_apart_the_newest_first() -> None:
     assert (newest.layers["1"].mean, newest.layers["1"].candidates) == (0.25, 10.0)
     assert newest.layers["2"].mean is None
     assert oldest.layers == {}
+
+
+def test_top_goes_on_until_ctrl_c_through_a_restart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[dict[str, float] | ServerError] = [
+        scrape("7", [0.05] * 4), scrape("7", [0.05] * 24), ServerError("gone"), {}, scrape("8", [0.5]),
+    ]  # fmt: skip
+    naps = iter([None] * (len(looks) - 1))
+
+    def look(address: str) -> dict[str, float]:
+        found = looks.pop(0)
+        if isinstance(found, ServerError):
+            raise found
+        return found
+
+    def sleep(seconds: float) -> None:
+        try:
+            next(naps)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(commands_top, "scrape", look)
+    monkeypatch.setattr(commands_top.time, "sleep", sleep)
+    assert main(["top"]) == 130
+    shown = capsys.readouterr().out
+    views = [view for view in shown.split("127.0.0.1:8002") if view]
+    assert "2 of 4" in views[0]
+    assert [text in view for view, text in zip(views[1:], ("does not answer: gone", "answers again"))] == [
+        True
+    ] * 2
+    assert "\n8 " in views[3]
+    assert "\x1b" not in shown, "only a terminal is cleared"

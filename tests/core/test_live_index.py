@@ -213,6 +213,7 @@ def test_targeting_equals_a_mask_over_an_index_built_anew(seed, layers, steps, i
     theirs = search(corpus.index, plain, users, widths, k, RANK, MaskFilter(corpus.index, mask), bids[1])
     assert_same_answer(ours, theirs)
     assert ours.valid.tolist() == np.minimum(mask.sum(axis=1), k).tolist()
+    assert targeting.eligible().tolist() == mask.sum(axis=1).tolist()
     full = [state.view.nodes(layer) for layer in range(1, layers)]
     ours = search(state.view, scorer, users, full, k, RANK, targeting, bids[0])
     twin = exhaustive(state.view, scorer, users, k, RANK, targeting, bids[0])

@@ -3,6 +3,7 @@ that scrapes a real Triton under load."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -16,13 +17,22 @@ from typing import Any
 
 import pytest
 import yaml
+from collector import Collector, collecting
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from opentelemetry.sdk.trace import TracerProvider
 from tiny_snapshot import LAYERS, item_ids, tiny_users, write_configs, write_snapshot
 
+from clients.aio import AsyncRetrievalClient
 from clients.retrieval import RetrievalClient
+from clients.tracing import Trace
 from hsnn_bench.dashboard import FILE, draw, panels
 from hsnn_bench.prometheus import CONFIGURATION, Prometheus, find
 from hsnn_cli.main import main
 from hsnn_core.errors import HsnnError, ServerError
+from hsnn_server.processes import wait_until
+from hsnn_server.tracing import Tracing
 from hsnn_server.triton import TritonServer
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +104,37 @@ def test_the_dashboard_is_whole() -> None:
         )
 
 
+def as_grafana_reads_it(dashboard: dict[str, Any]) -> dict[str, Any]:
+    """Through Grafana's own types: a field that they do not know is lost."""
+    read: dict[str, Any] = json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder))
+    return read
+
+
+def lost(given: Any, read: Any, where: str = "") -> list[str]:
+    """What is in ``given`` and is not the same in ``read``, by its path."""
+    if isinstance(given, dict):
+        return [one for key in given for one in lost(given[key], read.get(key), f"{where}.{key}")]
+    if isinstance(given, list) and len(given) == len(read or ()):
+        return [
+            one
+            for i, (ours, theirs) in enumerate(zip(given, read))
+            for one in lost(ours, theirs, f"{where}.{i}")
+        ]
+    return [] if given == read else [where]
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    register_default_plugins()
+    dashboard = json.loads(FILE.read_text())
+    assert lost(dashboard, as_grafana_reads_it(dashboard)) == []
+    dashboard["panels"][7]["options"]["legend"]["palcement"] = "bottom"
+    dashboard["refersh"] = "5s"
+    assert lost(dashboard, as_grafana_reads_it(dashboard)) == [
+        ".panels.7.options.legend.palcement",
+        ".refersh",
+    ]
+
+
 def test_grafana_finds_what_it_is_given() -> None:
     grafana = FILE.parents[1]
     (provider,) = yaml.safe_load((grafana / "provisioning/dashboards/hsnn.yaml").read_text())["providers"]
@@ -106,11 +147,22 @@ def test_grafana_finds_what_it_is_given() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def collector() -> Iterator[Collector]:
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     snapshot = write_snapshot(tmp_path_factory.mktemp("repository"), VERSION)
     write_configs(snapshot.root, snapshot.schema, {"hsnn_retrieve": {"workers": "1", "queue": "2"}})
     networks = ["hsnn_user_tower", *(f"hsnn_scorer_l{layer}" for layer in range(1, LAYERS + 1))]
-    with TritonServer(snapshot.root, models=[*networks, "hsnn_retrieve"]) as running:
+    with TritonServer(
+        snapshot.root,
+        models=[*networks, "hsnn_retrieve"],
+        tracing=Tracing(collector.endpoint, rate=10**6),
+        arguments=["--trace-config=opentelemetry,bsp_schedule_delay=100"],
+    ) as running:
         yield running
 
 
@@ -118,7 +170,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 def prometheus(promtool: Path, server: TritonServer) -> Iterator[Prometheus]:
     """One that has scraped a server under load: answers, empty ones, filtered, wrong and refused requests."""
     with (
-        Prometheus([server.urls.metrics], interval=0.5) as running,
+        Prometheus([server.urls.metrics], interval=0.25) as running,
         RetrievalClient(server.urls.grpc, timeout=20) as client,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -134,7 +186,7 @@ def prometheus(promtool: Path, server: TritonServer) -> Iterator[Prometheus]:
                 client.retrieve(tiny_users(), **options[number % len(options)])
 
         running.wait_for("hsnn_workers", 20)
-        until = time.monotonic() + 3
+        until = time.monotonic() + 2
         while time.monotonic() < until:
             list(pool.map(ask, range(64)))
         yield running
@@ -217,10 +269,111 @@ def test_a_wrong_query_is_refused_with_prometheus_words(prometheus: Prometheus) 
 @pytest.mark.triton
 def test_the_dashboard_is_drawn(prometheus: Prometheus, tmp_path: Path) -> None:
     end = time.time()
-    draw(
-        lambda e: prometheus.query_range(e, end - 5, end, 0.5),
-        panels("5s"),
-        tmp_path / "d.png",
-        "drawn by matplotlib",
-    )
+    shown = panels("5s")[:8]
+    draw(lambda e: prometheus.query_range(e, end - 5, end, 0.5), shown, tmp_path / "d.png", "by matplotlib")
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+STAGES = ["hsnn.wait", "hsnn.prepare", "hsnn.user_tower", *(f"hsnn.layer.{n}" for n in range(1, LAYERS + 1))]
+
+
+TRITONS = {"InferRequest", "hsnn_retrieve"}
+
+
+@pytest.mark.triton
+def test_a_trace_leads_from_the_client_through_triton_to_the_layers(
+    server: TritonServer, collector: Collector
+) -> None:
+    tracer = TracerProvider().get_tracer("ad server")
+    ours: list[Any] = []
+
+    def send() -> str:
+        with tracer.start_as_current_span("auction") as span:
+            trace = Trace.current()
+            assert trace is not None
+            client.retrieve(tiny_users(), trace=trace)
+        ours.append(span.get_span_context())
+        return trace.trace_id
+
+    with RetrievalClient(server.urls.grpc, timeout=20) as client:
+        spans = collector.traced(send, TRITONS | {"hsnn.retrieve", *STAGES})
+    assert spans["InferRequest"]["traceId"] == f"{ours[-1].trace_id:032x}"
+    assert spans["InferRequest"]["parentSpanId"] == f"{ours[-1].span_id:016x}"
+    assert spans["hsnn_retrieve"]["parentSpanId"] == spans["InferRequest"]["spanId"]
+    assert spans["hsnn.retrieve"]["parentSpanId"] == spans["hsnn_retrieve"]["spanId"]
+    assert {spans[name]["parentSpanId"] for name in STAGES} == {spans["hsnn.retrieve"]["spanId"]}
+    whole, stages = spans["hsnn.retrieve"], [spans[name] for name in STAGES]
+    moments = [int(span[at]) for span in stages for at in ("startTimeUnixNano", "endTimeUnixNano")]
+    assert moments == sorted(moments), "one after the other"
+    assert int(whole["startTimeUnixNano"]) == moments[0]
+    assert moments[-1] <= int(whole["endTimeUnixNano"])
+    assert whole["attributes"] == {"hsnn.outcome": "ok", "hsnn.users": "8"}
+    assert (
+        int(stages[-1]["attributes"]["hsnn.candidates"]) >= int(stages[-1]["attributes"]["hsnn.kept"]) == 80
+    )
+    assert spans["hsnn_retrieve"]["service"] == "triton"
+    assert whole["service"] == "hsnn_retrieve"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("options", "outcome", "why"),
+    [
+        ({"k": 101}, "invalid", "RequestError: k: got 101"),
+        ({"after": 10**12, "timeout": 0.3}, "deadline", "DeadlineExceeded: the request took"),
+    ],
+)
+def test_a_failed_requests_span_says_why_and_holds_no_features(
+    server: TritonServer, collector: Collector, options: dict[str, Any], outcome: str, why: str
+) -> None:
+    async def ask(trace: Trace) -> None:
+        async with AsyncRetrievalClient(server.urls.grpc, timeout=20) as client:
+            with suppress(HsnnError):
+                await client.retrieve([{"history": [-(2**62)]}], trace=trace, **options)
+
+    def send() -> str:
+        trace = Trace.new()
+        asyncio.run(ask(trace))
+        return trace.trace_id
+
+    spans = collector.traced(send, TRITONS | {"hsnn.retrieve"})
+    failed = spans["hsnn.retrieve"]
+    assert failed["attributes"]["hsnn.outcome"] == outcome
+    assert failed["status"]["code"] == 2
+    assert failed["status"]["message"].startswith(why)
+    assert "hsnn.layer.1" not in spans
+    assert str(2**62) not in json.dumps(spans)
+
+
+@pytest.mark.triton
+def test_only_sampled_requests_are_traced_and_many_at_once(
+    server: TritonServer, collector: Collector
+) -> None:
+    """Triton crashed when spans of the networks were asked for under load (see request_spans.py)."""
+    unsampled = Trace(Trace.new().traceparent.removesuffix("01") + "00")
+    sampled = [Trace.new() for _ in range(200)]
+    with RetrievalClient(server.urls.grpc, timeout=20) as client, ThreadPoolExecutor(2) as pool:
+        client.retrieve([{}], trace=unsampled)
+        client.retrieve([{}])
+        list(pool.map(lambda trace: client.retrieve([{}], trace=trace), sampled))
+
+        def traced() -> set[str]:
+            return {span["traceId"] for span in list(collector.spans)}
+
+        wanted = {trace.trace_id for trace in sampled}
+        assert wait_until(lambda: len(wanted & traced()) > 160, 10)
+        assert unsampled.trace_id not in traced()
+
+
+@pytest.mark.triton
+def test_without_a_collector_requests_are_answered(server: TritonServer, collector: Collector) -> None:
+    said = f"spans could not be sent to {collector.endpoint}: it answered 500"
+    collector.status = 500
+    with RetrievalClient(server.urls.grpc, timeout=20) as client:
+
+        def ask_and_look() -> bool:
+            assert len(client.retrieve([{}], trace=Trace.new())[0]) == 10
+            return said in server.log_file.read_text()
+
+        assert wait_until(ask_and_look, 10, interval=0.1)
+    collector.status = 200

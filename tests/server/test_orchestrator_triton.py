@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import time
 import urllib.request
@@ -278,6 +279,21 @@ def test_a_missing_tensor_is_named(server: TritonServer, snapshot: TinySnapshot)
     tensors = {name: value for name, value in snapshot.users.items() if name != "country"}
     with pytest.raises(InferenceServerException, match="country"):
         raw_infer(server, tensors)
+
+
+def test_bytes_that_are_no_text_are_refused_over_http(server: TritonServer, snapshot: TinySnapshot) -> None:
+    inputs = [
+        {"name": name, "shape": [1, values.shape[1]], "datatype": kind, "data": values[0].tolist()}
+        for name, values in snapshot.users.items()
+        for kind in ["FP32" if values.dtype == np.float32 else "INT64"]
+    ]
+    for marked in ({"id": "?"}, {"parameters": {"?": 1}}, {"parameters": {"tasks": "?"}}):
+        body = json.dumps({"inputs": inputs, **marked}).encode().replace(b"?", b"\xff")
+        connection = http.client.HTTPConnection(server.urls.http, timeout=20)
+        connection.request("POST", "/v2/models/hsnn_retrieve/infer", body)
+        answer = connection.getresponse()
+        assert (answer.status, b"is not valid UTF-8" in answer.read()) == (400, True)
+        connection.close()
 
 
 def test_too_little_time_is_a_deadline(client: RetrievalClient) -> None:

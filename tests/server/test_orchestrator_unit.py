@@ -321,6 +321,35 @@ def test_an_error_of_a_network_names_model_and_version(
     assert code == TritonError.INTERNAL
 
 
+def test_a_request_that_cannot_be_read_fails_alone(orchestrator: Orchestrator) -> None:
+    """Over HTTP an id or a parameter may hold any bytes."""
+
+    def not_text() -> str:
+        return b"\xff".decode()
+
+    def gone() -> str:
+        raise RuntimeError("memory is gone")
+
+    orchestrator.start()
+    users = {name: value[:1] for name, value in orchestrator.snapshot.users.items()}
+    requests = [Request(users) for _ in range(4)]
+    requests[1].parameters = requests[3].request_id = not_text  # type: ignore[method-assign]
+    requests[2].inputs = gone  # type: ignore[method-assign,assignment]
+    orchestrator.model.execute(requests)
+    errors = [request.sender.wait().error() for request in requests]
+    assert errors[0] is None
+    assert [error.code() for error in errors[1:]] == [
+        TritonError.INVALID_ARG,
+        TritonError.INTERNAL,
+        TritonError.INVALID_ARG,
+    ]
+    assert (
+        errors[1]
+        .message()
+        .startswith("RequestError: the request's id or the name or text of a parameter is not")
+    )
+
+
 def test_finalize_finishes_what_was_accepted(
     orchestrator: Orchestrator, bls_hook: dict[str, Callable[[Any], None]]
 ) -> None:
