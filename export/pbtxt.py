@@ -20,6 +20,7 @@ from export.graphs import Signature, TensorSpec
 from export.onnx_files import MAX_BATCH
 from hsnn_core.errors import PublishError
 from hsnn_core.schema import Schema, first_difference
+from hsnn_core.scorer import PAIRS_PER_CALL
 
 ORCHESTRATOR = "hsnn_retrieve"
 INDEX = "hsnn_index"
@@ -162,6 +163,8 @@ def network_config(
     if options.batch_delay_us is not None:
         config.dynamic_batching.max_queue_delay_microseconds = options.batch_delay_us
     config.parameters["engine"].string_value = engine.name
+    if signature.has_candidates and engine.library is None:
+        config.parameters["pairs_per_call"].string_value = str(PAIRS_PER_CALL)
     for candidates in sorted(set(buckets)) or [1]:
         name = f"candidates_{candidates}" if signature.has_candidates else "one"
         warmup = config.model_warmup.add(name=name, batch_size=1)

@@ -26,6 +26,8 @@ from .row_table import RowTable
 PAIRS_PER_CALL = 1024
 # Pairs that are crossed at once: I2IF is a row of small array operations whose overhead many calls share.
 PAIRS_PER_PROBE = 1 << 14
+# Pairs of one message to another process, which cuts them into calls itself: a message costs about as much as a call.
+PAIRS_PER_MESSAGE = PAIRS_PER_PROBE
 
 
 class Runner(Protocol):
@@ -75,7 +77,8 @@ class LayerScorer:
 
     ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather), an array or a table of rows.
     ``buckets[l-1]``: the candidate counts the layer's network takes, ascending; C is padded up to the next one and
-    cut into pieces of the largest. An empty list, or no buckets at all, means any count.
+    cut into pieces of the largest. An empty list, or no buckets at all, means any count; pieces are then of at most
+    ``pairs_per_call`` <user, node> pairs.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class LayerScorer:
         embeddings: Sequence[np.ndarray | RowTable],
         runner: Runner,
         buckets: Sequence[Sequence[int]] | None = None,
+        pairs_per_call: int = PAIRS_PER_CALL,
     ) -> None:
         if len(embeddings) != index.layers:
             raise SearchError(
@@ -112,6 +116,7 @@ class LayerScorer:
         self._embeddings = [_rows(table) for table in embeddings]
         self._runner = runner
         self._buckets = [tuple(sizes) for sizes in buckets]
+        self._pairs_per_call = pairs_per_call
         self._postings: dict[int, tuple[np.ndarray, Postings]] = {}
         self._lock = Lock()
 
@@ -162,7 +167,7 @@ class LayerScorer:
         everything = count == self.index.nodes(layer) and bool((nodes == np.arange(count)).all())
         walked = self._walk(state, layer) if everything else None
         sizes = self._buckets[layer - 1]
-        step = sizes[-1] if sizes else max(1, PAIRS_PER_CALL // batch)
+        step = sizes[-1] if sizes else max(1, self._pairs_per_call // batch)
         at_once = step * max(1, PAIRS_PER_PROBE // (step * batch))
 
         crossings = walked or {}

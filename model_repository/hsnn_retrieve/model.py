@@ -41,6 +41,7 @@ from hsnn_core.errors import (  # noqa: E402
     ServerError,
 )
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
+from hsnn_core.scorer import PAIRS_PER_MESSAGE  # noqa: E402
 
 
 class TritonPythonModel:
@@ -66,7 +67,7 @@ class TritonPythonModel:
         self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
-            self._retriever = Retriever(bundle, runner, self._items, runner.within)
+            self._retriever = Retriever(bundle, runner, self._items, runner.within, PAIRS_PER_MESSAGE)
             cold = Retriever(bundle, NoNetworks(bundle), self._items)
         else:
             onnx = _onnx_runner(version, bundle.manifest["models"])
