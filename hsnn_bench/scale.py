@@ -46,15 +46,17 @@ from .width_search import find
 TOWER_BATCHES = 40  # of the bare item tower, to compare the build's rate with
 
 
-def build(run: Run, exported: Exported, items: int, work: Path, progress: bool = True) -> dict[str, Any]:
+def build(
+    run: Run, exported: Exported, items: int, work: Path, progress: bool = True, ads: Path | None = None
+) -> dict[str, Any]:
     """Build the bundle of ``items`` ads under ``work`` unless it is there; returns what was measured on the way, as it
-    was when the bundle was built."""
+    was when the bundle was built. ``ads``: where the encoded ads lie (default: under ``work``)."""
     folder = work / f"bundle-{items}"
     kept = work / f"built-{items}.json"
     if folder.exists() and kept.exists():
         return _read(kept)
     shutil.rmtree(folder, ignore_errors=True)
-    files = corpus_files(run, items, work / "items", progress)
+    files = corpus_files(run, items, work / "items" if ads is None else ads, progress)
     staged_before = len(list((work / "tower").glob("*"))) if (work / "tower").exists() else 0
     began = time.perf_counter()
     corpus = stream_index(
