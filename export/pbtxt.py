@@ -27,6 +27,7 @@ INDEX = "hsnn_index"
 CONFIG_FILE = "config.pbtxt"
 _TYPES = {
     "FP32": "TYPE_FP32",
+    "FP16": "TYPE_FP16",
     "FP64": "TYPE_FP64",
     "INT32": "TYPE_INT32",
     "INT64": "TYPE_INT64",

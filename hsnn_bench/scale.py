@@ -67,6 +67,7 @@ def build(
     began = time.perf_counter()
     settings = run.recipe.search
     trained = Bundle.open(exported.bundle, verify=False)
+    corpus = corpus.with_embeddings(trained.embeddings[-1].dtype)
     write_bundle(
         folder, run.schema, run.transform, corpus, smoke_over(trained, exported, corpus),
         widths=settings.widths, k=settings.k, max_k=settings.max_k, buckets=[[] for _ in corpus.embeddings],

@@ -45,9 +45,9 @@ class Runner(Protocol):
     def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """MoNN logits and ensemble logits, (B, C, T) f32 each, of the layer (numbered from 1).
 
-        Inputs: user (B, U_l) f32; item (B, C, E_l) f32; cross_dense (B, C, 3P) f32 and cross_ids (B, C, M)
-        i32 when the schema has interactions; previous (B, C, (l-1)*T) f32 when l > 1: the MoNN logits of
-        layers 1..l-1 of the node's ancestors, layer by layer.
+        Inputs: user (B, U_l) f32; item (B, C, E_l), f32 or f16 as the snapshot stores it; cross_dense (B, C, 3P)
+        f32 and cross_ids (B, C, M) i32 when the schema has interactions; previous (B, C, (l-1)*T) f32 when l > 1:
+        the MoNN logits of layers 1..l-1 of the node's ancestors, layer by layer.
         """
         ...
 
@@ -75,7 +75,7 @@ class UserState:
 class LayerScorer:
     """Scores nodes of a layer for B users.
 
-    ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather), an array or a table of rows.
+    ``embeddings[l-1]``: (I_l, E_l) float32 or float16, as the layer's network takes it, an array or a table of rows.
     ``buckets[l-1]``: the candidate counts the layer's network takes, ascending; C is padded up to the next one and
     cut into pieces of the largest. An empty list, or no buckets at all, means any count; pieces are then of at most
     ``pairs_per_call`` <user, node> pairs.
@@ -178,11 +178,10 @@ class LayerScorer:
             inputs = {"user": state.towers[layer - 1]}
             if everything:
                 # One block of the table serves all users; for a single user it is a view.
-                block = self._embeddings[layer - 1].part(part).astype(np.float32, copy=False)
+                block = self._embeddings[layer - 1].part(part)
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
-                rows = self._embeddings[layer - 1].take(nodes[:, part])
-                inputs["item"] = rows.astype(np.float32, copy=False)
+                inputs["item"] = self._embeddings[layer - 1].take(nodes[:, part])
             within = part
             if walked is None:
                 if start % at_once == 0:

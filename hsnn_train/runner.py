@@ -39,7 +39,7 @@ class TorchRunner:
         monn, logits = self.model.score(
             layer,
             user,
-            item,
+            item.float(),
             _tensor(inputs, "cross_dense"),
             _tensor(inputs, "cross_ids"),
             _tensor(inputs, "previous"),

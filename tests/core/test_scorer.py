@@ -142,14 +142,16 @@ def test_both_plans_score_alike(world):
         np.testing.assert_array_equal(ours, theirs[:, ::-1])
 
 
-def test_half_precision_embeddings_reach_the_network_as_float32(world):
+def test_half_precision_embeddings_reach_the_network_as_they_are(world):
     index, embeddings, users = world
     half = [table.astype(np.float16) for table in embeddings]
     rounded = [table.astype(np.float32) for table in half]
     results = []
     for tables in (half, rounded):
-        scorer = LayerScorer(index, FakeI2IF(), tables, FakeRunner(index.layers))
+        runner = FakeRunner(index.layers)
+        scorer = LayerScorer(index, FakeI2IF(), tables, runner)
         results.append(search(index, scorer, users, [3, 4], 10, RANK))
+        assert {inputs["item"].dtype for _, inputs in runner.calls} == {tables[0].dtype}
     assert_same_result(*results)
 
 

@@ -10,7 +10,7 @@ from untrained import FLAT, HIERARCHY, JOINT, TARGETED, TWO_TOWER, untrained_run
 from export.export_run import export_run, sample_users
 from export.exported import open_export
 from export.publish import publish, versions
-from hsnn_core.errors import FormatError
+from hsnn_core.errors import FormatError, PublishError
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,33 @@ def test_a_run_is_exported_and_published(model: dict, tmp_path: Path) -> None:
     np.testing.assert_array_equal(bundle.smoke().users["history"], users["history"][:4])
     assert publish(tmp_path / "run", tmp_path / "repository") == 1
     assert versions(tmp_path / "repository") == [1]
+
+
+def test_half_precision_embeddings_take_half_the_bytes(tmp_path: Path) -> None:
+    untrained_run(tmp_path / "run", JOINT)
+    whole = export_run(tmp_path / "run", progress=False).verify()
+    exact, answers = whole.embeddings, whole.smoke().item_ids
+    exported = export_run(tmp_path / "run", progress=False, embeddings="float16")
+    assert exported.report.passed, "the gates compare with torch on the same rounded embeddings"
+    half = exported.verify()
+    for table, expected in zip(half.embeddings, exact):
+        assert table.nbytes == expected.nbytes // 2
+        np.testing.assert_array_equal(table, expected.astype(np.float16))
+    assert np.isin(half.smoke().item_ids, answers).mean() > 0.9
+    publish(tmp_path / "run", tmp_path / "repository")
+    export_run(tmp_path / "run", progress=False)
+    with pytest.raises(PublishError, match=r"input item: FP16 \[-1, \d+\] would become FP32"):
+        publish(tmp_path / "run", tmp_path / "repository")
+
+
+def test_embeddings_that_an_engine_does_not_take(tmp_path: Path) -> None:
+    untrained_run(tmp_path / "run", FLAT)
+    with pytest.raises(PublishError, match="embeddings float16 with engine tensorrt: expected float32"):
+        export_run(tmp_path / "run", "tensorrt", embeddings="float16")
+    with pytest.raises(
+        PublishError, match="embeddings 'int8' are unknown, expected one of: float32, float16"
+    ):
+        export_run(tmp_path / "run", embeddings="int8")
 
 
 def test_the_items_attributes_reach_the_bundle_by_position(tmp_path: Path) -> None:
