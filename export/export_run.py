@@ -21,7 +21,7 @@ from export.graphs import EMBEDDINGS, ServingGraph, ServingModel, example_inputs
 from export.onnx_files import export_graph
 from export.parity import ParityReport, ParityRow, graph_rows, manifest_rows, search_rows
 from export.pbtxt import INDEX
-from export.sample_users import sample_users
+from export.sample_users import padded_at_the_end, sample_users
 from hsnn_core.bundle import NO_LOG, Bundle, LogPosition, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.errors import PublishError
@@ -239,10 +239,10 @@ def _gates(
     limits = id_limits(source.schema, source.transform)
     rows = []
     for graph, file in zip(graphs, files):
-        cases = {
-            f"random {batch}x{candidates}": example_inputs(graph.signature, batch, candidates, rng, limits)
-            for batch, candidates in ((1, 1), (5, 33))
-        }
+        cases = {}
+        for batch, candidates in ((1, 1), (5, 33)):
+            drawn = example_inputs(graph.signature, batch, candidates, rng, limits)
+            cases[f"random {batch}x{candidates}"] = padded_at_the_end(source.schema, drawn)
         cases["real"] = real[graph.signature.stem]
         rows += graph_rows(graph, file, cases)
     signatures = [graph.signature for graph in graphs]

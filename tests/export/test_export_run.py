@@ -9,7 +9,9 @@ from untrained import FLAT, HIERARCHY, JOINT, TARGETED, TWO_TOWER, untrained_run
 
 from export.export_run import export_run, sample_users
 from export.exported import open_export
+from export.graphs import ScorerGraph, example_inputs
 from export.publish import publish, versions
+from export.sample_users import padded_at_the_end
 from hsnn_core.errors import FormatError, PublishError
 
 
@@ -82,3 +84,24 @@ def test_every_graph_of_a_three_layer_hsnn_builds_for_both_targets(tmp_path: Pat
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"no recipe\.yaml there; expected a folder that hsnn train wrote"):
         export_run(tmp_path)
+
+
+def test_random_ids_have_no_gaps() -> None:
+    graph = ScorerGraph(standin_source().model, 2).signature
+    drawn = example_inputs(graph, 5, 33, np.random.default_rng(0))
+    towers = {f"{owner}_ids": np.arange(4 * SCHEMA.layout(owner).ids_width) % 3 for owner in ("user", "item")}
+    drawn |= {name: ids.reshape(4, -1).astype(np.int32) for name, ids in towers.items()}
+    closed = padded_at_the_end(SCHEMA, drawn)
+    start = 0
+    for spec in SCHEMA.interactions:
+        part = closed["cross_ids"][..., start : start + spec.matches]
+        assert (np.diff((part == 0).astype(int), axis=-1) >= 0).all()
+        start += spec.matches
+    for owner in ("user", "item"):
+        for slot in SCHEMA.layout(owner).slots:
+            part = closed[f"{owner}_ids"][:, slot.start : slot.stop]
+            assert (np.diff((part == 0).astype(int), axis=1) >= 0).all()
+            np.testing.assert_array_equal(
+                np.sort(part, axis=1), np.sort(drawn[f"{owner}_ids"][:, slot.start : slot.stop], axis=1)
+            )
+    np.testing.assert_array_equal(closed["item"], drawn["item"])
