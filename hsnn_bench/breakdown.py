@@ -196,9 +196,7 @@ def measure(
     k = min(manifest["k"] if k is None else k, index.items)
     requests = [{name: value[i : i + 1] for name, value in wire.items()} for i in range(count)]
     with ExitStack() as stack:
-        ways: dict[str, Callable[[Wire], dict[str, float]]] = {
-            "search": TimedSearch(exported.path, widths, k)
-        }
+        ways: dict[str, Callable[[Wire], dict[str, float]]] = {BARE: TimedSearch(exported.path, widths, k)}
         for mode in MODES:
             client, url = served(stack, run, mode)
             triton = stack.enter_context(InferenceServerClient(url))
