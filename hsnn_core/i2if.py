@@ -266,8 +266,12 @@ class I2IF:
         ids = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
         column = DENSE_PER_INTERACTION * number
         terms = lists.reshape(-1)[cells]
+        pairs, matched, of_list = (
+            cells,
+            np.ones(1, np.int64),
+            np.ones(1, np.int64),
+        )  # an item of one term has that
         if length == 1:
-            pairs, matched, of_list = cells, 1, 1  # an item of one term has that one
             ids[first * count + pairs, slot.start] = terms
         else:
             pair = cells // length
