@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import numpy as np
@@ -19,7 +20,7 @@ from tritonclient.grpc import service_pb2
 
 from hsnn_core.errors import RequestError, ServerError
 
-from .encode import DTYPES
+from .encode import DTYPES, context_tensors
 from .wire import OUTPUTS, ServedModel
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -79,13 +80,19 @@ def serialise(
     k: int | None = None,
     deadline: float | None = None,
     widths: Sequence[int] | None = None,
+    about: Sequence[Mapping[str, Any]] = (),
 ) -> list[bytes]:
     """One ready message per request, each the wire tensors (B, ...) of its users, see `encode.UserEncoder`.
     ``k``, ``widths``: as in `RetrievalClient.retrieve`; ``deadline``: seconds that the server is told, None: no
-    deadline."""
+    deadline; ``about``: what requests say of themselves, in turn: dicts with some of ``context``, ``exclude_items`` and
+    ``exclude`` as `RetrievalClient.retrieve` takes them. Raises FeatureError and RequestError for wrong values.
+    """
     datatypes = {numpy: wire for wire, numpy in DTYPES.items()}
     messages = []
-    for tensors in requests:
+    for number, tensors in enumerate(requests):
+        if about:
+            users = len(next(iter(tensors.values())))
+            tensors = {**tensors, **context_tensors(model.schema, users, **about[number % len(about)])}
         message = service_pb2.ModelInferRequest(model_name=model.name)
         for tensor, values in tensors.items():
             message.inputs.add(name=tensor, datatype=datatypes[values.dtype.type], shape=values.shape)

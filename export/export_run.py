@@ -17,11 +17,11 @@ from tqdm import tqdm
 from export.build_index import OnnxItemTower, build_index, candidate_buckets
 from export.engines import DEFAULT_ENGINE, Engine, engine_named
 from export.exported import BUNDLE_DIR, Exported, ExportedGraph, exported_graph
-from export.graphs import ServingGraph, ServingModel, example_inputs, serving_graphs
+from export.graphs import EMBEDDINGS, ServingGraph, ServingModel, example_inputs, serving_graphs
 from export.onnx_files import export_graph
 from export.parity import ParityReport, ParityRow, graph_rows, manifest_rows, search_rows
 from export.pbtxt import INDEX
-from export.sample_users import sample_users
+from export.sample_users import padded_at_the_end, sample_users
 from hsnn_core.bundle import NO_LOG, Bundle, LogPosition, Smoke, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.errors import PublishError
@@ -71,12 +71,14 @@ def export_run(
     users: Mapping[str, np.ndarray] | None = None,
     progress: bool = True,
     contains_log: str | Path | None = None,
+    embeddings: str = "float32",
 ) -> Exported:
     """Export a trained run into its `export` folder, replacing an earlier export only once all gates passed.
 
     `engine`: see `engines.ENGINES`; `targets`: compute capabilities for tensorrt-rtx; `users`: raw wire
     tensors of real users for the gates and the smoke request (default: real keys in random combinations);
-    `contains_log`: an item log whose updates, all of them by now, are in the run's item table already.
+    `contains_log`: an item log whose updates, all of them by now, are in the run's item table already; `embeddings`:
+    float32 or float16, how those of nodes and items are stored.
 
     Raises PublishError naming graph, output, difference and tolerance when a gate fails, LogError when the log is of
     another schema or cannot be read."""
@@ -85,7 +87,7 @@ def export_run(
     source = source_of(load_run(run_dir))
     if contains_log is not None:
         source = dataclasses.replace(source, log=_newest(contains_log, source.schema))
-    return export_source(source, Path(run_dir) / "export", engine, targets, users, progress)
+    return export_source(source, Path(run_dir) / "export", engine, targets, users, progress, embeddings)
 
 
 def source_of(run: Run) -> Source:
@@ -122,14 +124,22 @@ def export_source(
     targets: Sequence[str] = (),
     users: Mapping[str, np.ndarray] | None = None,
     progress: bool = True,
+    embeddings: str = "float32",
 ) -> Exported:
     """`export_run` for a model in memory, into `directory`."""
     chosen = engine_named(engine)
+    if embeddings not in EMBEDDINGS:
+        raise PublishError(f"embeddings {embeddings!r} are unknown, expected one of: {', '.join(EMBEDDINGS)}")
+    if chosen.library is not None and embeddings != "float32":
+        raise PublishError(
+            f"embeddings {embeddings} with engine {engine}: expected float32, plans are built and checked for these "
+            f"alone; leave --embeddings out, or use engine {DEFAULT_ENGINE}"
+        )
     aside = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        exported = _export(source, aside, chosen, targets, users, progress)
+        exported = _export(source, aside, chosen, targets, users, progress, embeddings)
         _replace(aside, directory)
     except OSError as error:
         raise PublishError(
@@ -147,8 +157,9 @@ def _export(
     targets: Sequence[str],
     users: Mapping[str, np.ndarray] | None,
     progress: bool,
+    embeddings: str,
 ) -> Exported:
-    graphs = serving_graphs(source.model)
+    graphs = serving_graphs(source.model, EMBEDDINGS[embeddings])
     files = [directory / f"{graph.signature.stem}.onnx" for graph in graphs]
     for graph, file in zip(tqdm(graphs, desc="graphs", disable=not progress), files):
         export_graph(graph, file)
@@ -156,7 +167,7 @@ def _export(
     corpus = build_index(
         source.schema, source.transform, source.items, source.item_ids, OnnxItemTower(files[1]),
         source.codebooks, source.codeword_projection, source.paths, progress,
-    ).with_attributes(source.attributes)  # fmt: skip
+    ).with_attributes(source.attributes).with_embeddings(np.dtype(embeddings))  # fmt: skip
     buckets: list[list[int]] = [[] for _ in files[2:]]  # any candidate count: nothing to pad for
     if engine.library is not None:
         codewords = [len(codebook) for codebook in source.codebooks]
@@ -228,10 +239,10 @@ def _gates(
     limits = id_limits(source.schema, source.transform)
     rows = []
     for graph, file in zip(graphs, files):
-        cases = {
-            f"random {batch}x{candidates}": example_inputs(graph.signature, batch, candidates, rng, limits)
-            for batch, candidates in ((1, 1), (5, 33))
-        }
+        cases = {}
+        for batch, candidates in ((1, 1), (5, 33)):
+            drawn = example_inputs(graph.signature, batch, candidates, rng, limits)
+            cases[f"random {batch}x{candidates}"] = padded_at_the_end(source.schema, drawn)
         cases["real"] = real[graph.signature.stem]
         rows += graph_rows(graph, file, cases)
     signatures = [graph.signature for graph in graphs]

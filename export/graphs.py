@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from export.column_scorer import ColumnScorer, has_column_form
 from hsnn_train.hsnn import HSNN
 
-Datatype = Literal["FP32", "INT32"]
-DTYPES: dict[str, type[np.generic]] = {"FP32": np.float32, "INT32": np.int32}
+Datatype = Literal["FP32", "FP16", "INT32"]
+DTYPES: dict[str, type[np.generic]] = {"FP32": np.float32, "FP16": np.float16, "INT32": np.int32}
+# How a snapshot may store what its scorers know of nodes and items; they compute in float32 either way.
+EMBEDDINGS: dict[str, Datatype] = {"float32": "FP32", "float16": "FP16"}
 MODEL_PREFIX = "hsnn_"
 
 
@@ -157,12 +159,13 @@ class ItemTowerGraph(ServingGraph):
 
 class ScorerGraph(ServingGraph):
     """Layer l of Algorithm 2: user (B, U_l), item (B, C, E_l), cross_dense (B, C, 3P), cross_ids (B, C, M),
-    previous (B, C, (l-1)T) -> monn (B, C, T), logits (B, C, T), the latter after the linear ensemble."""
+    previous (B, C, (l-1)T) -> monn (B, C, T), logits (B, C, T), the latter after the linear ensemble. ``item``: the
+    datatype of that input."""
 
-    def __init__(self, model: ServingModel, layer: int) -> None:
+    def __init__(self, model: ServingModel, layer: int, item: Datatype = "FP32") -> None:
         inputs = [
             TensorSpec("user", "FP32", ("B", model.user_widths[layer - 1])),
-            TensorSpec("item", "FP32", ("B", "C", model.item_widths[layer - 1])),
+            TensorSpec("item", item, ("B", "C", model.item_widths[layer - 1])),
         ]
         if model.cross_dense_width:
             inputs.append(TensorSpec("cross_dense", "FP32", ("B", "C", model.cross_dense_width)))
@@ -182,7 +185,7 @@ class ScorerGraph(ServingGraph):
         return self.model.score(
             self.layer,
             given["user"],
-            given["item"],
+            given["item"].float(),
             given.get("cross_dense"),
             given.get("cross_ids"),
             given.get("previous"),
@@ -192,15 +195,15 @@ class ScorerGraph(ServingGraph):
 class ColumnScorerGraph(ScorerGraph):
     """`ScorerGraph` as `ColumnScorer` evaluates it. `run`, the reference of the parity gates, stays the model's own."""
 
-    def __init__(self, model: HSNN, layer: int) -> None:
-        super().__init__(model, layer)
+    def __init__(self, model: HSNN, layer: int, item: Datatype = "FP32") -> None:
+        super().__init__(model, layer, item)
         self.columns = ColumnScorer(model, layer)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         given = self.named(tensors)
         found: tuple[Tensor, Tensor] = self.columns(
             given["user"],
-            given["item"],
+            given["item"].float(),
             given.get("cross_dense"),
             given.get("cross_ids"),
             given.get("previous"),
@@ -230,16 +233,17 @@ class AnchoredGraph(ServingGraph):
         return (*outputs, last)
 
 
-def scorer_graph(model: ServingModel, layer: int) -> ScorerGraph:
+def scorer_graph(model: ServingModel, layer: int, item: Datatype = "FP32") -> ScorerGraph:
     """The graph of ``layer`` (from 1), in the form that is quickest to run."""
     if isinstance(model, HSNN) and has_column_form(model, layer):
-        return ColumnScorerGraph(model, layer)
-    return ScorerGraph(model, layer)
+        return ColumnScorerGraph(model, layer, item)
+    return ScorerGraph(model, layer, item)
 
 
-def serving_graphs(model: ServingModel) -> list[ServingGraph]:
-    """Every graph of a model, in the order in which they are published: towers, then scorers 1..N."""
-    scorers = [scorer_graph(model, layer) for layer in range(1, model.layers + 1)]
+def serving_graphs(model: ServingModel, item: Datatype = "FP32") -> list[ServingGraph]:
+    """Every graph of a model, in the order in which they are published: towers, then scorers 1..N. ``item``: how these
+    are given embeddings."""
+    scorers = [scorer_graph(model, layer, item) for layer in range(1, model.layers + 1)]
     graphs: list[ServingGraph] = [UserTowerGraph(model), ItemTowerGraph(model), *scorers]
     return [graph.eval() for graph in graphs]
 
@@ -260,7 +264,7 @@ def example_inputs(
             limit = 2 if id_limits is None else id_limits[spec.name]
             inputs[spec.name] = rng.integers(0, limit, shape, dtype=np.int32)
         else:
-            inputs[spec.name] = rng.standard_normal(shape, dtype=np.float32)
+            inputs[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[spec.datatype])
     return inputs
 
 

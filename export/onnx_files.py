@@ -20,7 +20,11 @@ MAX_BATCH = 64
 # EmbeddingBag has no ONNX operator; TopK in TensorRT stops at 3840, and choosing is the search's work.
 FORBIDDEN_OPS = frozenset({"TopK", "EmbeddingBag", "NonZero", "Loop", "If", "Scan"})
 _PROTOBUF_LIMIT = 2**31 - 1
-_DATATYPES: dict[int, Datatype] = {TensorProto.FLOAT: "FP32", TensorProto.INT32: "INT32"}
+_DATATYPES: dict[int, Datatype] = {
+    TensorProto.FLOAT: "FP32",
+    TensorProto.FLOAT16: "FP16",
+    TensorProto.INT32: "INT32",
+}
 
 
 def export_graph(graph: ServingGraph, path: Path) -> Signature:
@@ -130,7 +134,9 @@ def _specs(stem: str, values: list[onnx.ValueInfoProto]) -> tuple[TensorSpec, ..
         tensor = value.type.tensor_type
         if tensor.elem_type not in _DATATYPES:
             got = TensorProto.DataType.Name(tensor.elem_type)
-            raise PublishError(f"graph {stem}: tensor {value.name} is {got}, expected FLOAT or INT32")
+            raise PublishError(
+                f"graph {stem}: tensor {value.name} is {got}, expected FLOAT, FLOAT16 or INT32"
+            )
         dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         specs.append(TensorSpec(value.name, _DATATYPES[tensor.elem_type], dims))
     return tuple(specs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.graphs import ServingGraph, Signature
+from export.graphs import DTYPES, ServingGraph, Signature
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
 from hsnn_core.features import Encoded
@@ -197,6 +197,10 @@ def manifest_rows(bundle: Bundle, signatures: Sequence[Signature]) -> list[Parit
             [table.shape[1] for table in bundle.embeddings],
             [_dim(scorer, "item") if scorer else None for scorer in scorers],
         ),
+        "embedding types": (
+            [str(table.dtype) for table in bundle.embeddings],
+            [np.dtype(_dtype(scorer, "item")).name if scorer else None for scorer in scorers],
+        ),
     }
     return [
         ParityRow(
@@ -238,3 +242,7 @@ def _user(users: Encoded, user: int) -> Encoded:
 
 def _dim(signature: Signature, name: str) -> int | str | None:
     return next((spec.dims[-1] for spec in signature.inputs if spec.name == name), None)
+
+
+def _dtype(signature: Signature, name: str) -> type[np.generic]:
+    return next(DTYPES[spec.datatype] for spec in signature.inputs if spec.name == name)

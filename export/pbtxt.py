@@ -20,12 +20,14 @@ from export.graphs import Signature, TensorSpec
 from export.onnx_files import MAX_BATCH
 from hsnn_core.errors import PublishError
 from hsnn_core.schema import Schema, first_difference
+from hsnn_core.scorer import PAIRS_PER_CALL
 
 ORCHESTRATOR = "hsnn_retrieve"
 INDEX = "hsnn_index"
 CONFIG_FILE = "config.pbtxt"
 _TYPES = {
     "FP32": "TYPE_FP32",
+    "FP16": "TYPE_FP16",
     "FP64": "TYPE_FP64",
     "INT32": "TYPE_INT32",
     "INT64": "TYPE_INT64",
@@ -162,6 +164,8 @@ def network_config(
     if options.batch_delay_us is not None:
         config.dynamic_batching.max_queue_delay_microseconds = options.batch_delay_us
     config.parameters["engine"].string_value = engine.name
+    if signature.has_candidates and engine.library is None:
+        config.parameters["pairs_per_call"].string_value = str(PAIRS_PER_CALL)
     for candidates in sorted(set(buckets)) or [1]:
         name = f"candidates_{candidates}" if signature.has_candidates else "one"
         warmup = config.model_warmup.add(name=name, batch_size=1)

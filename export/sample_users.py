@@ -1,11 +1,13 @@
-"""Plausible users without a data set: real keys in random combinations, for the parity gates and the smoke
+"""Plausible users and ids without a data set: real keys in random combinations, for the parity gates and the smoke
 request."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
-from hsnn_core.features import FeatureTransform
+from hsnn_core.features import FeatureTransform, without_gaps
 from hsnn_core.schema import KEY_MISSING, Feature, Schema
 
 
@@ -36,3 +38,19 @@ def _keys(
         known = transform.vocabularies[feature.space].keys
         return rng.choice(known, shape) if len(known) else np.zeros(shape, np.int64)
     return rng.integers(0, feature.size, shape)
+
+
+def padded_at_the_end(schema: Schema, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Random inputs of a graph as a transform would give them: in the ids (..., S) of users, of items and of crossings
+    the padding stands behind each feature's ids, never between them."""
+    matches = np.cumsum([0, *(spec.matches for spec in schema.interactions)])
+    columns = {
+        f"{owner}_ids": [slice(slot.start, slot.stop) for slot in schema.layout(owner).slots]
+        for owner in ("user", "item")
+    } | {"cross_ids": [slice(start, stop) for start, stop in pairwise(matches)]}
+    closed = dict(inputs)
+    for name in columns.keys() & inputs.keys():
+        ids = inputs[name].reshape(-1, inputs[name].shape[-1])
+        parts = [without_gaps(ids[:, part]) for part in columns[name]]
+        closed[name] = np.concatenate(parts, axis=1).reshape(inputs[name].shape)
+    return closed

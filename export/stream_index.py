@@ -65,19 +65,17 @@ def stream_index(
     staging: Path,
     progress: bool = True,
 ) -> Corpus:
-    """`build_corpus` over the items of ``files``, in their order, by the ONNX graph ``item_tower``.
+    """`build_corpus` over the items of ``files``, in their order, by the ONNX graph ``item_tower``; without codebooks a
+    flat corpus.
 
     ``staging``: folder of what is done, a file under the name of each of ``files``; it goes with the graph and the
-    codebooks, and DataError refuses another's.
+    codebooks, and DataError refuses another's, and no files at all.
     """
-    if not codebooks or not files:
-        raise DataError(
-            f"{len(files)} files and {len(codebooks)} codebooks, expected at least one of each: a corpus to be "
-            "streamed needs a learnt index"
-        )
+    if not files:
+        raise DataError("no files, expected at least one: a corpus needs items")
     layers = len(codebooks) + 1
     last = f"item_l{layers}"
-    lean = OnnxItemTower(item_tower, [last, "index"])
+    lean = OnnxItemTower(item_tower, [last, "index"] if codebooks else [last])
     staging.mkdir(parents=True, exist_ok=True)
     made_by: dict[str, object] = {
         "item_tower": file_sha256(item_tower),
@@ -112,7 +110,8 @@ def stream_index(
     items = Encoded(
         np.concatenate([items.dense for items, _ in parts]), np.concatenate([items.ids for items, _ in parts])
     )
-    nodes = OnnxItemTower(item_tower, [f"item_l{layer}" for layer in range(1, layers)])
+    # A flat corpus has no nodes to embed.
+    nodes = OnnxItemTower(item_tower, [f"item_l{layer}" for layer in range(1, layers)]) if codebooks else lean
     corpus = assemble_corpus(
         schema, transform, items, index, embeddings, nodes, codebooks, codeword_projection, BATCH, distances
     )
@@ -129,8 +128,12 @@ def _embed_file(
     bar: tqdm,
 ) -> None:
     embedded, paths, distances = [], [], []
-    for rows, outputs in embed(tower, items, np.arange(len(items)), BATCH, [last, "index"]):
-        path, distance = assign_paths(codebooks, outputs["index"])
+    wanted = [last, "index"] if codebooks else [last]
+    none = np.empty((len(items), 0), np.int32), np.empty((len(items), 0), np.float32)
+    for rows, outputs in embed(tower, items, np.arange(len(items)), BATCH, wanted):
+        path, distance = (
+            assign_paths(codebooks, outputs["index"]) if codebooks else (none[0][rows], none[1][rows])
+        )
         embedded.append(outputs[last])
         paths.append(path)
         distances.append(distance)

@@ -149,7 +149,7 @@ def measure(
     with ExitStack() as stack:
         ways: dict[str, Ask] = {"bare loop": loop}
         for mode in MODES:
-            ways[f"triton, {mode}"] = through(_served(stack, run, mode), widths, k)
+            ways[f"triton, {mode}"] = through(served(stack, run, mode)[0], widths, k)
         answers = interleave(ways, requests, rounds, progress)
     _same_items(answers)
     return {
@@ -239,13 +239,15 @@ def page(found: Mapping[str, Any], name: str) -> str:
     ])  # fmt: skip
 
 
-def _served(stack: ExitStack, run: str | Path, mode: Any) -> RetrievalClient:
-    """A client of a server of its own over the run's export in that mode, both closed with the stack."""
+def served(stack: ExitStack, run: str | Path, mode: Any) -> tuple[RetrievalClient, str]:
+    """A client of a server of its own over the run's export in that mode, both closed with the stack, and the server's
+    gRPC address."""
     work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hsnn-bench-")))
     publish(run, work / "repository", options=ServingOptions(mode=mode))
     server = stack.enter_context(TritonServer(work / "repository"))
     promote(work / "repository", server.admin)
-    return stack.enter_context(RetrievalClient(server.urls.grpc, timeout=TIMEOUT_SECONDS))
+    client = stack.enter_context(RetrievalClient(server.urls.grpc, timeout=TIMEOUT_SECONDS))
+    return client, server.urls.grpc
 
 
 def _same_items(answers: Mapping[str, Sequence[Answer]]) -> None:

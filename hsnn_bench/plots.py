@@ -102,19 +102,28 @@ def ne_bars(report: dict[str, Any], path: Path) -> Path:
 
 def stages_of_ways(report: dict[str, Any], path: Path) -> Path:
     """A bar per way: the medians of the search's stages, and what lies outside of the search."""
-    layers = len(report["index"])
-    names = ["user tower", *(f"layer {n}" for n in range(1, layers + 1)), "outside the search"]
-    figure, axis = plt.subplots(figsize=(8, 3.2))
-    for place, given in enumerate(report["ways"].values()):
+    names = ["user tower", *(f"layer {n}" for n in range(1, len(report["index"]) + 1))]
+    ways = {}
+    for way, given in report["ways"].items():
         *stages, search = given["stages"]
-        parts = [*stages, max(0.0, given["microseconds"]["median"] - search)]
-        left = np.concatenate([[0.0], np.cumsum(parts)[:-1]])
-        for number, (part, start) in enumerate(zip(parts, left)):
-            axis.barh(place, part / 1000, left=start / 1000, color=f"C{number}",
-                      label=names[number] if place == 0 else None)  # fmt: skip
-    axis.set_yticks(range(len(report["ways"])), list(report["ways"]))
+        outside = max(0.0, given["microseconds"]["median"] - search)
+        ways[way] = dict(zip(names, stages)) | {"outside the search": outside}
+    return parts_of_request(ways, report["simulated"], path)
+
+
+def parts_of_request(ways: dict[str, dict[str, float]], simulated: bool, path: Path) -> Path:
+    """A bar per way: its parts, in microseconds, one after the other."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    for place, parts in enumerate(ways.values()):
+        left = 0.0
+        for number, (name, part) in enumerate(parts.items()):
+            axis.barh(
+                place, part / 1000, left=left / 1000, color=f"C{number}", label=name if place == 0 else None
+            )
+            left += part
+    axis.set_yticks(range(len(ways)), list(ways))
     axis.invert_yaxis()
-    axis.set(xlabel=f"milliseconds per request, medians{' (simulated data)' if report['simulated'] else ''}")
+    axis.set(xlabel=f"milliseconds per request, medians{' (simulated data)' if simulated else ''}")
     axis.legend(fontsize=8, ncol=2)
     return save(figure, path)
 

@@ -46,15 +46,17 @@ from .width_search import find
 TOWER_BATCHES = 40  # of the bare item tower, to compare the build's rate with
 
 
-def build(run: Run, exported: Exported, items: int, work: Path, progress: bool = True) -> dict[str, Any]:
+def build(
+    run: Run, exported: Exported, items: int, work: Path, progress: bool = True, ads: Path | None = None
+) -> dict[str, Any]:
     """Build the bundle of ``items`` ads under ``work`` unless it is there; returns what was measured on the way, as it
-    was when the bundle was built."""
+    was when the bundle was built. ``ads``: where the encoded ads lie (default: under ``work``)."""
     folder = work / f"bundle-{items}"
     kept = work / f"built-{items}.json"
     if folder.exists() and kept.exists():
         return _read(kept)
     shutil.rmtree(folder, ignore_errors=True)
-    files = corpus_files(run, items, work / "items", progress)
+    files = corpus_files(run, items, work / "items" if ads is None else ads, progress)
     staged_before = len(list((work / "tower").glob("*"))) if (work / "tower").exists() else 0
     began = time.perf_counter()
     corpus = stream_index(
@@ -65,6 +67,7 @@ def build(run: Run, exported: Exported, items: int, work: Path, progress: bool =
     began = time.perf_counter()
     settings = run.recipe.search
     trained = Bundle.open(exported.bundle, verify=False)
+    corpus = corpus.with_embeddings(trained.embeddings[-1].dtype)
     write_bundle(
         folder, run.schema, run.transform, corpus, smoke_over(trained, exported, corpus),
         widths=settings.widths, k=settings.k, max_k=settings.max_k, buckets=[[] for _ in corpus.embeddings],
@@ -103,6 +106,12 @@ def index_bytes(corpus: Corpus) -> int:
     total = sum(array.nbytes for array in corpus.index.to_arrays().values())
     total += sum(table.nbytes for table in (*corpus.embeddings[:-1], *corpus.codebooks))
     return total + (corpus.i2if.position_of_id.positions().nbytes if corpus.i2if is not None else 0)
+
+
+def record_bytes(corpus: Corpus) -> int:
+    """Bytes of what only changes of the items read, beside their features: distances, and positions by id."""
+    records = corpus.records
+    return 0 if records is None else records.distances.nbytes + records.by_id.nbytes
 
 
 def rates(run: Run, exported: Exported, files: Sequence[Path]) -> dict[str, float]:
@@ -180,6 +189,8 @@ def run_scale(
             "points": [asdict(point) for point in points],
             "build": built,
             "load_seconds": load_seconds(folder),
+            "record_bytes_per_item": record_bytes(bundle.corpus) / items,
+            "embeddings": str(bundle.embeddings[-1].dtype),
         })  # fmt: skip
     scorers = [bundle.scorer(runner) for bundle in bundles]
     for row, spread in zip(rows, _latencies(bundles, scorers, rows, users, k, progress)):
@@ -239,7 +250,8 @@ def page(found: dict[str, Any], name: str) -> str:
                      f"{spread.median / base:.2f}"])  # fmt: skip
         built.append([f"{row['items']:,}", f"{build_['seconds']:.0f}", str(build_["files_staged_before"]),
                       f"{build_['peak_rss_bytes'] / 2**30:.2f}", f"{build_['index_bytes_per_item']:.1f}",
-                      f"{build_['bundle_bytes'] / 2**30:.2f}", f"{row['load_seconds']:.1f}"])  # fmt: skip
+                      f"{row['record_bytes_per_item']:.1f}", f"{build_['bundle_bytes'] / 2**30:.2f}",
+                      f"{row['load_seconds']:.1f}"])  # fmt: skip
     rate = found["rates"]
     share = rate["build_items_per_second"] / rate["tower_items_per_second"]
     return "\n".join([
@@ -257,10 +269,13 @@ def page(found: dict[str, Any], name: str) -> str:
         "```",
         "",
         "Building, streamed. Seconds are of the item tower, assignment and ordering, less the files that were staged "
-        "before; bytes per item are those beyond the items' own features and embeddings. Loading verifies every byte.",
+        "before; bytes per item are the index's beyond the items' own features and embeddings (which are "
+        f"{found['sizes'][0]['embeddings']}), and those of the records, which only changes of the items read. Loading "
+        "verifies every byte.",
         "",
         "```",
-        table(["items", "seconds", "files staged before", "peak GiB", "bytes per item", "bundle GiB", "load s"], built),
+        table(["items", "seconds", "files staged before", "peak GiB", "bytes per item", "of records", "bundle GiB",
+               "load s"], built),
         "```",
         "",
         f"Item tower as published in ONNX Runtime: {rate['tower_items_per_second']:,.0f} items/s; the build's pass "

@@ -35,7 +35,7 @@ from hsnn_server.usage import cpu_seconds
 from hsnn_train.checkpoint import check_inputs, load_run
 from hsnn_train.metrics import search_recall
 
-from .serving_peers import Peer, build_peers
+from .serving_peers import Grown, Peer, build_peers
 
 BLOCK = 10  # requests of a model in a round
 WARM_UP = 20
@@ -60,12 +60,13 @@ def run_serving(
     workers: int,
     widths: tuple[int, ...] | None,
     command: str,
+    grown: Grown | None = None,
 ) -> dict[str, Any]:
     """Build the peers of a run, serve and measure them; returns the report (see `serving_report.write_report`).
 
     ``k``: items per request, cut to what the run allows; ``requests``: distinct test requests; ``rounds``: of BLOCK
     requests per model; ``recall_requests``: how many of them recall is taken over; ``workers``,
-    ``widths``: see `build_peers`. Raises DataError when the test
+    ``widths``, ``grown``: see `build_peers`. Raises DataError when the test
     split has no requests, and what `build_peers` raises.
     """
     made_at = commit()  # not what the checkout has become when all is measured
@@ -75,10 +76,11 @@ def run_serving(
     wire, users = dataset.requests("test", requests)
     if not len(users):
         raise DataError(f"run {run_dir}: no request in its test split; change the recipe's split:")
-    k = min(k, run.recipe.search.max_k, len(run.item_ids))
+    items = len(run.item_ids) if grown is None else grown.items
+    k = min(k, run.recipe.search.max_k, items)
     with tempfile.TemporaryDirectory(prefix=".serving-", dir=run_dir) as folder:
         repository = Path(folder) / "repository"
-        peers = build_peers(run, dataset, repository, k, workers, widths)
+        peers = build_peers(run, dataset, repository, k, workers, widths, grown)
         names = [name for peer in peers for name in (*peer.networks, peer.model)]
         with TritonServer(repository, models=names) as server:
             idle = _idle_cpu(server)
@@ -88,7 +90,7 @@ def run_serving(
     rows = [_row(peer, measured[peer.model], twins.recall(peer, answers[peer.model])) for peer in peers]
     return {
         "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
-        "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
+        "machine": machine(), "date": date.today().isoformat(), "items": items, "k": k,
         "layers": list(run.recipe.model.layers), "requests": len(users), "rounds": rounds, "block": BLOCK,
         "recall_requests": min(recall_requests, len(users)), "workers": workers, "idle_cpu_share": idle,
         "rows": _ratios(rows),
@@ -183,8 +185,7 @@ class _Twins:
         rank = bundle.schema.rank
         if peer.task is not None:  # Faiss ranks by one task alone
             rank = np.eye(len(rank), dtype=np.float32)[peer.task]
-        # Nor does it know whom an item is for.
-        allowed = None if peer.task is not None else open_filter(bundle)
+        allowed = open_filter(bundle)
         ids, valid = [], []
         for row in tqdm(range(len(self._users)), desc=f"exhaustive twin of {peer.label}", unit="request"):
             user = Encoded(self._users.dense[row : row + 1], self._users.ids[row : row + 1])

@@ -5,7 +5,9 @@
     ebr_ivf, ebr_hnsw           that two-tower's user tower and Faiss over its item vectors
     echo                        no retrieval at all
 
-The flat models are trained once under ``<run>/peers``, in folders named by a hash of their recipes.
+The flat models are trained once under ``<run>/peers``, in folders named by a hash of their recipes. In a simulated
+world all of them may stand over a corpus that is grown (`scale`); over a large one there are no monn_flat, which takes
+a second per request, and no ebr_hnsw, which takes an hour to build.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import numpy as np
 from export import pbtxt
 from export.export_run import export_run
 from export.exported import Exported, open_export
+from export.open_items import open_items
 from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import snapshot_models
@@ -40,11 +43,13 @@ from hsnn_train.recipe import Recipe
 from .faiss_twin import Queries, tuned_index
 from .jobs import Job
 from .ours import changed, trained
+from .scale import build, export_over
 
 SOURCES = Path(__file__).parent / "peer_models"
 VERSION = 1
 TUNING_REQUESTS = 200
 EBR_TARGET = 0.95
+MOST_OF_ALL = 200_000  # items over which every peer is built
 _FIT_USERS, _FIT_ITEMS, _FIT_TOLERANCE = 8, 64, 1e-3
 _TWINS = ("ivf", "hnsw")
 
@@ -66,13 +71,34 @@ class Peer:
     widths: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Grown:
+    """A corpus of ``items`` ads of the run's simulated world, kept under ``work`` as `scale` does."""
+
+    items: int
+    work: Path
+
+    def over(self, run: Run, exported: Exported, name: str = "") -> Exported:
+        """The networks of an export over it; ``name``: of the model, if it is not the HSNN."""
+        work = self.work / name
+        work.mkdir(parents=True, exist_ok=True)
+        build(run, exported, self.items, work, ads=self.work / "items")
+        return open_export(export_over(exported, self.items, work))
+
+
 def build_peers(
-    run: Run, dataset: Dataset, repository: Path, k: int, workers: int, widths: tuple[int, ...] | None
+    run: Run,
+    dataset: Dataset,
+    repository: Path,
+    k: int,
+    workers: int,
+    widths: tuple[int, ...] | None,
+    grown: Grown | None = None,
 ) -> list[Peer]:
     """Write all peers into ``repository`` (empty or new) and return them, in the order of the report.
 
-    ``k``: items of a request; ``workers``: of the orchestrators; ``widths``: of the HSNN's beam, None: its own.
-    Raises PublishError when the run is not exported,
+    ``k``: items of a request; ``workers``: of the orchestrators; ``widths``: of the HSNN's beam, None: its own;
+    ``grown``: the corpus, None: the run's own items. Raises PublishError when the run is not exported,
     DataError when the export's items are not the run's, or an inner product does not give a two-tower's logits.
     """
     exported = open_export(run.path)
@@ -83,22 +109,29 @@ def build_peers(
             "others; peers are built over the run's own, export the run again"
         )
     layers = run.recipe.model.layers
-    two_tower = _flat_export(run, dataset, "cpu_xs" if layers[-1].startswith("cpu_") else "two_tower_xs", k)
+    every = grown is None or grown.items <= MOST_OF_ALL
+    if grown is not None:
+        exported = grown.over(run, exported)
+    two_tower = _flat_export(
+        run, dataset, "cpu_xs" if layers[-1].startswith("cpu_") else "two_tower_xs", grown
+    )
     repository.mkdir(parents=True, exist_ok=True)
     options = ServingOptions(mode="in_process", workers=workers)
     peers = []
-    for prefix, source, modes in (
+    snapshots = [
         ("hsnn", exported, {"hsnn_in_process": "in_process", "hsnn_bls": "bls"}),
         ("two_tower", two_tower, {"two_tower_flat": "in_process"}),
-        ("monn", _flat_export(run, dataset, layers[-1], k), {"monn_flat": "in_process"}),
-    ):
+    ]
+    if every:
+        snapshots.append(("monn", _flat_export(run, dataset, layers[-1], grown), {"monn_flat": "in_process"}))
+    for prefix, source, modes in snapshots:
         networks = _add_snapshot(repository, source, f"{prefix}_", modes, options)
         for model, mode in modes.items():
             peer = _peer_of(model, source, networks if mode == "bls" else (), layers)
             if widths is not None and prefix == "hsnn":
                 peer = replace(peer, widths=widths, settings=peer.settings | {"widths": list(widths)})
             peers.append(peer)
-    for kind in _TWINS:
+    for kind in _TWINS if every else _TWINS[:1]:
         peers.append(_add_ebr(repository, two_tower, dataset, kind, k))
     _add_sources(repository, "echo", bundle)
     peers.append(Peer("echo", "echo (floor of the server)", None, {}))
@@ -122,7 +155,7 @@ def flat_recipe(recipe: Recipe, preset: str) -> Recipe:
     return changed(recipe, {**single, "search.widths": []})
 
 
-def _flat_export(run: Run, dataset: Dataset, preset: str, k: int) -> Exported:
+def _flat_export(run: Run, dataset: Dataset, preset: str, grown: Grown | None) -> Exported:
     recipe = flat_recipe(run.recipe, preset)
     folder = Job(recipe, run.path / "peers", preset).folder
     flat = trained(recipe, dataset, folder)
@@ -131,7 +164,7 @@ def _flat_export(run: Run, dataset: Dataset, preset: str, k: int) -> Exported:
     except PublishError:
         users, _ = dataset.requests("test", 64)
         exported = export_run(flat.path, users=users)
-    return exported
+    return exported if grown is None else grown.over(flat, exported, preset)
 
 
 def _add_snapshot(
@@ -199,7 +232,7 @@ def _add_ebr(repository: Path, two_tower: Exported, dataset: Dataset, kind: str,
     tower = OnnxRunner(two_tower.path / "user_tower.onnx", [])
     packed = tower.user_tower(users.tensors("user"))["user_l1"]
     vectors = packed.reshape(len(packed), len(bundle.schema.tasks), -1)  # (R, T, d)
-    query = Queries(np.ascontiguousarray(vectors[:, task]))
+    query = Queries(np.ascontiguousarray(vectors[:, task]), _open_to_all(bundle))
     index, settings = tuned_index(kind, items, query, k, EBR_TARGET)
     scale, bias = _affine(bundle, two_tower, packed, vectors, items)
     faiss.write_index(index, str(target / "items.faiss"))
@@ -207,6 +240,12 @@ def _add_ebr(repository: Path, two_tower: Exported, dataset: Dataset, kind: str,
     facts = {"task": task, "search": search, "scale": scale.tolist(), "bias": bias.tolist()}
     write_bytes(target / "ebr.json", json.dumps(facts).encode())
     return Peer(name, f"EBR: two-tower + Faiss {kind.upper()}", two_tower, settings, task=task)
+
+
+def _open_to_all(bundle: Bundle) -> Callable[[slice], np.ndarray | None]:
+    """What every request may get that says nothing of itself, as the candidates of `Queries`."""
+    mask = open_items(bundle)
+    return lambda part: None if mask is None else mask[None]
 
 
 def _affine(

@@ -1,4 +1,5 @@
-"""hsnn bench orchestrator | scale | targeting | gpu: what a request costs, where, and on how large a corpus."""
+"""hsnn bench orchestrator | breakdown | scale | targeting | gpu: what a request costs, where, and on how large a
+corpus."""
 
 from __future__ import annotations
 
@@ -12,28 +13,37 @@ FORMAT = argparse.RawDescriptionHelpFormatter
 
 def add_kinds(kinds: Any) -> None:
     """Register below `hsnn bench`."""
-    command = kinds.add_parser(
-        "orchestrator", help="the bare search loop, and the same through Triton in process and by BLS",
-        formatter_class=FORMAT,
-        description="Measure one exported run three ways side by side: a loop without a server, the orchestrator "
-        "with its networks in process, and by BLS. Writes orchestrator-RUN.json, .md and .png.",
-        epilog="examples:\n  hsnn bench orchestrator runs/ads\n"
-        "  hsnn bench orchestrator runs/ads --widths 32,320 --k 1000 --requests 200 --rounds 3",
-    )  # fmt: skip
-    command.add_argument("run", type=Path, help="run directory that hsnn export finished")
-    command.add_argument("--k", type=int, help="items to return (default: the snapshot's)")
-    command.add_argument(
-        "--widths", help="nodes kept after each layer but the last (default: the snapshot's)"
-    )
-    command.add_argument(
-        "--requests", type=int, default=100, metavar="N", help="held-out users (default: %(default)s)"
-    )
-    command.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="times each is sent (default: %(default)s)"
-    )
-    command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
-                         help="where the report goes (default: %(default)s)")  # fmt: skip
-    command.set_defaults(run_command=run_orchestrator)
+    for kind, text, description, runner in (
+        (
+            "orchestrator", "the bare search loop, and the same through Triton in process and by BLS",
+            "Measure one exported run three ways side by side: a loop without a server, the orchestrator with its "
+            "networks in process, and by BLS. Writes orchestrator-RUN.json, .md and .png.", run_orchestrator,
+        ),
+        (
+            "breakdown", "where the microseconds of a request go, by layer and step, through Triton and without it",
+            "Take requests over one exported run apart: steps of the search by layer, what Triton and the client add, "
+            "in process and by BLS. Writes breakdown-RUN.json, .md and .png.", run_breakdown,
+        ),
+    ):  # fmt: skip
+        command = kinds.add_parser(
+            kind, help=text, formatter_class=FORMAT, description=description,
+            epilog=f"examples:\n  hsnn bench {kind} runs/ads\n"
+            f"  hsnn bench {kind} runs/ads --widths 32,320 --k 1000 --requests 200 --rounds 3",
+        )  # fmt: skip
+        command.add_argument("run", type=Path, help="run directory that hsnn export finished")
+        command.add_argument("--k", type=int, help="items to return (default: the snapshot's)")
+        command.add_argument(
+            "--widths", help="nodes kept after each layer but the last (default: the snapshot's)"
+        )
+        command.add_argument(
+            "--requests", type=int, default=100, metavar="N", help="held-out users (default: %(default)s)"
+        )
+        command.add_argument(
+            "--rounds", type=int, default=3, metavar="N", help="times each is sent (default: %(default)s)"
+        )
+        command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                             help="where the report goes (default: %(default)s)")  # fmt: skip
+        command.set_defaults(run_command=runner)
 
     scale = kinds.add_parser(
         "scale", help="corpora of a hundred thousand to ten million ads: build, load, recall and latency",
@@ -128,6 +138,18 @@ def run_gpu(options: argparse.Namespace) -> None:
 def run_orchestrator(options: argparse.Namespace) -> None:
     """hsnn bench orchestrator."""
     from hsnn_bench import orchestrator
+
+    _run_ways(options, "orchestrator", orchestrator.measure, orchestrator.report)
+
+
+def run_breakdown(options: argparse.Namespace) -> None:
+    """hsnn bench breakdown."""
+    from hsnn_bench import breakdown
+
+    _run_ways(options, "breakdown", breakdown.measure, breakdown.report)
+
+
+def _run_ways(options: argparse.Namespace, kind: str, measure: Any, report: Any) -> None:
     from hsnn_core.errors import RequestError
     from hsnn_train.checkpoint import load_recipe_of_run
 
@@ -139,10 +161,8 @@ def run_orchestrator(options: argparse.Namespace) -> None:
             raise RequestError(f"--{name}: got {getattr(options, name)}, expected at least 1")
     dataset = load_data(load_recipe_of_run(options.run))
     wire, _ = dataset.requests("test", options.requests)
-    found = orchestrator.measure(
-        options.run, wire, widths=widths_of(options.widths), k=options.k, rounds=options.rounds
-    )
-    command = f"hsnn bench orchestrator {options.run}"
+    found = measure(options.run, wire, widths=widths_of(options.widths), k=options.k, rounds=options.rounds)
+    command = f"hsnn bench {kind} {options.run}"
     for name, given, default in (
         ("k", options.k, None),
         ("widths", options.widths, None),
@@ -151,7 +171,7 @@ def run_orchestrator(options: argparse.Namespace) -> None:
     ):
         command += "" if given == default else f" --{name} {given}"
     name = options.run.resolve().name
-    written = orchestrator.report(found, command, name, options.results, dataset.simulated)
+    written = report(found, command, name, options.results, dataset.simulated)
     print(written.read_text())
     print(f"report: {written}")
 

@@ -19,8 +19,11 @@ def add_kinds(kinds: Any) -> None:
         "serving", help="the HSNN beside EBR, flat models and an echo in one Triton", formatter_class=FORMAT,
         description="Serve an exported run and its peers over the same items in one Triton, ask them the same requests "
         "in turns, and report CPU time, latency and recall of each. The flat peers are trained once, under RUN/peers.",
-        epilog="examples:\n  hsnn bench serving runs/ads\n  hsnn bench serving runs/ads --k 100 --rounds 60\n\n"
-        "It takes as long as training two flat models of the recipe, and then some minutes.",
+        epilog="examples:\n  hsnn bench serving runs/ads\n  hsnn bench serving runs/ads --k 100 --rounds 60\n"
+        "  hsnn bench serving runs/ads-scale --items 1000000 --widths 64,1024 --recall-requests 20\n\n"
+        "It takes as long as training two flat models of the recipe, and then some minutes. With --items the corpus\n"
+        "is grown from the run's simulated world, as `hsnn bench scale` does; over more than 200,000 there is no flat\n"
+        "MoNN, which takes a second per request, and no HNSW, which takes an hour to build.",
     )  # fmt: skip
     serving.add_argument("run", type=Path, help="run directory, exported")
     serving.add_argument("--k", type=int, default=1000,
@@ -33,6 +36,10 @@ def add_kinds(kinds: Any) -> None:
                          help="requests that recall is taken over (default: %(default)s)")  # fmt: skip
     serving.add_argument("--widths", help="nodes that the HSNN keeps after each layer but the last, like 16,128 "
                          "(default: the export's)")  # fmt: skip
+    serving.add_argument("--items", type=int, metavar="V",
+                         help="grow the run's simulated world to so many items (default: its own items)")  # fmt: skip
+    serving.add_argument("--work", type=Path, default=Path("runs/scale"), metavar="DIR",
+                         help="where grown corpora are kept (default: %(default)s)")  # fmt: skip
     serving.add_argument("--workers", type=int, default=2, metavar="N",
                          help="workers of the orchestrators (default: %(default)s)")  # fmt: skip
     results(serving)
@@ -120,17 +127,19 @@ def typed(options: argparse.Namespace, start: str, **defaults: object) -> str:
 def run_serving(options: argparse.Namespace) -> None:
     """hsnn bench serving."""
     from hsnn_bench.serving import run_serving as run
+    from hsnn_bench.serving_peers import Grown
     from hsnn_bench.serving_report import render, write_report
 
     at_least_one(options, "k", "requests", "rounds", "recall_requests", "workers")
     widths = widths_of(options.widths)
     command = typed(
         options, f"hsnn bench serving {options.run}", k=1000, requests=1000, rounds=30, recall_requests=100,
-        workers=2, widths=None,
+        workers=2, widths=None, items=None,
     )  # fmt: skip
     report = run(
         options.run, options.k, options.requests, options.rounds, options.recall_requests, options.workers,
         None if widths is None else tuple(widths), command,
+        None if options.items is None else Grown(options.items, options.work),
     )  # fmt: skip
     paths = write_report(report, options.results)
     print(render(report))

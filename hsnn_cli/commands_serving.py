@@ -32,6 +32,8 @@ def add_commands(commands: Any) -> None:
     )
     export.add_argument("--target", action="append", default=[], metavar="SM", dest="targets",
                         help="compute capability to build for, TensorRT only; may be repeated")  # fmt: skip
+    export.add_argument("--embeddings", choices=("float32", "float16"), default="float32",
+                        help="of nodes and items; float16 takes half the memory (default: %(default)s)")  # fmt: skip
     export.add_argument("--contains-log", type=Path, default=None, metavar="FILE", help="item log whose updates so far "
                         "are in the run's item table already: servers need not replay them")  # fmt: skip
     export.set_defaults(run_command=run_export)
@@ -133,7 +135,11 @@ def run_export(options: argparse.Namespace) -> None:
     if not load_run(options.run).finished:
         print(f"note: {options.run} has not reached its last step; this exports the model of its checkpoint")
     exported = export_run(
-        options.run, options.engine, targets=options.targets, contains_log=options.contains_log
+        options.run,
+        options.engine,
+        targets=options.targets,
+        contains_log=options.contains_log,
+        embeddings=options.embeddings,
     )
     print(exported.report.table())
     print(f"exported: {options.run / 'export'}")

@@ -42,6 +42,7 @@ class Snapshots:
     engine: str
     url: str | None
     key: str | None
+    embeddings: str = "float32"
 
     def last(self) -> dict[str, Any]:
         """What the newest one here was made of: version, files, repository; empty before the first."""
@@ -53,7 +54,7 @@ class Snapshots:
         """One snapshot of the run's checkpoint, which has learnt from ``files`` files; says what was done. Raises
         HsnnError and OSError."""
         began = time.monotonic()
-        exported = export_run(self.run, self.engine, users=users, progress=False)
+        exported = export_run(self.run, self.engine, users=users, progress=False, embeddings=self.embeddings)
         served = ""
         if self.url is None:
             version = publish(exported.path, self.repository)
@@ -230,7 +231,9 @@ def run_follow(options: argparse.Namespace) -> None:
         except OSError as error:
             raise SchemaError(f"--key-file: {error}; expected a file with the server's key") from error
         engine = options.engine or "onnxruntime"
-        snapshots = Snapshots(options.run, options.repository, engine, options.url, key)
+        snapshots = Snapshots(
+            options.run, options.repository, engine, options.url, key, options.embeddings or "float32"
+        )
     with alone(options.run):
         follower = Follower(options.follow, options.run, options.base)
         following = Following(follower, snapshots, 60 * (options.publish_every or 10.0), progress=True)

@@ -23,6 +23,9 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         "--publish-every", type=float, metavar="MINUTES", help="between snapshots (default: 10)"
     )
     group.add_argument("--engine", help="of the snapshots, as in hsnn export (default: onnxruntime)")
+    group.add_argument(
+        "--embeddings", choices=("float32", "float16"), help="as in hsnn export (default: float32)"
+    )
     group.add_argument("--url", help="host:port of a running Triton's gRPC that is to serve the snapshots")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with that server's admin key")
 
@@ -30,7 +33,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
 def check_arguments(options: argparse.Namespace) -> None:
     """SchemaError for arguments that do not go together."""
     if options.follow is None:
-        given = ("base", "once", "repository", "publish_every", "engine", "url", "key_file")
+        given = ("base", "once", "repository", "publish_every", "engine", "embeddings", "url", "key_file")
         used = [name for name in given if getattr(options, name)]
         if used:
             names = ", ".join("--from" if name == "base" else f"--{name.replace('_', '-')}" for name in used)
@@ -45,7 +48,7 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise SchemaError("hsnn train --follow: --run is missing; name the folder of the run that follows")
     if options.publish_every is not None and not options.publish_every > 0:
         raise SchemaError(f"--publish-every: got {options.publish_every:g}, expected minutes above 0")
-    for name in ("publish_every", "engine", "url"):
+    for name in ("publish_every", "engine", "embeddings", "url"):
         if getattr(options, name) is not None and options.repository is None:
             raise SchemaError(f"--{name.replace('_', '-')}: is about snapshots; give their --repository too")
     if (options.url is None) != (options.key_file is None):

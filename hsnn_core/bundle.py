@@ -37,7 +37,7 @@ from .index import HierarchicalIndex
 from .item_attributes import ItemAttributes
 from .item_records import ItemRecords
 from .schema import Schema
-from .scorer import LayerScorer, Runner
+from .scorer import PAIRS_PER_CALL, LayerScorer, Runner
 
 FORMAT = "hsnn-bundle"
 FORMAT_VERSION = 1
@@ -146,9 +146,10 @@ class Bundle:
         """What the bundle was written from."""
         return Corpus(self.index, self.i2if, self.embeddings, self.codebooks, self.records, self.attributes)
 
-    def scorer(self, runner: Runner) -> LayerScorer:
+    def scorer(self, runner: Runner, pairs_per_call: int = PAIRS_PER_CALL) -> LayerScorer:
         """A scorer over this bundle's data with the buckets its networks were built for."""
-        return LayerScorer(self.index, self.i2if, self.embeddings, runner, self.manifest["buckets"])
+        buckets = self.manifest["buckets"]
+        return LayerScorer(self.index, self.i2if, self.embeddings, runner, buckets, pairs_per_call)
 
     def smoke(self) -> Smoke:
         """The smoke request and its expected answer."""

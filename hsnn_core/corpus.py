@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ ItemTower = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 class Corpus:
     """All that the search needs besides the networks.
 
-    ``embeddings[l-1]`` (I_l, E_l) float32: what the layer's scorer knows of each node; for layer N of each
+    ``embeddings[l-1]`` (I_l, E_l) float32 or float16: what the layer's scorer knows of each node; for layer N of each
     item, by position. ``i2if`` is None when the schema has no interactions. ``codebooks[l-1]`` (K_l, d)
     float32, empty when the hierarchy came with the data. ``records``: what changing the items needs, if asked for.
     ``attributes``: the items' eligibility and bids by position, None when the schema declares none.
@@ -44,6 +45,10 @@ class Corpus:
         if attributes is None:
             return self
         return replace(self, attributes=attributes.take(self.index.row_of_position))
+
+    def with_embeddings(self, dtype: np.dtype[Any]) -> Corpus:
+        """The corpus with its embeddings rounded to ``dtype``. Raises DataError when one is too large for it."""
+        return replace(self, embeddings=[rounded(table, dtype, "embeddings") for table in self.embeddings])
 
 
 def build_corpus(
@@ -109,12 +114,13 @@ def assemble_corpus(
     batch_size: int = 1024,
     distances: np.ndarray | None = None,
 ) -> Corpus:
-    """The corpus of an index that is built, as `build_corpus`; ``last`` (V, E_N) float32: the item layer's embeddings,
-    by position; ``distances`` (V, N-1) of the items by corpus row: with them it has `ItemRecords`."""
+    """The corpus of an index that is built, as `build_corpus`; ``last`` (V, E_N): the item layer's embeddings, by
+    position, float32 or float16, as those of nodes shall be; ``distances`` (V, N-1) of the items by corpus row: with
+    them it has `ItemRecords`."""
     embeddings = _node_embeddings(index, item_tower, items, batch_size)
     for layer, projection in enumerate(codeword_projection, start=1):
         embeddings[layer - 1] += codeword_term(codebooks, projection, index.codes[layer - 1])
-    embeddings.append(last)
+    embeddings = [*(rounded(table, last.dtype, "embeddings") for table in embeddings), last]
     return Corpus(
         index,
         _interactions(schema, transform, items, index),
@@ -122,6 +128,17 @@ def assemble_corpus(
         [np.asarray(codebook, dtype=np.float32) for codebook in codebooks],
         None if distances is None else ItemRecords.build(index, items, distances, codeword_projection),
     )
+
+
+def rounded(values: np.ndarray, dtype: np.dtype[Any], what: str) -> np.ndarray:
+    """values (n, E) float32 as ``dtype``. Raises DataError when one is too large for it."""
+    most = np.finfo(dtype).max
+    if dtype != values.dtype and values.size and np.abs(values).max() > most:
+        raise DataError(
+            f"{what}: got values up to {np.abs(values).max():.3g}, {dtype} holds at most {most:.6g}; export with "
+            "--embeddings float32"
+        )
+    return values.astype(dtype, copy=False)
 
 
 def codeword_term(

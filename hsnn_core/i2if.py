@@ -79,14 +79,12 @@ class Crossings(NamedTuple):
 
 class PostingList(NamedTuple):
     """One item feature over R' nodes of L slots; cell = node * L + slot. ``cells[ptr[i]:ptr[i+1]]`` hold
-    ``terms[i]``, terms ascending; ``lists`` (R', L) is the way back, 0 in empty cells, and ``counts`` (R',) how many
-    are not."""
+    ``terms[i]``, terms ascending; ``lists`` (R', L) is the way back, 0 in empty cells."""
 
     terms: np.ndarray
     ptr: np.ndarray
     cells: np.ndarray
     lists: np.ndarray
-    counts: np.ndarray
 
     def find(self, terms: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in ``terms`` of those asked for that are there, and their weights."""
@@ -207,7 +205,6 @@ class I2IF:
         batch, count = positions.shape
         crossings = self._empty(batch, count)
         wanted = {feature: lists.take(positions) for feature, lists in self.forward.items()}
-        counts = {feature: _over_slots(lists != ID_PADDING) for feature, lists in wanted.items()}
         for number, (spec, users) in enumerate(zip(self.specs, query.terms)):
             lists = wanted[spec.interaction.item]  # (B, C, L)
             step = max(1, TABLE_ENTRIES // spec.cardinality)
@@ -219,12 +216,11 @@ class I2IF:
                 places = lists[part] if part.stop - first == 1 else row[:, :, None] + lists[part]
                 try:
                     table[asked] = users.weights[part]
-                    hits = np.take(table, places)
+                    hits = np.take(table, places).ravel()
                 finally:  # out of memory, say: this thread's next users must not find these ones' terms
                     table[asked] = 0
-                self._fill(
-                    crossings, number, part, hits, lists[part], counts[spec.interaction.item][part], users
-                )
+                cells = np.flatnonzero(hits)
+                self._fill(crossings, number, first, cells, hits[cells], lists[part], users)
         return crossings
 
     def postings(self, positions: np.ndarray) -> Postings:
@@ -237,53 +233,63 @@ class I2IF:
         batch = len(query.terms[0].totals)
         crossings = self._empty(batch, postings.nodes)
         for number, (users, inverted) in enumerate(zip(query.terms, postings.lists)):
-            lists, counts = inverted.lists[None], inverted.counts[None]
             for user in range(batch):
                 at, weights = inverted.find(users.terms[user], users.weights[user])
                 lengths = inverted.ptr[at + 1] - inverted.ptr[at]
                 before = lengths.cumsum() - lengths
                 entries = np.repeat(inverted.ptr[at] - before, lengths) + np.arange(lengths.sum())
-                hits = np.zeros(lists.shape, dtype=np.int32)
-                hits.reshape(-1)[inverted.cells[entries]] = np.repeat(weights, lengths)
-                self._fill(crossings, number, slice(user, user + 1), hits, lists, counts, users)
+                hits = np.zeros(inverted.lists.size, dtype=np.int32)
+                hits[inverted.cells[entries]] = np.repeat(weights, lengths)
+                cells = np.flatnonzero(hits)
+                self._fill(crossings, number, user, cells, hits[cells], inverted.lists[None], users)
         return crossings
 
     def _fill(
         self,
         crossings: Crossings,
         number: int,
-        part: slice,
-        hits: np.ndarray,
+        first: int,
+        cells: np.ndarray,
+        weights: np.ndarray,
         lists: np.ndarray,
-        counts: np.ndarray,
         users: Terms,
     ) -> None:
-        """Turn the weights of one interaction into the crossings of the users ``part`` (b of them).
+        """Turn the hits of one interaction into the crossings of b users, from user ``first``; few candidates have any.
 
-        ``hits`` (b, C, L) int32: the user's weight of the term there; ``lists`` (b, C, L): the terms; ``counts``
-        (b, C): how many there are. Integers until the one division, so equal hits give equal bits.
+        ``lists`` (b, C, L): the candidates' terms; ``cells`` (n,) ascending: which of them, flat, the user has;
+        ``weights`` (n,) int32: the user's of these. Integers until the one division, so equal hits give equal bits.
         """
-        slot = self.id_slots[number]
-        matched, weight = _over_slots(hits != 0), _over_slots(hits)
-        dense = crossings.dense[part, :, DENSE_PER_INTERACTION * number :]  # (b, C, at least 3)
-        dense[..., 0] = matched
-        dense[..., 1] = weight / np.maximum(users.totals[part], 1)[:, None]
-        dense[..., 2] = matched / np.maximum(counts, 1)
-
-        if hits.shape[2] == 1:
-            crossings.ids[part, :, slot.start] = np.where(matched, lists[..., 0], ID_PADDING)
+        if not len(cells):
             return
-        found = np.flatnonzero(hits)  # few: most terms of most candidates are not the user's
-        pair = found // hits.shape[2]
-        place = np.arange(len(found)) - np.searchsorted(pair, pair)
-        keep = np.flatnonzero(place < slot.interaction.matches)
-        rows = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
-        at = part.start * hits.shape[1] + pair[keep]
-        rows[at, slot.start + place[keep]] = lists.reshape(-1)[found[keep]]
+        slot, (_, count, length) = self.id_slots[number], lists.shape
+        dense = crossings.dense.reshape(-1, self.dense_width)  # (B*C, 3P)
+        ids = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
+        column = DENSE_PER_INTERACTION * number
+        terms = lists.reshape(-1)[cells]
+        pairs, matched, of_list = (
+            cells,
+            np.ones(1, np.int64),
+            np.ones(1, np.int64),
+        )  # an item of one term has that
+        if length == 1:
+            ids[first * count + pairs, slot.start] = terms
+        else:
+            pair = cells // length
+            starts = np.flatnonzero(np.diff(pair, prepend=-1))
+            pairs, matched = pair[starts], np.diff(starts, append=len(pair))
+            weights = np.add.reduceat(weights, starts)
+            of_list = _over_slots(lists.reshape(-1, length)[pairs] != ID_PADDING)
+            place = np.arange(len(pair)) - np.repeat(starts, matched)
+            keep = np.flatnonzero(place < slot.interaction.matches)
+            ids[first * count + pair[keep], slot.start + place[keep]] = terms[keep]
+        rows = first * count + pairs
+        dense[rows, column] = matched
+        dense[rows, column + 1] = weights / np.maximum(users.totals, 1)[first + pairs // count]
+        dense[rows, column + 2] = np.divide(matched, of_list)
 
     def _empty(self, batch: int, count: int) -> Crossings:
         return Crossings(
-            np.empty((batch, count, self.dense_width), dtype=np.float32),
+            np.zeros((batch, count, self.dense_width), dtype=np.float32),
             np.zeros((batch, count, self.ids_width), dtype=np.int32),
         )
 
@@ -356,9 +362,10 @@ def _summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
     """terms (B, n) with zeros anywhere, weights (B, n) -> each user's different terms and their summed weights."""
     batch, width = terms.shape
     order = np.argsort(terms, axis=1, kind="stable")
-    ordered = np.take_along_axis(terms, order, axis=1)
+    order += width * np.arange(batch)[:, None]
+    ordered = terms.take(order)
     running = np.zeros((batch, width + 1), np.int32)
-    np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1, out=running[:, 1:])
+    np.cumsum(weights.take(order), axis=1, out=running[:, 1:])
     first = ordered > ID_PADDING
     first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
     user, column = np.nonzero(first)
@@ -376,12 +383,10 @@ def _summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
 
 
 def _over_slots(values: np.ndarray) -> np.ndarray:
-    """The sum over the last axis, of a few slots: (b, C, L) int32 or bool -> (b, C) integers."""
-    if values.shape[2] == 1:
-        return values[..., 0]
-    total = values[..., 0].astype(np.int64)
-    for slot in range(1, values.shape[2]):
-        total += values[..., slot]
+    """The sum over the last axis, of a few slots: (n, L) bool -> (n,) int64."""
+    total = values[:, 0].astype(np.int64)
+    for slot in range(1, values.shape[1]):
+        total += values[:, slot]
     return total
 
 
@@ -390,4 +395,4 @@ def _inverted(lists: np.ndarray) -> PostingList:
     cells = np.flatnonzero(flat)
     cells = cells[np.argsort(flat[cells], kind="stable")]
     terms, starts = np.unique(flat[cells], return_index=True)
-    return PostingList(terms, np.append(starts, len(cells)), cells, lists, (lists != ID_PADDING).sum(axis=1))
+    return PostingList(terms, np.append(starts, len(cells)), cells, lists)

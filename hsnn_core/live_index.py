@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .corpus import Corpus, ItemTower, assemble_corpus, codeword_term, embed
+from .corpus import Corpus, ItemTower, assemble_corpus, codeword_term, embed, rounded
 from .errors import DataError
 from .features import Encoded, FeatureTransform
 from .i2if import I2IF, forward_lists
@@ -229,6 +229,9 @@ class LiveIndex:
         names = [f"item_l{layer}" for layer in range(1, depth + 2)] + (["index"] if depth else [])
         item_layer = names[depth]
         parts = [out for _, out in embed(self._tower, items, np.arange(len(items)), TOWER_BATCH, names)]
+        for name in names[: depth + 1]:
+            for part in parts:
+                part[name] = rounded(part[name], self._items.base.dtype, f"the item tower's {name}")
         last = np.concatenate([part[item_layer] for part in parts])
         if not depth:
             none = np.empty((len(items), 0))

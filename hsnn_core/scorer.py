@@ -26,6 +26,8 @@ from .row_table import RowTable
 PAIRS_PER_CALL = 1024
 # Pairs that are crossed at once: I2IF is a row of small array operations whose overhead many calls share.
 PAIRS_PER_PROBE = 1 << 14
+# Pairs of one message to another process, which cuts them into calls itself: a message costs about as much as a call.
+PAIRS_PER_MESSAGE = PAIRS_PER_PROBE
 
 
 class Runner(Protocol):
@@ -43,9 +45,9 @@ class Runner(Protocol):
     def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """MoNN logits and ensemble logits, (B, C, T) f32 each, of the layer (numbered from 1).
 
-        Inputs: user (B, U_l) f32; item (B, C, E_l) f32; cross_dense (B, C, 3P) f32 and cross_ids (B, C, M)
-        i32 when the schema has interactions; previous (B, C, (l-1)*T) f32 when l > 1: the MoNN logits of
-        layers 1..l-1 of the node's ancestors, layer by layer.
+        Inputs: user (B, U_l) f32; item (B, C, E_l), f32 or f16 as the snapshot stores it; cross_dense (B, C, 3P)
+        f32 and cross_ids (B, C, M) i32 when the schema has interactions; previous (B, C, (l-1)*T) f32 when l > 1:
+        the MoNN logits of layers 1..l-1 of the node's ancestors, layer by layer.
         """
         ...
 
@@ -73,9 +75,10 @@ class UserState:
 class LayerScorer:
     """Scores nodes of a layer for B users.
 
-    ``embeddings[l-1]``: (I_l, E_l) float32 or float16 (float32 after the gather), an array or a table of rows.
+    ``embeddings[l-1]``: (I_l, E_l) float32 or float16, as the layer's network takes it, an array or a table of rows.
     ``buckets[l-1]``: the candidate counts the layer's network takes, ascending; C is padded up to the next one and
-    cut into pieces of the largest. An empty list, or no buckets at all, means any count.
+    cut into pieces of the largest. An empty list, or no buckets at all, means any count; pieces are then of at most
+    ``pairs_per_call`` <user, node> pairs.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class LayerScorer:
         embeddings: Sequence[np.ndarray | RowTable],
         runner: Runner,
         buckets: Sequence[Sequence[int]] | None = None,
+        pairs_per_call: int = PAIRS_PER_CALL,
     ) -> None:
         if len(embeddings) != index.layers:
             raise SearchError(
@@ -112,6 +116,7 @@ class LayerScorer:
         self._embeddings = [_rows(table) for table in embeddings]
         self._runner = runner
         self._buckets = [tuple(sizes) for sizes in buckets]
+        self._pairs_per_call = pairs_per_call
         self._postings: dict[int, tuple[np.ndarray, Postings]] = {}
         self._lock = Lock()
 
@@ -162,7 +167,7 @@ class LayerScorer:
         everything = count == self.index.nodes(layer) and bool((nodes == np.arange(count)).all())
         walked = self._walk(state, layer) if everything else None
         sizes = self._buckets[layer - 1]
-        step = sizes[-1] if sizes else max(1, PAIRS_PER_CALL // batch)
+        step = sizes[-1] if sizes else max(1, self._pairs_per_call // batch)
         at_once = step * max(1, PAIRS_PER_PROBE // (step * batch))
 
         crossings = walked or {}
@@ -173,11 +178,10 @@ class LayerScorer:
             inputs = {"user": state.towers[layer - 1]}
             if everything:
                 # One block of the table serves all users; for a single user it is a view.
-                block = self._embeddings[layer - 1].part(part).astype(np.float32, copy=False)
+                block = self._embeddings[layer - 1].part(part)
                 inputs["item"] = np.broadcast_to(block, (batch, *block.shape))
             else:
-                rows = self._embeddings[layer - 1].take(nodes[:, part])
-                inputs["item"] = rows.astype(np.float32, copy=False)
+                inputs["item"] = self._embeddings[layer - 1].take(nodes[:, part])
             within = part
             if walked is None:
                 if start % at_once == 0:

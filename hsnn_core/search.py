@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter_ns
 from typing import Any, Protocol
 
@@ -147,19 +148,19 @@ def search(
             chosen = best(keys, widths[layer - 1])
             if adapt:
                 _widen(index, layer, keys, chosen, k, found)
-        kept = np.nonzero(chosen)
-        rows, best_nodes = _Rows(kept[0], batch), found.nodes[kept]
-        beam = _Beam(rows, best_nodes, np.concatenate([found.carried[kept], monn[kept]], axis=1))
+        kept = np.flatnonzero(chosen)
+        rows, best_nodes = _Rows(kept // chosen.shape[1], batch), found.nodes.take(kept)
+        beam = _Beam(rows, best_nodes, np.concatenate([_at(found.carried, kept), _at(monn, kept)], axis=1))
         took = (perf_counter_ns() - start) // 1000
         traces.append(LayerTrace(found.alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
 
     # Stable by descending score within each user: equal scores stay in order of position.
-    order = np.lexsort((-keys[kept], kept[0]))
-    positions = best_nodes[order]
+    order = np.lexsort((-keys.take(kept), rows.user))
+    kept, positions = kept[order], best_nodes[order]
     return SearchResult(
         item_ids=rows.fill(index.ids(positions), k),
-        probabilities=rows.fill(sigmoid(logits[kept][order]), k),
-        rank_score=rows.fill(keys[kept][order], k, empty=-np.inf),
+        probabilities=rows.fill(sigmoid(_at(logits, kept)), k),
+        rank_score=rows.fill(keys.take(kept), k, empty=-np.inf),
         valid=rows.counts.astype(np.int32),
         positions=rows.fill(positions, k),
         layers=tuple(traces),
@@ -223,8 +224,10 @@ def checked_scores(
                 f"the scorer of layer {layer} gave {name} of shape {value.shape}, "
                 f"expected {(*alive.shape, tasks)}: users, candidates, tasks"
             )
-    bad = ~np.isfinite(logits).all(axis=2) & alive
-    if bad.any():
+    finite = np.isfinite(logits)
+    # All of them first: looking at each candidate's few tasks takes ten times as long.
+    bad = None if finite.all() else ~finite.all(axis=2) & alive
+    if bad is not None and bad.any():
         raise SearchError(
             f"the scorer of layer {layer} gave scores that are not finite for {bad.sum()} of {alive.sum()} "
             "candidates; check the model and the item embeddings of this snapshot"
@@ -238,7 +241,10 @@ class _Rows:
     def __init__(self, user: np.ndarray, batch: int) -> None:
         self.user = user
         self.counts = np.bincount(user, minlength=batch)  # (B,)
-        self._column = np.arange(len(user)) - np.repeat(self.counts.cumsum() - self.counts, self.counts)
+
+    @cached_property
+    def _column(self) -> np.ndarray:
+        return np.arange(len(self.user)) - np.repeat(self.counts.cumsum() - self.counts, self.counts)
 
     def fill(self, values: np.ndarray, width: int | None = None, empty: float = 0) -> np.ndarray:
         """values (n, ...) -> (B, width, ...), each user's entries from column 0, then ``empty``."""
@@ -328,6 +334,11 @@ def _widen(
         reached = np.where(found.alive[user], counts, 0)[order].cumsum()
         enough = int(np.searchsorted(reached, needed[user])) + 1
         chosen[user] = best(keys[user : user + 1], enough)[0]
+
+
+def _at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """values (B, C, w) at flat places (n,) of (B, C): (n, w)."""
+    return values.reshape(values.shape[0] * values.shape[1], values.shape[2])[kept]
 
 
 def _score(

@@ -40,7 +40,7 @@ class TorchRunner:
         monn, logits = self.model.score(
             layer,
             user,
-            item,
+            item.float(),
             self._tensor(inputs, "cross_dense"),
             self._tensor(inputs, "cross_ids"),
             self._tensor(inputs, "previous"),

@@ -44,6 +44,7 @@ from hsnn_core.errors import (  # noqa: E402
     ServerError,
 )
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
+from hsnn_core.scorer import PAIRS_PER_MESSAGE  # noqa: E402
 
 
 class TritonPythonModel:
@@ -70,7 +71,7 @@ class TritonPythonModel:
         failures: Mapping[str, int] = {}
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
-            self._retriever = Retriever(bundle, runner, self._items, runner.within)
+            self._retriever = Retriever(bundle, runner, self._items, runner.within, PAIRS_PER_MESSAGE)
             failures = runner.failures
             cold = Retriever(bundle, NoNetworks(bundle), self._items)
         else:

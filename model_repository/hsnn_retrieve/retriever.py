@@ -15,7 +15,7 @@ from hsnn_core.bundle import Bundle
 from hsnn_core.errors import RequestError
 from hsnn_core.keys import KEY_MISSING
 from hsnn_core.live_index import LiveState
-from hsnn_core.scorer import LayerScorer, Runner
+from hsnn_core.scorer import PAIRS_PER_CALL, LayerScorer, Runner
 from hsnn_core.search import SearchResult, search
 from hsnn_core.targeting import TargetingFilter
 
@@ -46,10 +46,11 @@ class Retriever:
         runner: Runner,
         items: Items,
         within: Callable[[Deadline], AbstractContextManager[None]] = lambda deadline: nullcontext(),
+        pairs_per_call: int = PAIRS_PER_CALL,
     ) -> None:
         self._items = items
         self._transform = bundle.transform
-        self._scorer = bundle.scorer(runner)
+        self._scorer = bundle.scorer(runner, pairs_per_call)
         self._latest: tuple[LiveState, LayerScorer] | None = None
         self._schema = bundle.schema
         self._within = within

@@ -14,7 +14,7 @@ from untrained import JOINT, TARGETED, untrained_run
 
 from export.export_run import export_run
 from export.sample_users import sample_users
-from hsnn_bench import oracle, orchestrator
+from hsnn_bench import breakdown, oracle, orchestrator
 from hsnn_bench.orchestrator import Answer, interleave
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, PublishError
@@ -60,22 +60,54 @@ def test_every_request_goes_through_every_way_before_the_next():
     assert {name: len(given) for name, given in answers.items()} == {"a": 6, "b": 6}
 
 
+@pytest.fixture(scope="module")
+def exported_run(tmp_path_factory):
+    """An exported run and four requests."""
+    run = tmp_path_factory.mktemp("ways") / "run"
+    untrained_run(run, JOINT, TARGETED)
+    bundle = Bundle.open(export_run(run, progress=False).bundle)
+    return run, sample_users(bundle.schema, bundle.transform, 4, seed=2)
+
+
+def test_a_search_by_steps_is_the_search(exported_run):
+    run, wire = exported_run
+    timed = breakdown.TimedSearch(run, [3, 6], 7)
+    taken = timed({name: value[:1] for name, value in wire.items()})
+    steps = [f"layer {layer}: {step}" for layer in (1, 2, 3) for step in breakdown.STEPS]
+    assert set(steps) < set(taken) and all(taken[step] > 0 for step in steps)
+    # What the stopwatches saw of a layer is less than the layer took.
+    assert all(sum(taken[f"layer {n}: {step}"] for step in breakdown.STEPS) > 0 for n in (1, 2, 3))
+    again = timed({name: value[:1] for name, value in wire.items()})
+    assert set(again) == set(taken), "a second search begins at zero"
+
+
 @pytest.mark.triton
-def test_the_three_ways_and_their_report(tmp_path):
-    untrained_run(tmp_path / "run", JOINT, TARGETED)
-    exported = export_run(tmp_path / "run", progress=False)
-    bundle = Bundle.open(exported.bundle)
-    wire = sample_users(bundle.schema, bundle.transform, 4, seed=2)
-    found = orchestrator.measure(tmp_path / "run", wire, widths=[3, 6], k=7, rounds=2, progress=False)
+def test_the_breakdown_and_its_report(exported_run, tmp_path):
+    run, wire = exported_run
+    found = breakdown.measure(run, wire, widths=[3, 6], k=7, rounds=1, progress=False)
+    assert list(found["microseconds"]) == ["bare loop", "triton, in_process", "triton, bls"]
+    assert {of["calls"] for of in found["networks"].values()} == {4}, "one message per network and request"
+    assert all(of["run"] > 0 for of in found["networks"].values())
+    page = breakdown.report(found, "hsnn bench breakdown runs/x", "x", tmp_path / "results", True)
+    text = page.read_text()
+    assert "Simulated data." in text and "hsnn_scorer_l3" in text and "gRPC, Triton" in text
+    assert json.loads(page.with_suffix(".json").read_text())["widths"] == [3, 6]
+    assert page.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(DataError, match="no requests to measure with"):
+        breakdown.measure(run, {}, widths=None, k=None, rounds=1)
+
+
+@pytest.mark.triton
+def test_the_three_ways_and_their_report(exported_run, tmp_path):
+    run, wire = exported_run
+    found = orchestrator.measure(run, wire, widths=[3, 6], k=7, rounds=2, progress=False)
     assert list(found["ways"]) == ["bare loop", "triton, in_process", "triton, bls"]
     for given in found["ways"].values():
         spread = given["microseconds"]
         assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
         assert len(given["stages"]) == 5 and given["stages"][-1] <= spread["p90"]
     assert found["index"][-1] == 60 and 0 < found["search_recall"] <= 1
-    everything = orchestrator.measure(
-        tmp_path / "run", wire, widths=[100, 100], k=7, recall_requests=2, progress=False
-    )
+    everything = orchestrator.measure(run, wire, widths=[100, 100], k=7, recall_requests=2, progress=False)
     assert everything["search_recall"] == 1.0 and everything["recall_requests"] == 2
 
     page = orchestrator.report(found, "hsnn bench orchestrator runs/x", "x", tmp_path / "results", True)

@@ -15,10 +15,11 @@ from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
 from export.stream_index import read_items
-from hsnn_bench import corpora, crashes, filtering, live_items, scale, targeting, width_search
+from hsnn_bench import corpora, crashes, filtering, live_items, scale, serving_peers, targeting, width_search
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, SearchError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.targeting import TargetingFilter
@@ -160,6 +161,27 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
     assert page.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):
         corpora.corpus_files(load_run(folder), 10, tmp_path, progress=False)
+
+
+def test_peers_stand_over_a_grown_corpus(tiny_run, tmp_path, monkeypatch):
+    """Beyond MOST_OF_ALL only those that scale; Faiss is tuned on the items that a request may get."""
+    folder, dataset = tiny_run
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    monkeypatch.setattr(serving_peers, "MOST_OF_ALL", 600)
+    grown = serving_peers.Grown(640, tmp_path / "work")
+    peers = serving_peers.build_peers(load_run(run), dataset, tmp_path / "repository", 10, 1, (4, 16), grown)
+    assert [peer.model for peer in peers] == [
+        "hsnn_in_process", "hsnn_bls", "two_tower_flat", "ebr_ivf", "echo"
+    ]  # fmt: skip
+    bundles = [Bundle.open(peer.exported.bundle) for peer in peers if peer.exported is not None]
+    assert {bundle.index.items for bundle in bundles} == {640}
+    np.testing.assert_array_equal(
+        np.sort(bundles[0].index.item_ids), np.sort(bundles[-1].index.item_ids), "the same ads"
+    )
+    allowed = serving_peers._open_to_all(bundles[-1])(slice(0, 3))
+    assert allowed.shape == (1, 640) and 0 < allowed.mean() < 1
+    assert (tmp_path / "repository" / "ebr_ivf" / "1" / "items.faiss").stat().st_size > 0
 
 
 def test_filters_of_every_selectivity_are_measured_beside_none(tiny_run, tmp_path):

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from clients.encode import WireUsers, context_tensors
+from clients.load import serialise
 from clients.wire import Codec, Question, ServedModel
 from hsnn_cli.commands_serving import item_keys_of, json_object
 from hsnn_core.errors import FeatureError, HsnnError, RequestError
@@ -53,6 +55,23 @@ def test_one_for_all_users_or_one_per_user() -> None:
     assert each["exclude_items"].tolist() == [[17, MISSING], [4, 5]]
     assert each["exclude_advertiser"].tolist() == [[MISSING], [5]]
     assert context_tensors(SCHEMA, 2, exclude_items=np.array([3]))["exclude_items"].tolist() == [[3]] * 2
+
+
+def test_a_load_may_have_context() -> None:
+    requests = [{"age": np.zeros((users, 1), np.float32)} for users in (1, 2, 1)]
+    about = [{"context": {"country": "IT"}, "exclude_items": [17]}, {}]
+    model = ServedModel("hsnn_retrieve", SCHEMA, 10, (4,), 8, "bls")
+    found = [
+        {tensor.name: list(tensor.shape) for tensor in ModelInferRequest.FromString(message).inputs}
+        for message in serialise(model, requests, about=about)
+    ]
+    asked = {
+        "context_country": [1, 1],
+        "context_running": [1, 1],
+        "exclude_advertiser": [1, 0],
+        "exclude_items": [1, 1],
+    }
+    assert found == [{"age": [1, 1]} | asked, {"age": [2, 1]}, {"age": [1, 1]} | asked]
 
 
 def test_requests_without_context_are_as_they_always_were() -> None:

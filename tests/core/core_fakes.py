@@ -14,7 +14,7 @@ from hsnn_core.corpus import Corpus, build_corpus
 from hsnn_core.features import Encoded, FeatureTransform
 from hsnn_core.index import HierarchicalIndex
 from hsnn_core.schema import KEY_MISSING, Schema
-from hsnn_core.scorer import LayerScorer
+from hsnn_core.scorer import PAIRS_PER_CALL, LayerScorer
 from hsnn_core.search import search
 
 
@@ -207,9 +207,11 @@ def fake_scorer(
     step: float = 0.0,
     buckets: Sequence[Sequence[int]] | None = None,
     tasks: int = 2,
+    pairs_per_call: int = PAIRS_PER_CALL,
 ) -> tuple[LayerScorer, FakeRunner]:
     runner = FakeRunner(index.layers, tasks=tasks, step=step, seed=int(rng.integers(1 << 30)))
-    return LayerScorer(index, None, random_embeddings(rng, index), runner, buckets), runner
+    embeddings = random_embeddings(rng, index)
+    return LayerScorer(index, None, embeddings, runner, buckets, pairs_per_call), runner
 
 
 def assert_same_result(ours, theirs) -> None:

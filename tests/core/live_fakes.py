@@ -37,10 +37,11 @@ def with_eligibility(world: World) -> None:
 
 
 class Catalogue:
-    """The live items of a world: id -> raw features, as a plain dictionary, and id -> attributes."""
+    """The live items of a world: id -> raw features, as a plain dictionary, and id -> attributes. ``embeddings``: the
+    type in which corpora hold them."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, embeddings: str = "float32") -> None:
+        self.world, self.embeddings = world, np.dtype(embeddings)
         self.raw = {
             int(item): {name: values[row] for name, values in world.item_raw.items()}
             for row, item in enumerate(world.item_keys)
@@ -108,4 +109,4 @@ class Catalogue:
         """A fresh build over what is live."""
         ids = sorted(self.raw)
         corpus = self.world.corpus(items=self.encoded(ids), item_ids=np.array(ids, dtype=np.int64), **changes)
-        return corpus.with_attributes(self.attributes(ids))
+        return corpus.with_attributes(self.attributes(ids)).with_embeddings(self.embeddings)

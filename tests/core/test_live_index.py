@@ -29,12 +29,12 @@ NOTHING = np.empty(0, dtype=np.int64)
 class Live:
     """A live index beside the catalogue that it should show."""
 
-    def __init__(self, layers=3, items=30, interactions=True, eligibility=False):
+    def __init__(self, layers=3, items=30, interactions=True, eligibility=False, embeddings="float32"):
         self.world = small_world(layers=layers, items=items, interactions=interactions)
         self.world.runner = SmoothRunner(layers)
         if eligibility:
             with_eligibility(self.world)
-        self.catalogue = Catalogue(self.world)
+        self.catalogue = Catalogue(self.world, embeddings)
         self.start(self.catalogue.corpus(records=True))
 
     def start(self, corpus):
@@ -96,11 +96,14 @@ def fresh_answer(live, widths, k):
     steps=st.integers(1, 8),
     items=st.sampled_from([3, 30]),
     churn=st.sampled_from([1, 4, 25]),
+    embeddings=st.sampled_from(["float32", "float16"]),
 )
-def test_search_equals_that_of_an_index_built_anew(seed, layers, interactions, steps, items, churn):
+def test_search_equals_that_of_an_index_built_anew(
+    seed, layers, interactions, steps, items, churn, embeddings
+):
     """Random histories of upserts (of new items and of known ones), deletes and compactions."""
     rng = np.random.default_rng(seed)
-    live = Live(layers, items, interactions)
+    live = Live(layers, items, interactions, embeddings=embeddings)
     base = live.world.item_keys.tolist()
     never_known = list(range(10_000, 10_020))
     for _ in range(steps):
@@ -130,10 +133,12 @@ def test_full_width_equals_exhaustive():
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_compaction_is_the_build_of_the_live_items(layers):
+@pytest.mark.parametrize(
+    ("layers", "embeddings"), [(1, "float32"), (2, "float16"), (3, "float32"), (3, "float16")]
+)
+def test_compaction_is_the_build_of_the_live_items(layers, embeddings):
     rng = np.random.default_rng(2)
-    live = Live(layers)
+    live = Live(layers, embeddings=embeddings)
     for _ in range(4):
         pool = rng.permutation([*live.world.item_keys.tolist(), *range(10_000, 10_010)])
         live.change(rng, pool[:6].tolist(), pool[6:11].tolist())
@@ -150,6 +155,7 @@ def test_compaction_is_the_build_of_the_live_items(layers):
     for name, array in arrays[1].items():
         if name != "row_of_position":  # rows of the table that it was built from
             np.testing.assert_array_equal(arrays[0][name], array, err_msg=name)
+            assert arrays[0][name].dtype == array.dtype
 
 
 @settings(max_examples=60, deadline=None)
@@ -292,6 +298,15 @@ def test_what_cannot_be_used_is_refused_and_changes_nothing():
     with pytest.raises(DataError, match="is not finite for the item of row 0"):
         live.index.apply(np.array([5]), live.catalogue.encoded([5]), None, NOTHING, 1)
     assert live.index.state is before
+
+
+def test_what_half_precision_cannot_hold_is_refused():
+    live = Live(embeddings="float16")
+    tower = live.world.runner.item_tower
+    live.index._tower = lambda inputs: {name: value * 1e5 for name, value in tower(inputs).items()}
+    live.catalogue.draw(np.random.default_rng(8), 5)
+    with pytest.raises(DataError, match=r"tower's item_l1: got values up to .*, float16 holds at most 65504"):
+        live.index.apply(np.array([5]), live.catalogue.encoded([5]), None, NOTHING, 1)
 
 
 def test_a_corpus_that_cannot_change_says_why():

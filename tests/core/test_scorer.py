@@ -13,7 +13,6 @@ from core_fakes import (
     random_users,
 )
 
-from hsnn_core import scorer as scorer_module
 from hsnn_core.errors import SearchError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.scorer import LayerScorer
@@ -64,10 +63,10 @@ def world():
     return index, random_embeddings(rng, index), random_users(rng, 3)
 
 
-def run(world, buckets=None, i2if=None):
+def run(world, buckets=None, i2if=None, pairs_per_call=8192):
     index, embeddings, users = world
     runner = FakeRunner(index.layers)
-    scorer = LayerScorer(index, i2if or FakeI2IF(), embeddings, runner, buckets)
+    scorer = LayerScorer(index, i2if or FakeI2IF(), embeddings, runner, buckets, pairs_per_call)
     return search(index, scorer, users, [3, 4], 10, RANK), exhaustive(index, scorer, users, 10, RANK), runner
 
 
@@ -87,10 +86,9 @@ def test_buckets_padding_and_chunking_change_nothing(world, buckets):
         assert not allowed or counts <= set(allowed)
 
 
-def test_pairs_per_call_are_bounded_without_buckets(world, monkeypatch):
+def test_pairs_per_call_are_bounded_without_buckets(world):
     plain, plain_all, _ = run(world)
-    monkeypatch.setattr(scorer_module, "PAIRS_PER_CALL", 20)
-    ours, ours_all, runner = run(world)
+    ours, ours_all, runner = run(world, pairs_per_call=20)
     assert_same_result(ours, plain)
     assert_same_result(ours_all, plain_all)
     assert max(inputs["item"].shape[0] * inputs["item"].shape[1] for _, inputs in runner.calls) == 18
@@ -144,14 +142,16 @@ def test_both_plans_score_alike(world):
         np.testing.assert_array_equal(ours, theirs[:, ::-1])
 
 
-def test_half_precision_embeddings_reach_the_network_as_float32(world):
+def test_half_precision_embeddings_reach_the_network_as_they_are(world):
     index, embeddings, users = world
     half = [table.astype(np.float16) for table in embeddings]
     rounded = [table.astype(np.float32) for table in half]
     results = []
     for tables in (half, rounded):
-        scorer = LayerScorer(index, FakeI2IF(), tables, FakeRunner(index.layers))
+        runner = FakeRunner(index.layers)
+        scorer = LayerScorer(index, FakeI2IF(), tables, runner)
         results.append(search(index, scorer, users, [3, 4], 10, RANK))
+        assert {inputs["item"].dtype for _, inputs in runner.calls} == {tables[0].dtype}
     assert_same_result(*results)
 
 
@@ -225,13 +225,12 @@ def test_pieces_are_of_the_largest_bucket_and_the_rest_of_the_next(world):
     assert not runner.calls[2][1]["item"][:, 6:].any()
 
 
-def test_the_size_of_a_call_changes_no_bit(monkeypatch):
+def test_the_size_of_a_call_changes_no_bit():
     rng = np.random.default_rng(4)
     index = random_index(rng, 3, 300, codes=8)
     users, found = random_users(rng, 2), []
     for pairs in (8192, 64, 14):
-        monkeypatch.setattr(scorer_module, "PAIRS_PER_CALL", pairs)
-        scorer, _ = fake_scorer(np.random.default_rng(5), index)
+        scorer, _ = fake_scorer(np.random.default_rng(5), index, pairs_per_call=pairs)
         found.append(search(index, scorer, users, [5, 20], 40, RANK))
     for other in found[1:]:
         assert_same_result(found[0], other)

@@ -10,6 +10,7 @@ from export.graphs import Signature, TensorSpec
 from export.pbtxt import ServingOptions
 from hsnn_core.errors import PublishError
 from hsnn_core.schema import Schema
+from hsnn_core.scorer import PAIRS_PER_CALL
 
 SCORER = Signature(
     "scorer_l2",
@@ -123,6 +124,8 @@ def test_a_network_has_its_graphs_tensors_without_the_batch() -> None:
     assert [w.batch_size for w in config.model_warmup] == [1]
     assert list(config.model_warmup[0].inputs["item"].dims) == [1, 16]
     assert not config.HasField("dynamic_batching")
+    facts = {name: value.string_value for name, value in config.parameters.items()}
+    assert facts == {"engine": "onnxruntime", "pairs_per_call": str(PAIRS_PER_CALL)}
 
 
 def test_tensorrt_runs_on_gpus_with_a_profile_and_a_warmup_per_bucket() -> None:
@@ -132,6 +135,7 @@ def test_tensorrt_runs_on_gpus_with_a_profile_and_a_warmup_per_bucket() -> None:
         (2, pb.ModelInstanceGroup.KIND_GPU, ["0", "1"])
     ]
     assert [list(w.inputs["item"].dims) for w in config.model_warmup] == [[64, 16], [256, 16]]
+    assert "pairs_per_call" not in config.parameters, "its buckets say how many"
 
 
 def test_item_updates_are_a_batch_of_any_size() -> None:

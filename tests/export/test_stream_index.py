@@ -86,14 +86,24 @@ def test_a_build_that_was_interrupted_goes_on(world, tmp_path, monkeypatch):
 
 def test_what_another_model_staged_is_refused(world, tmp_path):
     streamed(world, tmp_path)
-    run, _, files = world
+    run, _, _ = world
     other = [codebook + 1 for codebook in run.model.codebooks()]
     with pytest.raises(
         DataError, match=r"items-0\.hsnn: 31 items by .*another model or corpus was staged here"
     ):
         streamed(world, tmp_path, codebooks=other)
-    with pytest.raises(DataError, match="1 files and 0 codebooks, expected at least one of each"):
-        streamed(world, tmp_path, codebooks=[], files=files[:1])
+    with pytest.raises(DataError, match="no files, expected at least one"):
+        stream_index(run.schema, run.transform, [], world[1], run.model.codebooks(), [], tmp_path)
+
+
+def test_without_codebooks_it_is_flat(world, tmp_path):
+    run, tower, files = world
+    flat = stream_index(run.schema, run.transform, files, tower, [], [], tmp_path, progress=False)
+    assert (flat.index.layers, flat.index.nodes(1)) == (1, len(run.item_ids))
+    rows = flat.index.row_of_position
+    np.testing.assert_array_equal(flat.index.item_ids, run.item_ids[rows])
+    expected = OnnxItemTower(tower, ["item_l1"])(run.items.tensors("item"))["item_l1"]
+    np.testing.assert_allclose(flat.embeddings[0], expected[rows], atol=1e-5, rtol=1e-5)
 
 
 def test_a_tower_that_is_cut_down_gives_the_same_bits(world):

@@ -105,6 +105,27 @@ def test_a_failed_call_is_an_error_to_its_own_requests_only(onnx: ModuleType) ->
     assert responses[1].error().message() == "ValueError on x [1, 13]: unlucky"
 
 
+@pytest.mark.parametrize(
+    ("users", "candidates", "sizes"), [(1, 7, [3, 3, 1]), (2, 3, [1, 1, 1]), (1, 2, [2])]
+)
+def test_a_message_is_computed_in_pieces(
+    onnx: ModuleType, users: int, candidates: int, sizes: list[int]
+) -> None:
+    rng = np.random.default_rng(0)
+    user, item = rng.random((users, 4)), rng.random((users, candidates, 4))
+    seen = []
+
+    def network(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        seen.append(inputs["item"].shape[1])
+        assert all(value.flags.c_contiguous for value in inputs.values())
+        return [inputs["user"][:, None] * inputs["item"], inputs["item"] + 1]
+
+    found = onnx.in_pieces(network, {"user": user, "item": item}, {"item"}, 3)
+    assert seen == sizes
+    for ours, expected in zip(found, (user[:, None] * item, item + 1)):
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_a_thread_count_that_is_none_is_refused(onnx: ModuleType) -> None:
     config = {"parameters": {"intra_op_thread_count": {"string_value": "many"}}}
     with pytest.raises(TritonModelException, match="intra_op_thread_count is 'many', expected a number"):

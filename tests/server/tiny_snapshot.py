@@ -195,7 +195,11 @@ def write_configs(root: Path, schema: Schema, models: dict[str, dict[str, str]])
     tasks = len(schema.tasks)
     for layer in range(1, LAYERS + 1):
         answers = dict.fromkeys(("monn", "logits"), (FLOAT, -1, tasks))
-        _write_config(root, f"hsnn_scorer_l{layer}", "onnxruntime", _scorer_inputs(layer, schema), answers)
+        # So few that every message is computed in pieces.
+        _write_config(
+            root, f"hsnn_scorer_l{layer}", "onnxruntime", _scorer_inputs(layer, schema), answers,
+            {"pairs_per_call": "8"},
+        )  # fmt: skip
     inputs = {tensor.name: (tensor.datatype, *tensor.shape) for tensor in schema.user_wire()}
     answers = {
         "item_ids": ("INT64", -1),

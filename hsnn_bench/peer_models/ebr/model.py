@@ -1,5 +1,5 @@
 """ebr: embedding-based retrieval as it is usually deployed: a two-tower's user tower in ONNX Runtime, its item vectors
-in Faiss.
+in Faiss, which passes over items that the request may not get.
 
 The version directory holds the two-tower's bundle, the Faiss index over its item vectors in order of position, and
 ebr.json: {"task": the task whose vector is searched with, "search": {"nprobe": n} or {"efSearch": n},
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 
 from hsnn_core.bundle import Bundle  # noqa: E402
+from hsnn_core.eligibility import AttributeBitmaps, Context  # noqa: E402
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
 from hsnn_core.search import rank_scores, sigmoid  # noqa: E402
 
@@ -40,7 +43,9 @@ class TritonPythonModel:
         self._scale, self._bias = (np.array(settings[name], np.float32) for name in ("scale", "bias"))
         search = settings["search"]
         kind = faiss.SearchParametersIVF if "nprobe" in search else faiss.SearchParametersHNSW
-        self._search = kind(**search)
+        self._search = partial(kind, **search)
+        attributes = self._bundle.attributes
+        self._bitmaps = None if attributes is None else AttributeBitmaps(attributes)
         self._k = int(self._bundle.manifest["k"])
         tower = self._bundle.manifest["models"]["user_tower"]
         self._tower = OnnxRunner(HERE.parent.parent / tower / args["model_version"] / "model.onnx", [])
@@ -66,7 +71,11 @@ class TritonPythonModel:
         packed = self._tower.user_tower(users.tensors("user"))["user_l1"]
         vectors = packed.reshape(len(packed), len(self._scale), -1)  # (B, T, d)
         query = np.ascontiguousarray(vectors[:, self._task])
-        _, found = self._index.search(query, k, params=self._search)  # (B, k), -1 behind what was found
+        # (B, k), -1 behind what was found
+        found = np.concatenate([
+            self._index.search(query[user : user + 1], k, params=self._allowed(user, len(query)))[1]
+            for user in range(len(query))
+        ])  # fmt: skip
         here = found >= 0
         positions = np.where(here, found, 0)
         items = bundle.embeddings[0][positions]  # (B, k, d)
@@ -78,3 +87,10 @@ class TritonPythonModel:
             "rank_score": scores,
             "valid": here.sum(axis=1, keepdims=True, dtype=np.int32),
         }
+
+    def _allowed(self, user: int, users: int) -> Any:
+        """The search's settings for a user whose request says nothing of itself."""
+        if self._bitmaps is None:
+            return self._search()
+        context = Context.from_wire(self._bundle.schema, {}, users, time.time())
+        return self._search(sel=faiss.IDSelectorBitmap(self._bitmaps.matching(context, user)))

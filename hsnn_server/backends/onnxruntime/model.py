@@ -2,14 +2,14 @@
 one does.
 
 Understood of config.pbtxt: inputs, outputs, max_batch_size, default_model_filename, KIND_CPU and KIND_GPU,
-and the parameters intra_op_thread_count and inter_op_thread_count.
+and the parameters intra_op_thread_count, inter_op_thread_count and pairs_per_call.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         self._batched = config["max_batch_size"] > 0
+        self._pairs = _integer(config.get("parameters", {}), "pairs_per_call", "0")
+        self._per_candidate = {tensor["name"] for tensor in config["input"] if int(tensor["dims"][0]) == -1}
         model = f"{args['model_name']} version {args['model_version']}"
         file = Path(args["model_repository"], args["model_version"], _file_name(config))
         if not file.is_file():
@@ -54,7 +56,11 @@ class TritonPythonModel:
         return respond(requests, self._run, self._batched)
 
     def _run(self, inputs: dict[str, np.ndarray], outputs: list[str]) -> Sequence[np.ndarray]:
-        return self._session.run(outputs, inputs)
+        if not self._pairs:
+            return self._session.run(outputs, inputs)
+        return in_pieces(
+            lambda part: self._session.run(outputs, part), inputs, self._per_candidate, self._pairs
+        )
 
     def _check(self, model: str, kind: str, declared: Sequence[Any], graph: Sequence[Any]) -> None:
         """Refuse at load what would otherwise fail at every request."""
@@ -80,6 +86,28 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"{model}: config.pbtxt and graph disagree: {'; '.join(problems)}"
             )
+
+
+def in_pieces(
+    network: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]],
+    inputs: dict[str, np.ndarray],
+    per_candidate: set[str],
+    pairs: int,
+) -> Sequence[np.ndarray]:
+    """``network`` over at most ``pairs`` <row, candidate> pairs at a time, whose activations stay in a core's cache.
+
+    The inputs ``per_candidate`` and all outputs are (B, C, ...), other inputs (B, ...).
+    """
+    batch, count = next(value.shape for name, value in inputs.items() if name in per_candidate)[:2]
+    step = max(1, pairs // batch)
+    pieces = []
+    for start in range(0, count, step):
+        part = {
+            name: np.ascontiguousarray(value[:, start : start + step]) if name in per_candidate else value
+            for name, value in inputs.items()
+        }
+        pieces.append(network(part))
+    return pieces[0] if len(pieces) == 1 else [np.concatenate(piece, axis=1) for piece in zip(*pieces)]
 
 
 def _file_name(config: Mapping[str, Any]) -> str:
