@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from hsnn_core.errors import PublishError, RequestError
 
+from .connection import add_tls, admin_key, tls_of
 from .tables import table
 
 if TYPE_CHECKING:
     from clients.admin import RepositoryAdmin
     from clients.comparison import Figures, Thresholds
+    from clients.tls import Tls
     from clients.watch import Users
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -85,6 +87,7 @@ def _step(steps: Any, name: str, run: Any, what: str) -> Any:
     step.add_argument("--key-file", type=Path, metavar="FILE", help="file with the server's admin key")
     step.add_argument("--server", type=Path, metavar="STATE",
                       help="instead of these three: the state file of a server that hsnn demo --keep left")  # fmt: skip
+    add_tls(step)
     step.set_defaults(run_command=run)
     return step
 
@@ -119,17 +122,24 @@ class _Server:
     url: str
     metrics: str | None
     admin: RepositoryAdmin
+    tls: Tls | None
 
 
 @contextmanager
 def _connected(options: argparse.Namespace) -> Iterator[_Server]:
     from clients.admin import RepositoryAdmin
     from hsnn_server.state import ServerState
+    from hsnn_server.tls import own_tls
 
     metrics = getattr(options, "metrics_url", None)
     if options.server is not None:
         state = ServerState.read(options.server)
-        repository, url, key_file = state.repository, state.urls.grpc, state.key_file
+        repository, url, key_file, tls = (
+            state.repository,
+            state.urls.grpc,
+            state.key_file,
+            own_tls(state.directory),
+        )
         metrics = metrics or state.urls.metrics
     elif options.repository is None or options.url is None:
         raise RequestError(
@@ -137,13 +147,9 @@ def _connected(options: argparse.Namespace) -> Iterator[_Server]:
             "the server that serves it"
         )
     else:
-        repository, url, key_file = options.repository, options.url, options.key_file
-    try:
-        key = None if key_file is None else key_file.read_text().strip()
-    except OSError as error:
-        raise RequestError(f"--key-file: {error}; expected the file with the server's admin key") from error
-    with RepositoryAdmin(url, key) as admin:
-        yield _Server(repository, url, metrics, admin)
+        repository, url, key_file, tls = options.repository, options.url, options.key_file, tls_of(options)
+    with RepositoryAdmin(url, admin_key(key_file), tls=tls) as admin:
+        yield _Server(repository, url, metrics, admin, tls)
 
 
 def run_publish(options: argparse.Namespace) -> None:
@@ -198,8 +204,8 @@ def run_canary(options: argparse.Namespace) -> None:
         if options.watch:
             requests = _requests(options.requests, server.repository, version)
             with (
-                RetrievalClient(server.url) as stable,
-                RetrievalClient(server.url, model=CANARY_MODEL) as canary,
+                RetrievalClient(server.url, tls=server.tls) as stable,
+                RetrievalClient(server.url, model=CANARY_MODEL, tls=server.tls) as canary,
             ):
                 for client in (stable, canary):
                     client.connect()
@@ -227,7 +233,7 @@ def run_promote(options: argparse.Namespace) -> None:
     from export.repository import candidate, versions
     from export.rollout import promote, rollback
 
-    with _connected(options) as server, RetrievalClient(server.url) as client:
+    with _connected(options) as server, RetrievalClient(server.url, tls=server.tls) as client:
         repository, admin = server.repository, server.admin
         waiting = candidate(repository)
         thresholds = _thresholds(options)

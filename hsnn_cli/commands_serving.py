@@ -9,6 +9,7 @@ from typing import Any
 
 from hsnn_core.errors import FeatureError, RequestError
 
+from .connection import add_tls, tls_of
 from .tables import table
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -68,6 +69,15 @@ def add_commands(commands: Any) -> None:
     serve.add_argument(
         "--log", type=Path, default=None, help="server log file (default: gone with the server)"
     )
+    tls = serve.add_argument_group(
+        "TLS", "at the gRPC address; Triton has none at HTTP and metrics, which stay on loopback"
+    )
+    tls.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM of the server's certificate, with its chain"
+    )
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+    tls.add_argument("--client-ca", type=Path, metavar="FILE", help="PEM of the authorities that must have signed "
+                     "every client's certificate (mutual TLS)")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     query = commands.add_parser(
@@ -102,6 +112,7 @@ def add_commands(commands: Any) -> None:
     )
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
     query.add_argument("--schema", action="store_true", help="print the served schema and stop")
+    add_tls(query)
     query.set_defaults(run_command=run_query)
 
 
@@ -158,6 +169,7 @@ def run_serve(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log_file=options.log,
+        tls=_server_tls(options),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls
@@ -166,6 +178,17 @@ def run_serve(options: argparse.Namespace) -> None:
               f"--key-file {server.key_file}")  # fmt: skip
         print(f"ask it with: hsnn query --url {urls.grpc} --user '{{}}'   (Ctrl-C stops)", flush=True)
         server.wait()
+
+
+def _server_tls(options: argparse.Namespace) -> Any:
+    from hsnn_server.tls import ServerTls
+
+    certificate, key = options.tls_cert, options.tls_key
+    if (certificate is None) != (key is None) or (options.client_ca is not None and certificate is None):
+        raise RequestError(
+            "hsnn serve: TLS needs both --tls-cert and --tls-key; --client-ca is for mutual TLS beside them"
+        )
+    return None if certificate is None else ServerTls(certificate, key, options.client_ca)
 
 
 def json_object(text: str, option: str = "--user", of: str = "features") -> dict[str, Any]:
@@ -199,7 +222,7 @@ def run_query(options: argparse.Namespace) -> None:
     """hsnn query."""
     from clients.retrieval import RetrievalClient
 
-    with RetrievalClient(options.url, timeout=options.timeout) as client:
+    with RetrievalClient(options.url, timeout=options.timeout, tls=tls_of(options)) as client:
         if options.schema:
             print(client.connect().schema.to_json())
             return

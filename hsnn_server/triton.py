@@ -13,11 +13,13 @@ from types import TracebackType
 from typing import Any
 
 from clients.admin import RepositoryAdmin
+from clients.tls import Tls
 from hsnn_core.errors import ServerError
 
 from .binaries import environment, find_wheel, lay_out
 from .processes import HOST, check_port_free, ended_like_ctrl_c, free_ports, launch, listening, wait_until
 from .state import ServerState, Urls, write_private
+from .tls import ServerTls, own_tls
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
 RESTRICTED = "model-repository,shared-memory,trace,logging"
@@ -40,8 +42,8 @@ class TritonServer:
     port in use is refused. ``threads``: threads of NumPy in each model, and of each network whose
     config.pbtxt does not set ``intra_op_thread_count``. ``log_file``: kept where it is; by default the log
     goes with the server. ``state_file``: written once the server is up and removed with it, for ``attach``.
-    ``arguments``: further arguments of tritonserver. Seconds: ``start_timeout`` until the server answers,
-    ``load_timeout`` per model.
+    ``arguments``: further arguments of tritonserver. ``tls``: the gRPC address speaks TLS.
+    Seconds: ``start_timeout`` until the server answers, ``load_timeout`` per model.
 
     Model control, shared memory, tracing and logging settings are refused without ``admin_key``. A new key
     is made for every server and kept in a file of mode 0600; Triton takes it as an argument only, so
@@ -64,6 +66,7 @@ class TritonServer:
         log_file: str | Path | None = None,
         state_file: str | Path | None = None,
         arguments: Sequence[str] = (),
+        tls: ServerTls | None = None,
         start_timeout: float = 60.0,
         load_timeout: float = 120.0,
     ) -> None:
@@ -73,7 +76,7 @@ class TritonServer:
         self._threads = threads
         self._log_file = None if log_file is None else Path(log_file).absolute()
         self._state_file = None if state_file is None else Path(state_file).absolute()
-        self._arguments = tuple(arguments)
+        self._arguments, self._server_tls = tuple(arguments), tls
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
         self._admin: RepositoryAdmin | None = None
@@ -138,10 +141,15 @@ class TritonServer:
         return self.key_file.read_text()
 
     @property
+    def tls(self) -> Tls | None:
+        """How to talk to its gRPC address from here, None: in plain text. Good for as long as the server runs."""
+        return own_tls(self._running().directory)
+
+    @property
     def admin(self) -> RepositoryAdmin:
         """Model control with this server's key, for as long as the server runs."""
         if self._admin is None:
-            self._admin = RepositoryAdmin(self.urls.grpc, self.admin_key, self._load_timeout)
+            self._admin = RepositoryAdmin(self.urls.grpc, self.admin_key, self._load_timeout, self.tls)
         return self._admin
 
     def start(self) -> TritonServer:
@@ -268,6 +276,8 @@ class TritonServer:
             "grpc-restricted-protocol": f"{RESTRICTED}:admin-key={key}",
             "http-restricted-api": f"{RESTRICTED}:admin-key={key}",
         }
+        if self._server_tls is not None:
+            options |= self._server_tls.prepare(directory)
         for endpoint, port in ports.items():
             options |= {f"{endpoint}-address": HOST, f"{endpoint}-port": port}
         stubs = {
