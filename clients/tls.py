@@ -89,7 +89,7 @@ def handshake_failure(text: str) -> str | None:
             "(--tls-ca)"
         )
     if "Hostname Verification Check failed" in text or "Peer name" in text:
-        return "the server's certificate is for another host name; use the name it was made for, or get one for this name"
+        return "the server's certificate is for another host name; use its name, or get one for this host"
     if "WRONG_VERSION_NUMBER" in text or "Tls handshake failed" in text or "Ssl handshake failed" in text:
         return "the TLS handshake failed; does the server speak TLS there? Without it leave --tls-ca out"
     if text.endswith("Socket closed") and "failed to connect" in text:
