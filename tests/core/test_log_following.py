@@ -25,7 +25,7 @@ class World:
             folder / "bundle", self.world.schema, self.world.transform, self.world.corpus(records=True),
             Smoke({}, np.zeros((0, 5), np.int64), np.zeros((0, 5, 2), np.float32)),
             widths=[2, 3], k=5, max_k=20, buckets=[[], [], []], engine="onnxruntime",
-            models={"user_tower": "u", "item_tower": "i", "scorers": ["a", "b", "c"]},
+            models={"user_tower": "hsnn_u", "item_tower": "hsnn_i", "scorers": ["hsnn_a", "hsnn_b", "hsnn_c"]},
             item_tower=folder / "item_tower.onnx", log=log,
         )  # fmt: skip
         self.bundle = Bundle.open(folder / "bundle")
