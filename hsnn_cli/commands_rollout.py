@@ -46,6 +46,7 @@ def add_commands(commands: Any) -> None:
     publish.add_argument("--workers", type=int, metavar="N", help="as for hsnn publish")
     publish.add_argument("--queue", type=int, metavar="N", help="as for hsnn publish")
     publish.add_argument("--item-log", metavar="FILE", help="as for hsnn publish")
+    publish.add_argument("--sign-key", type=Path, metavar="FILE", help="as for hsnn publish")
     publish.add_argument("--promote", action="store_true", help="and promote it")
 
     status = _step(steps, "status", run_status, "every snapshot, on disk and in the server")
@@ -59,11 +60,13 @@ def add_commands(commands: Any) -> None:
     canary.add_argument("--shadow", action="store_true", help="the share is copied to the canary, not moved")
     canary.add_argument("--promote", action="store_true", help="promote it when the watch ends well")
     canary.add_argument("--stop", action="store_true", help="end the canary; the candidate stays on disk")
+    _verified(canary)
     _watching(canary, 60.0)
 
     promote = _step(
         steps, "promote", run_promote, "make the candidate serve; without one, the newest snapshot"
     )
+    _verified(promote)
     _watching(promote, 0.0)
 
     rollback = _step(
@@ -90,6 +93,18 @@ def _step(steps: Any, name: str, run: Any, what: str) -> Any:
     add_tls(step)
     step.set_defaults(run_command=run)
     return step
+
+
+def _verified(step: Any) -> None:
+    step.add_argument("--verify-key", type=Path, metavar="FILE",
+                      help="PEM of Ed25519 public keys: only a snapshot that one of them signed is loaded")  # fmt: skip
+
+
+def _check_signature(options: argparse.Namespace, repository: Path, version: int | None) -> None:
+    from export.signing import check_signature
+
+    if options.verify_key is not None and version is not None:
+        check_signature(repository, version, options.verify_key)
 
 
 def _watching(step: Any, seconds: float) -> None:
@@ -160,8 +175,9 @@ def run_publish(options: argparse.Namespace) -> None:
 
     with _connected(options) as server:
         version = publish_candidate(
-            options.run, server.repository, server.admin, serving_options(options, server.repository)
-        )
+            options.run, server.repository, server.admin, serving_options(options, server.repository),
+            options.sign_key,
+        )  # fmt: skip
         print(f"published: candidate {version}; its networks answer the smoke request as at their export")
         if options.promote:
             promote_candidate(server.repository, server.admin)
@@ -191,6 +207,7 @@ def run_canary(options: argparse.Namespace) -> None:
     from clients.retrieval import RetrievalClient
     from clients.watch import Live
     from export.candidate import promote_candidate, start_canary, stop_canary
+    from export.repository import candidate
 
     with _connected(options) as server:
         if options.stop:
@@ -198,6 +215,7 @@ def run_canary(options: argparse.Namespace) -> None:
             print("the canary has ended; the candidate stays")
             return
         thresholds = _thresholds(options)
+        _check_signature(options, server.repository, candidate(server.repository))
         version = start_canary(server.repository, server.admin, options.share, options.shadow)
         print(f"candidate {version} runs as {CANARY_MODEL}, {options.share:.1%} of the requests of clients that follow"
               f"{', as copies' if options.shadow else ''}")  # fmt: skip
@@ -236,6 +254,7 @@ def run_promote(options: argparse.Namespace) -> None:
     with _connected(options) as server, RetrievalClient(server.url, tls=server.tls) as client:
         repository, admin = server.repository, server.admin
         waiting = candidate(repository)
+        _check_signature(options, repository, waiting or max(versions(repository), default=None))
         thresholds = _thresholds(options)
         serving = admin.versions(MODEL)
         if options.watch and serving:

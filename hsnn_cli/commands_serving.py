@@ -51,6 +51,8 @@ def add_commands(commands: Any) -> None:
                          help="requests that may wait (default: the repository's, else 64)")  # fmt: skip
     publish.add_argument("--item-log", metavar="FILE", help="where the server writes item updates, on a local disk; "
                          "relative to the repository (default: the repository's, else .items/log.db)")  # fmt: skip
+    publish.add_argument("--sign-key", type=Path, metavar="FILE",
+                         help="PEM of an Ed25519 private key; signs all files of the snapshot")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -78,6 +80,8 @@ def add_commands(commands: Any) -> None:
     tls.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
     tls.add_argument("--client-ca", type=Path, metavar="FILE", help="PEM of the authorities that must have signed "
                      "every client's certificate (mutual TLS)")  # fmt: skip
+    serve.add_argument("--verify-key", type=Path, metavar="FILE",
+                       help="PEM of Ed25519 public keys: serve the newest snapshot only if one of them signed it")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     query = commands.add_parser(
@@ -135,7 +139,7 @@ def run_publish(options: argparse.Namespace) -> None:
     from export.publish import publish
 
     serving = serving_options(options, options.repository)
-    version = publish(options.run, options.repository, options=serving)
+    version = publish(options.run, options.repository, options=serving, sign_key=options.sign_key)
     print(f"published: version {version} in {options.repository}")
     print(f"serve it with: hsnn serve --repository {options.repository}")
 
@@ -154,7 +158,9 @@ def serving_options(options: argparse.Namespace, repository: Path) -> Any:
 
 def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
+    from export.repository import versions
     from export.rollout import promote
+    from export.signing import check_signature
     from hsnn_server.triton import TritonServer
 
     if options.stop is not None:
@@ -163,6 +169,8 @@ def run_serve(options: argparse.Namespace) -> None:
         return
     if options.repository is None:
         raise RequestError("hsnn serve: --repository is missing; name the model repository to serve")
+    if options.verify_key is not None and (published := versions(options.repository)):
+        check_signature(options.repository, published[-1], options.verify_key)
     with TritonServer(
         options.repository,
         http_port=options.http_port,

@@ -74,11 +74,13 @@ def check_models(path: Path, models: Any) -> None:
 
 def inside(directory: Path, name: str) -> Path:
     """The path of a file of ``directory``. FormatError for a name that leads out of it, by itself or as a link."""
-    path = directory / str(name)
-    if not isinstance(name, str) or not _FILE.fullmatch(name) or path.resolve().parent != directory.resolve():
+    plain = isinstance(name, str) and _FILE.fullmatch(name) is not None
+    path = directory / name if plain else directory
+    found = path.resolve()
+    if found.parent != directory.resolve():
         raise FormatError(
-            f"{directory}: file {name!r} lies elsewhere ({path.resolve()}), expected one of this very directory; copy "
-            "the whole directory again, without links"
+            f"{directory}: file {name!r} lies elsewhere{f' ({found})' if plain else ''}, expected one of this very "
+            "directory; copy the whole directory again, without links"
         )
     return path
 
