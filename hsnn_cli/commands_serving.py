@@ -80,8 +80,8 @@ def add_commands(commands: Any) -> None:
     tls.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
     tls.add_argument("--client-ca", type=Path, metavar="FILE", help="PEM of the authorities that must have signed "
                      "every client's certificate (mutual TLS)")  # fmt: skip
-    serve.add_argument("--verify-key", type=Path, metavar="FILE",
-                       help="PEM of Ed25519 public keys: serve the newest snapshot only if one of them signed it")  # fmt: skip
+    serve.add_argument("--verify-key", type=Path, metavar="FILE", help="PEM of Ed25519 public keys: serve the newest "
+                       "snapshot only if one of them signed it")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     query = commands.add_parser(

@@ -1,7 +1,7 @@
 """A signature over a snapshot (Ed25519): what every file of its models was when it was published, and by whom.
 
-signature.json lies in the orchestrator's version directory and lists sha256 of every other file of the snapshot, code and
-networks included. The package `cryptography` is imported only where something is signed or checked.
+signature.json lies in the orchestrator's version directory and lists sha256 of every other file of the snapshot, code
+and networks included. The package `cryptography` is imported only where something is signed or checked.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hsnn_core.errors import ServerError
 from .processes import ServerProcess, remove_regions
 
 FORMAT_VERSION = 1
-_PREFIX = re.compile(r"hsnn-[0-9a-f]*-?")
+_PREFIX = re.compile(r"hsnn-[0-9a-z-]*")
 _ADDRESS = re.compile(r"[^\s/:]+:\d+")
 
 

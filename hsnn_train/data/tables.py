@@ -120,7 +120,8 @@ def read_table(path: Path, schema: Schema, name: str) -> pa.Table:
         if path.suffix in reading:
             table = reading[path.suffix](path)
             table.validate(full=True)  # texts that are no UTF-8, offsets that lead out of their column
-            return table.rename_columns(table.column_names)  # the names, too
+            _ = table.column_names  # decoded when they are asked for
+            return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged Parquet is an OSError
         raise DataError(f"{name} ({path.name}): cannot be read as {path.suffix[1:]}: {error}") from None
     raise DataError(
