@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from clients.encode import DTYPES
 from clients.load import METHOD, each_user, serialise
-from clients.wire import ServedModel
+from clients.wire import OUTPUTS, ServedModel
 from hsnn_core.errors import ServerError
 from hsnn_server.triton import TritonServer
 
@@ -127,11 +127,13 @@ class Target:
 
 
 def items_of(answer: bytes) -> list[int]:
-    """The items of an answer to one user; ValueError for what is no answer."""
+    """The items of an answer to one user, none where other outputs were asked for; ValueError for what is no answer."""
     reply = service_pb2.ModelInferResponse.FromString(answer)
     raw = {tensor.name: data for tensor, data in zip(reply.outputs, reply.raw_output_contents)}
-    if not {"item_ids", "valid"} <= set(raw):
+    if not raw or not set(raw) <= {*OUTPUTS, "stage_us"}:
         raise ValueError(f"an answer with {sorted(raw)}")
+    if not {"item_ids", "valid"} <= set(raw):
+        return []
     ids, valid = np.frombuffer(raw["item_ids"], np.int64), np.frombuffer(raw["valid"], np.int32)
     if len(valid) != 1:
         return ids.tolist()
@@ -173,10 +175,7 @@ class Fuzzer:
 
             works: list[Any] = []
             for _ in range(count):
-                malformed = self._http.draw() if self._rng.random() < _HTTP else self._grpc.draw()
-                if malformed.kills:
-                    self.tally.left_out += 1
-                    continue
+                malformed = self._draw()
                 self.tally.sent[malformed.what] += 1
                 works.append(self._send(channel, malformed))
                 if self._rng.random() < _GOOD:
@@ -184,6 +183,12 @@ class Fuzzer:
             # And one after all of them: the round's smoke request.
             await asyncio.gather(*(one(work) for work in works))
             await self._check(channel, 0)
+
+    def _draw(self) -> Malformed:
+        requests = self._http if self._rng.random() < _HTTP else self._grpc
+        while (malformed := requests.draw()).kills:
+            self.tally.left_out += 1
+        return malformed
 
     def _look(self, before: set[int]) -> None:
         server = self._target.server
