@@ -179,8 +179,10 @@ def _check_signature(version: int) -> None:
     would not check: this is for data and networks; code is checked by who loads it (hsnn rollout --verify-key)."""
     if signature.TRUSTED.exists():
         models = read_manifest(HERE)["models"]
-        networks = [models["user_tower"], models["item_tower"], *models["scorers"], models["index"]]
-        directories = {name: HERE.parent.parent / name / str(version) for name in networks}
+        singles = [models[name] for name in ("user_tower", "item_tower", "index") if name in models]
+        directories = {
+            name: HERE.parent.parent / name / str(version) for name in (*singles, *models["scorers"])
+        }
         signature.check(directories | {"hsnn_retrieve": HERE}, "hsnn_retrieve", version, signature.TRUSTED)
 
 
