@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from hsnn_core.errors import ServerError
 
-from .channel import OPTIONS
+from .tls import Tls, handshake_failure, open_client
 
 KEY_HEADER = "triton-grpc-protocol-admin-key"
 
@@ -39,13 +39,16 @@ class RepositoryAdmin:
     ...     print(admin.ready("hsnn_retrieve"), admin.versions("hsnn_retrieve"))
 
     ``url``: host:port. ``key``: the server's admin key, None where these calls are not restricted.
-    ``timeout``: seconds that one call may take (a load warms the model up). Every failure is a ServerError.
+    ``timeout``: seconds that one call may take (a load warms the model up); ``tls``: None for plain text. Every
+    failure is a ServerError.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout: float = 120.0) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, timeout: float = 120.0, tls: Tls | None = None
+    ) -> None:
         self._url, self._timeout = url, timeout
         self._headers = {KEY_HEADER: key} if key else None
-        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
+        self._grpc = open_client(InferenceServerClient, url, tls)
 
     def load(self, model: str) -> None:
         """Load the versions that ``model``'s configuration selects; returns when they are ready.
@@ -135,6 +138,8 @@ class RepositoryAdmin:
             return f"model control is restricted and {given}; use the admin key the server was started with"
         if status == "DEADLINE_EXCEEDED":
             return f"no answer within {self._timeout:g} s; see the server's log, or allow a longer timeout"
+        if (failure := handshake_failure(text)) is not None:
+            return f"{failure} ({text})"
         if status == "UNAVAILABLE":
             return f"no server answers there ({text}); check the address and that Triton runs"
         if "failed to poll from model repository" in text:

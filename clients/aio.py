@@ -14,9 +14,9 @@ from hsnn_core.schema import Schema
 
 from .canary import MODEL as CANARY_MODEL
 from .canary import AsyncSplit, Canary
-from .channel import OPTIONS
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
+from .tls import Tls, open_client
 from .tracing import Trace
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
@@ -40,14 +40,17 @@ class AsyncRetrievalClient:
         retries: int = 2,
         model: str = MODEL,
         canary: Canary | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._url, self._timeout, self._expected = url, timeout, expected_schema
         self._retries, self._model = retries, model
-        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
+        self._grpc = open_client(InferenceServerClient, url, tls)
         self._codec: Codec | None = None
         self.split: AsyncSplit | None = None
         if canary is not None:
-            self._canary = AsyncRetrievalClient(url, timeout, expected_schema, retries=0, model=CANARY_MODEL)
+            self._canary = AsyncRetrievalClient(
+                url, timeout, expected_schema, retries=0, model=CANARY_MODEL, tls=tls
+            )
             self.split = AsyncSplit(canary, self._canary)
 
     async def connect(self) -> ServedModel:

@@ -16,6 +16,8 @@ from hsnn_core.errors import (
     ServerError,
 )
 
+from .tls import handshake_failure
+
 # The orchestrator starts its messages with the class of its error: "FeatureError: age: got NaN ...".
 _OURS = (
     "FeatureError",
@@ -71,6 +73,8 @@ def _translated(
         return ServerError(
             f"the process of {model} at {url} has died ({text}); load the model again, and ask another server meanwhile"
         )
+    if (failure := handshake_failure(text)) is not None:
+        return ServerError(f"{url}: {failure} ({text})")
     if status == "UNAVAILABLE":
         return ServerError(
             f"{model} at {url} is unavailable ({text}); "

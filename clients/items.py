@@ -19,8 +19,8 @@ from hsnn_core.errors import RequestError, ServerError
 from hsnn_core.item_updates import REFUSED, STATUSES
 from hsnn_core.schema import Schema
 
-from .channel import OPTIONS
 from .errors import Patience
+from .tls import Tls, open_client
 
 INDEX_MODEL = "hsnn_index"
 BATCH, MOST = 1000, 10_000  # updates per call: the default, and what the server takes
@@ -76,7 +76,7 @@ class ItemClient:
     ...     client.delete([23, 42])
 
     ``url``: host:port. ``timeout``: seconds that the call of one batch may take, retries included. ``retries``: further
-    attempts when the connection is lost or refused, which cannot apply an update twice.
+    attempts when the connection is lost or refused, which cannot apply an update twice. ``tls``: None for plain text.
 
     Of two updates of an item the one with the higher ``sequence`` wins, whenever it comes. One without a sequence gets
     this client's clock, in microseconds since the epoch (and more than the one before): good where one client, or
@@ -92,12 +92,13 @@ class ItemClient:
         batch: int = BATCH,
         model: str = INDEX_MODEL,
         clock: Callable[[], int] = time.time_ns,
+        tls: Tls | None = None,
     ) -> None:
         if not 1 <= batch <= MOST:
             raise RequestError(f"batch: got {batch}, expected 1..{MOST} updates in one call")
         self._url, self._timeout, self._retries = url, timeout, retries
         self._batch, self._model, self._clock = batch, model, clock
-        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
+        self._grpc = open_client(InferenceServerClient, url, tls)
         self._last, self._lock = 0, Lock()
 
     def schema(self) -> Schema:

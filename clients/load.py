@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2
 from hsnn_core.errors import RequestError, ServerError
 
 from .encode import DTYPES, context_tensors
+from .tls import Tls
 from .wire import OUTPUTS, ServedModel
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -125,9 +126,11 @@ def poisson_load(
     seed: int = 1,
     stop: Callable[[], bool] = lambda: False,
     answered: Callable[[int, bytes], None] = lambda number, answer: None,
+    tls: Tls | None = None,
 ) -> Fates:
     """Send messages in turn for ``seconds``, or until ``stop`` says so, at ``rate`` a second with exponential gaps, and
-    wait for the last answer. ``answered`` is given every answer with the number of its request, from 0.
+    wait for the last answer. ``answered`` is given every answer with the number of its request, from 0; ``tls``:
+    None for plain text.
 
     The gaps depend on ``seed`` alone. Raises RequestError for a rate, a time or a deadline that is not above 0, and
     ServerError when nobody listens at ``url``.
@@ -140,8 +143,15 @@ def poisson_load(
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(1 / rate, max(16, int(rate * seconds * 1.5) + 64))
     due = gaps.cumsum()
-    load = _Load(url, messages, due[due < seconds], deadline, answered)
+    load = _Load(url, messages, due[due < seconds], deadline, answered, tls)
     return asyncio.run(load.run(seconds, stop))
+
+
+def _channel(url: str, tls: Tls | None) -> grpc.aio.Channel:
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
+    if tls is None:
+        return grpc.aio.insecure_channel(url, options=options)
+    return grpc.aio.secure_channel(url, tls.credentials(), options=options + tls.options())
 
 
 class _Load:
@@ -152,7 +162,9 @@ class _Load:
         due: np.ndarray,
         deadline: float,
         answered: Callable[[int, bytes], None],
+        tls: Tls | None,
     ) -> None:
+        self._tls = tls
         self._url, self._messages, self._due, self._deadline = url, messages, due, deadline
         self._answered = answered
         self._slip, self._latency = np.zeros(len(due)), np.zeros(len(due))
@@ -160,13 +172,12 @@ class _Load:
         self._failures: dict[str, None] = {}
 
     async def run(self, seconds: float, stop: Callable[[], bool]) -> Fates:
-        options = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
-        async with grpc.aio.insecure_channel(self._url, options=options) as channel:
+        async with _channel(self._url, self._tls) as channel:
             try:
                 await asyncio.wait_for(channel.channel_ready(), 5.0)
             except TimeoutError:
                 raise ServerError(
-                    f"nobody answers at {self._url}; is it the gRPC address of a Triton?"
+                    f"nobody answers at {self._url}; is it the gRPC address of a Triton, and does it speak TLS?"
                 ) from None
             call = channel.unary_unary(METHOD)
             tasks = set()

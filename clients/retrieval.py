@@ -14,9 +14,9 @@ from hsnn_core.schema import Schema
 
 from .canary import MODEL as CANARY_MODEL
 from .canary import Canary, Split
-from .channel import OPTIONS
 from .encode import Context, Excluded, ExcludedItems, WireUsers
 from .errors import Patience, schema_may_differ
+from .tls import Tls, open_client
 from .tracing import Trace
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
 
@@ -33,6 +33,7 @@ class RetrievalClient:
     ``url``: host:port. ``timeout``: seconds a call may take, retries included. ``expected_schema``: refuse a
     server that serves another one (SchemaMismatch). ``retries``: further attempts when the connection is lost
     or refused. ``canary``: take part in rollouts, see `clients.canary`; without one all requests go to ``model``.
+    ``tls``: None for plain text; ServerError when its files are not what they should be.
     """
 
     def __init__(
@@ -43,14 +44,17 @@ class RetrievalClient:
         retries: int = 2,
         model: str = MODEL,
         canary: Canary | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self._url, self._timeout, self._expected = url, timeout, expected_schema
         self._retries, self._model = retries, model
-        self._grpc = InferenceServerClient(url, channel_args=OPTIONS)
+        self._grpc = open_client(InferenceServerClient, url, tls)
         self._codec: Codec | None = None
         self.split: Split | None = None
         if canary is not None:
-            self._canary = RetrievalClient(url, timeout, expected_schema, retries=0, model=CANARY_MODEL)
+            self._canary = RetrievalClient(
+                url, timeout, expected_schema, retries=0, model=CANARY_MODEL, tls=tls
+            )
             self.split = Split(canary, self._canary)
 
     def connect(self) -> ServedModel:

@@ -32,7 +32,11 @@ from hsnn_core.files import sync_directory, write_bytes
 
 
 def publish_candidate(
-    source: str | Path, repository: str | Path, admin: Admin, options: ServingOptions | None = None
+    source: str | Path,
+    repository: str | Path,
+    admin: Admin,
+    options: ServingOptions | None = None,
+    sign_key: Path | None = None,
 ) -> int:
     """Publish an export as the candidate and check it on a running server: its networks are loaded, warmed up and
     asked the smoke request. Returns its version.
@@ -41,7 +45,7 @@ def publish_candidate(
     then, and the server serves what it served."""
     repository = Path(repository)
     admin.states(ORCHESTRATOR)  # nobody there: say so before anything is written
-    version = publish(source, repository, options=options, as_candidate=True)
+    version = publish(source, repository, options=options, as_candidate=True, sign_key=sign_key)
     try:
         check_candidate(repository, admin)
     except PublishError:

@@ -20,7 +20,8 @@ from export.graphs import Signature, TensorSpec
 from export.parity import ParityReport, ParityRow
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import FormatError, PublishError
-from hsnn_core.files import file_sha256, write_bytes
+from hsnn_core.files import file_sha256, read_text, write_bytes
+from hsnn_core.manifest import inside
 
 EXPORT_FILE = "export.json"
 BUNDLE_DIR = "bundle"
@@ -67,7 +68,7 @@ class Exported:
         """Check every file against its recorded sha256 and open the bundle. FormatError names the file and
         both hashes."""
         for graph in self.graphs:
-            check_sha256(self.path / graph.file, graph.sha256)
+            check_sha256(inside(self.path, graph.file), graph.sha256)
         return Bundle.open(self.bundle, verify=True)
 
 
@@ -86,8 +87,8 @@ def open_export(source: Path) -> Exported:
             "expected a run that `hsnn export` finished"
         )
     try:
-        value = json.loads((path / EXPORT_FILE).read_text())
-    except ValueError as error:
+        value = json.loads(read_text(path / EXPORT_FILE))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path / EXPORT_FILE}: not JSON ({error}); export the run again") from error
     version = value.get("format_version") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:

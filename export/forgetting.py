@@ -6,9 +6,9 @@ from pathlib import Path
 
 from export.publish import current_options
 from export.repository import candidate, locked, orchestrator_directory, versions
-from hsnn_core.bundle import read_manifest
 from hsnn_core.errors import PublishError
 from hsnn_core.item_log import ItemLog
+from hsnn_core.manifest import read_manifest
 from hsnn_core.schema import Schema
 
 

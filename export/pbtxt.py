@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from google.protobuf import text_format
@@ -66,6 +67,11 @@ class ServingOptions:
             raise PublishError(f"option k is {self.k}, expected at least 1")
         if not self.item_log.strip():
             raise PublishError("option item_log is empty, expected the path of a file")
+        if ".." in PurePath(self.item_log).parts or "\0" in self.item_log:
+            raise PublishError(
+                f"option item_log is {self.item_log!r}, expected a path below the repository or an absolute one, "
+                "without .."
+            )
 
 
 def orchestrator_config(

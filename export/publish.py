@@ -23,6 +23,7 @@ from hsnn_core.bundle import Bundle
 from hsnn_core.errors import PublishError
 from hsnn_core.files import copy_file, sync_directory, write_bytes
 from hsnn_core.item_log import LogReader
+from hsnn_core.signature import sign
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ def publish(
     version: int | None = None,
     options: ServingOptions | None = None,
     as_candidate: bool = False,
+    sign_key: Path | None = None,
 ) -> int:
     """Publish an export as the next snapshot and return its version; no server is told (see
     `rollout.promote`).
 
     `source`: a run directory or its export folder. `version`: refused unless above every earlier one
     (default: the next). `options`: None keeps those of the repository (`current_options`). `as_candidate`: no
-    server takes it into service until it is promoted (see `candidate.promote_candidate`). Leftovers of a killed
+    server takes it into service until it is promoted (see `candidate.promote_candidate`). `sign_key`: PEM of an
+    Ed25519 private key that signs all files of the snapshot (`hsnn_core.signature`). Leftovers of a killed
     publish are removed first.
 
     Raises PublishError: no finished export, a version in use, a candidate that waits, tensor shapes or a schema
@@ -88,6 +91,10 @@ def publish(
         plan = _Plan(exported, repository, number, configs, messages[-1].name)
         try:
             _stage(plan)
+            if sign_key is not None:
+                directories = {model: plan.staging(model) for model in (*plan.configs,)[:-1]}
+                directories[ORCHESTRATOR] = plan.staging(plan.orchestrator)
+                sign(directories, ORCHESTRATOR, number, sign_key)
             if as_candidate or not published:
                 _write_configs(plan)
             _commit(plan)

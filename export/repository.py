@@ -32,8 +32,9 @@ from pathlib import Path
 
 from export.graphs import MODEL_PREFIX
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR
-from hsnn_core.errors import PublishError
-from hsnn_core.files import sync_directory
+from hsnn_core.errors import FormatError, PublishError
+from hsnn_core.files import read_text, sync_directory
+from hsnn_core.manifest import MANIFEST, check_models
 
 STAGING = ".staging-"
 RETIRED = ".retired"
@@ -94,8 +95,12 @@ def orchestrator_directory(repository: Path, version: int) -> Path:
 def snapshot_models(repository: Path, version: int) -> list[str]:
     """The models of a snapshot in the order in which they are loaded: towers, scorers, the item log's writer (older
     snapshots have none), orchestrator. The last one is called so for a candidate, too."""
-    manifest = json.loads((orchestrator_directory(repository, version) / "manifest.json").read_text())
-    models = manifest["models"]
+    path = orchestrator_directory(repository, version) / MANIFEST
+    try:
+        models = json.loads(read_text(path))["models"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path}: not the manifest of a snapshot ({error!r}); publish it again") from error
+    check_models(path, models)
     index = [models["index"]] if "index" in models else []
     return [models["user_tower"], models["item_tower"], *models["scorers"], *index, ORCHESTRATOR]
 

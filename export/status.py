@@ -17,7 +17,7 @@ from export.repository import (
     retired_versions,
     snapshots,
 )
-from hsnn_core.bundle import MANIFEST
+from hsnn_core.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 from clients.load import Fates, each_user, poisson_load, serialise
 from clients.metrics import scrape
 from clients.retrieval import RetrievalClient, WireUsers
+from clients.tls import Tls
 from clients.wire import ServedModel
 from export.rollout import promote
 from hsnn_cli.commands_training import load_data
@@ -50,6 +51,7 @@ class Served:
     url: str
     metrics: str | None
     model: ServedModel
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,10 @@ def own_server(repository: Path) -> Iterator[tuple[str, str]]:
         yield server.urls.grpc, server.urls.metrics
 
 
-def connect(run: Run, url: str, metrics: str | None) -> Served:
+def connect(run: Run, url: str, metrics: str | None, tls: Tls | None = None) -> Served:
     """The server at ``url``; SchemaMismatch when it serves another schema than the run's."""
-    with RetrievalClient(url, timeout=10.0, expected_schema=run.schema) as client:
-        return Served(url, metrics, client.connect())
+    with RetrievalClient(url, timeout=10.0, expected_schema=run.schema, tls=tls) as client:
+        return Served(url, metrics, client.connect(), tls)
 
 
 def real_requests(dataset: Dataset, count: int, seed: int = 1) -> dict[str, np.ndarray]:
@@ -102,6 +104,7 @@ def run_capacity(
     seconds: float,
     command: str,
     say: Callable[[str], None] = print,
+    tls: Tls | None = None,
 ) -> dict[str, Any]:
     """Measure a server; returns the report (see `capacity_report.write_report`).
 
@@ -117,10 +120,10 @@ def run_capacity(
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
     asked = Asked(wire, k, latency_ms, percentile, seconds)
     with server() as (url, metrics), tempfile.TemporaryDirectory(prefix="hsnn-capacity-") as folder:
-        served = connect(run, url, metrics)
+        served = connect(run, url, metrics, tls)
         inputs = Path(folder) / "requests.json"
         write_inputs(inputs, each_user(wire))
-        target = Target(url, served.model.name, inputs, k, run.schema.hash)
+        target = Target(url, served.model.name, inputs, k, run.schema.hash, tls)
         distinct = len(set(serialise(served.model, each_user(wire), k=k)))
         say(f"{distinct:,} distinct requests of {run_dir}, k {k}, to {served.model.name} at {url}")
         warm_up(served, wire, k)
@@ -210,7 +213,7 @@ def overload(served: Served, asked: Asked, capacity: float, say: Callable[[str],
     deadline = asked.latency_ms / 1000
     messages = serialise(served.model, each_user(asked.wire), k=asked.k, deadline=deadline)
     before = scrape(served.metrics)
-    fates = poisson_load(served.url, messages, OVERLOAD * capacity, asked.seconds, deadline)
+    fates = poisson_load(served.url, messages, OVERLOAD * capacity, asked.seconds, deadline, tls=served.tls)
     time.sleep(_REPORTED)
     told = summary(fates, capacity) | {"outcomes": outcomes(difference(before, scrape(served.metrics)))}
     say(
@@ -266,7 +269,7 @@ def _best(closed: list[Level], asked: Asked) -> dict[str, Any]:
 
 def warm_up(served: Served, wire: Mapping[str, np.ndarray], k: int) -> None:
     """Ask some requests that are not counted."""
-    with RetrievalClient(served.url, timeout=60.0, model=served.model.name) as client:
+    with RetrievalClient(served.url, timeout=60.0, model=served.model.name, tls=served.tls) as client:
         for number, user in enumerate(each_user(wire)):
             if number == _WARM_UP:
                 return

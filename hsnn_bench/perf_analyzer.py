@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clients.tls import Tls
 from hsnn_core.errors import ServerError
 from hsnn_core.files import write_bytes
 
@@ -42,13 +43,14 @@ class Tool:
 @dataclass(frozen=True)
 class Target:
     """What to load: ``model`` at ``url`` (host:port of gRPC), with ``inputs`` (a file of `write_inputs`), ``k`` items
-    per request."""
+    per request; ``tls``: None for plain text."""
 
     url: str
     model: str
     inputs: Path
     k: int
     schema_hash: str
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True)
@@ -165,5 +167,13 @@ def _command(
         # As many windows as it takes to call a level stable, and a tolerance with which it always does.
         "--measurement-interval", window, "--max-trials", str(WINDOWS), "--stability-percentage", "1000000",
         "--request-parameter", f"k:{target.k}:int", "--request-parameter", f"schema_hash:{target.schema_hash}:string",
-        *loads,
+        *loads, *_tls(target.tls),
     ]  # fmt: skip
+
+
+def _tls(tls: Tls | None) -> list[str | Path]:
+    if tls is None:
+        return []
+    files = {"root-certifications": tls.ca, "certificate-chain": tls.certificate, "private-key": tls.key}
+    given = [(f"--ssl-grpc-{name}-file", path) for name, path in files.items() if path is not None]
+    return ["--ssl-grpc-use-ssl", *(part for option in given for part in option)]

@@ -32,9 +32,10 @@ from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import snapshot_models
 from export.vendor import vendor
-from hsnn_core.bundle import MANIFEST, Bundle
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, PublishError
 from hsnn_core.files import write_bytes
+from hsnn_core.manifest import MANIFEST
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_train.checkpoint import Run
 from hsnn_train.data.dataset import Dataset

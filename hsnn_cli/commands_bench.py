@@ -9,6 +9,7 @@ from typing import Any
 from . import (
     commands_bench_cost,
     commands_bench_failures,
+    commands_bench_fuzz,
     commands_bench_live,
     commands_bench_operations,
     commands_bench_rollouts,
@@ -110,6 +111,7 @@ def add_commands(commands: Any) -> None:
     tune.set_defaults(run_command=run_tune)
     commands_bench_serving.add_kinds(kinds)
     commands_bench_live.add_kinds(kinds)
+    commands_bench_fuzz.add_kinds(kinds)
     commands_bench_rollouts.add_kinds(kinds)
     commands_bench_failures.add_kinds(kinds)
     commands_bench_operations.add_kinds(kinds)

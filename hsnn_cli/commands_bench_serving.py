@@ -9,6 +9,7 @@ from typing import Any
 from hsnn_core.errors import RequestError
 
 from .commands_serving import widths_of
+from .connection import add_tls, tls_of
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -75,6 +76,7 @@ def add_kinds(kinds: Any) -> None:
                          help="how long a level is measured, about (default: %(default)s)")  # fmt: skip
     capacity.add_argument("--perf-analyzer", type=Path, metavar="FILE",
                          help="the binary (default: in PATH, else that of `make perf_analyzer`)")  # fmt: skip
+    add_tls(capacity)
     results(capacity)
     capacity.set_defaults(run_command=run_capacity)
 
@@ -171,6 +173,7 @@ def run_capacity(options: argparse.Namespace) -> None:
     report = run(
         options.run, server, tool, k=options.k, latency_ms=options.latency_ms, percentile=options.percentile,
         requests=options.requests, seconds=options.seconds, command=command,
+        tls=tls_of(options),
     )  # fmt: skip
     paths = write_report(report, options.results)
     print()

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .connection import add_tls
+
 FORMAT = argparse.RawDescriptionHelpFormatter
 SEQUENCES = """sequence numbers: of two updates of one item the one with the higher number wins, in whatever order they
 come, and one that comes twice is stale the second time. Without a number an update gets this machine's clock, in
@@ -111,6 +113,7 @@ def add_commands(commands: Any) -> None:
                          help="updates that are enough, with --every (default: %(default)s)")  # fmt: skip
     compact.add_argument("--url", metavar="HOST:PORT", help="Triton's gRPC, with --every")
     compact.add_argument("--key-file", type=Path, metavar="FILE", help="file with the server's admin key")
+    add_tls(compact)
     compact.set_defaults(run_command=run_compact)
 
     forget = kinds.add_parser(
@@ -132,6 +135,7 @@ def _add_connection(parser: Any, batches: bool = True) -> None:
     parser.add_argument(
         "--timeout", type=float, default=30.0, help="seconds a call may take (default: %(default)s)"
     )
+    add_tls(parser)
     if batches:
         parser.add_argument(
             "--batch", type=int, default=1000, help="updates per call, up to 10000 (default: %(default)s)"

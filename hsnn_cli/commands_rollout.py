@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from hsnn_core.errors import PublishError, RequestError
 
+from .connection import add_tls, admin_key, tls_of
 from .tables import table
 
 if TYPE_CHECKING:
     from clients.admin import RepositoryAdmin
     from clients.comparison import Figures, Thresholds
+    from clients.tls import Tls
     from clients.watch import Users
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -44,6 +46,7 @@ def add_commands(commands: Any) -> None:
     publish.add_argument("--workers", type=int, metavar="N", help="as for hsnn publish")
     publish.add_argument("--queue", type=int, metavar="N", help="as for hsnn publish")
     publish.add_argument("--item-log", metavar="FILE", help="as for hsnn publish")
+    publish.add_argument("--sign-key", type=Path, metavar="FILE", help="as for hsnn publish")
     publish.add_argument("--promote", action="store_true", help="and promote it")
 
     status = _step(steps, "status", run_status, "every snapshot, on disk and in the server")
@@ -57,11 +60,13 @@ def add_commands(commands: Any) -> None:
     canary.add_argument("--shadow", action="store_true", help="the share is copied to the canary, not moved")
     canary.add_argument("--promote", action="store_true", help="promote it when the watch ends well")
     canary.add_argument("--stop", action="store_true", help="end the canary; the candidate stays on disk")
+    _verified(canary)
     _watching(canary, 60.0)
 
     promote = _step(
         steps, "promote", run_promote, "make the candidate serve; without one, the newest snapshot"
     )
+    _verified(promote)
     _watching(promote, 0.0)
 
     rollback = _step(
@@ -85,8 +90,21 @@ def _step(steps: Any, name: str, run: Any, what: str) -> Any:
     step.add_argument("--key-file", type=Path, metavar="FILE", help="file with the server's admin key")
     step.add_argument("--server", type=Path, metavar="STATE",
                       help="instead of these three: the state file of a server that hsnn demo --keep left")  # fmt: skip
+    add_tls(step)
     step.set_defaults(run_command=run)
     return step
+
+
+def _verified(step: Any) -> None:
+    step.add_argument("--verify-key", type=Path, metavar="FILE",
+                      help="PEM of Ed25519 public keys: only a snapshot that one of them signed is loaded")  # fmt: skip
+
+
+def _check_signature(options: argparse.Namespace, repository: Path, version: int | None) -> None:
+    from export.signing import check_signature
+
+    if options.verify_key is not None and version is not None:
+        check_signature(repository, version, options.verify_key)
 
 
 def _watching(step: Any, seconds: float) -> None:
@@ -119,17 +137,24 @@ class _Server:
     url: str
     metrics: str | None
     admin: RepositoryAdmin
+    tls: Tls | None
 
 
 @contextmanager
 def _connected(options: argparse.Namespace) -> Iterator[_Server]:
     from clients.admin import RepositoryAdmin
     from hsnn_server.state import ServerState
+    from hsnn_server.tls import own_tls
 
     metrics = getattr(options, "metrics_url", None)
     if options.server is not None:
         state = ServerState.read(options.server)
-        repository, url, key_file = state.repository, state.urls.grpc, state.key_file
+        repository, url, key_file, tls = (
+            state.repository,
+            state.urls.grpc,
+            state.key_file,
+            own_tls(state.directory),
+        )
         metrics = metrics or state.urls.metrics
     elif options.repository is None or options.url is None:
         raise RequestError(
@@ -137,13 +162,9 @@ def _connected(options: argparse.Namespace) -> Iterator[_Server]:
             "the server that serves it"
         )
     else:
-        repository, url, key_file = options.repository, options.url, options.key_file
-    try:
-        key = None if key_file is None else key_file.read_text().strip()
-    except OSError as error:
-        raise RequestError(f"--key-file: {error}; expected the file with the server's admin key") from error
-    with RepositoryAdmin(url, key) as admin:
-        yield _Server(repository, url, metrics, admin)
+        repository, url, key_file, tls = options.repository, options.url, options.key_file, tls_of(options)
+    with RepositoryAdmin(url, admin_key(key_file), tls=tls) as admin:
+        yield _Server(repository, url, metrics, admin, tls)
 
 
 def run_publish(options: argparse.Namespace) -> None:
@@ -154,8 +175,9 @@ def run_publish(options: argparse.Namespace) -> None:
 
     with _connected(options) as server:
         version = publish_candidate(
-            options.run, server.repository, server.admin, serving_options(options, server.repository)
-        )
+            options.run, server.repository, server.admin, serving_options(options, server.repository),
+            options.sign_key,
+        )  # fmt: skip
         print(f"published: candidate {version}; its networks answer the smoke request as at their export")
         if options.promote:
             promote_candidate(server.repository, server.admin)
@@ -185,6 +207,7 @@ def run_canary(options: argparse.Namespace) -> None:
     from clients.retrieval import RetrievalClient
     from clients.watch import Live
     from export.candidate import promote_candidate, start_canary, stop_canary
+    from export.repository import candidate
 
     with _connected(options) as server:
         if options.stop:
@@ -192,14 +215,15 @@ def run_canary(options: argparse.Namespace) -> None:
             print("the canary has ended; the candidate stays")
             return
         thresholds = _thresholds(options)
+        _check_signature(options, server.repository, candidate(server.repository))
         version = start_canary(server.repository, server.admin, options.share, options.shadow)
         print(f"candidate {version} runs as {CANARY_MODEL}, {options.share:.1%} of the requests of clients that follow"
               f"{', as copies' if options.shadow else ''}")  # fmt: skip
         if options.watch:
             requests = _requests(options.requests, server.repository, version)
             with (
-                RetrievalClient(server.url) as stable,
-                RetrievalClient(server.url, model=CANARY_MODEL) as canary,
+                RetrievalClient(server.url, tls=server.tls) as stable,
+                RetrievalClient(server.url, model=CANARY_MODEL, tls=server.tls) as canary,
             ):
                 for client in (stable, canary):
                     client.connect()
@@ -227,9 +251,10 @@ def run_promote(options: argparse.Namespace) -> None:
     from export.repository import candidate, versions
     from export.rollout import promote, rollback
 
-    with _connected(options) as server, RetrievalClient(server.url) as client:
+    with _connected(options) as server, RetrievalClient(server.url, tls=server.tls) as client:
         repository, admin = server.repository, server.admin
         waiting = candidate(repository)
+        _check_signature(options, repository, waiting or max(versions(repository), default=None))
         thresholds = _thresholds(options)
         serving = admin.versions(MODEL)
         if options.watch and serving:

@@ -12,6 +12,7 @@ from typing import Any
 from hsnn_core.errors import FeatureError, RequestError
 from hsnn_server.probe import add_arguments, run
 
+from .connection import add_tls, tls_of
 from .tables import table
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -55,6 +56,8 @@ def add_commands(commands: Any) -> None:
                          help="requests that may wait (default: the repository's, else 64)")  # fmt: skip
     publish.add_argument("--item-log", metavar="FILE", help="where the server writes item updates, on a local disk; "
                          "relative to the repository (default: the repository's, else .items/log.db)")  # fmt: skip
+    publish.add_argument("--sign-key", type=Path, metavar="FILE",
+                         help="PEM of an Ed25519 private key; signs all files of the snapshot")  # fmt: skip
     publish.set_defaults(run_command=run_publish)
 
     serve = commands.add_parser(
@@ -79,6 +82,17 @@ def add_commands(commands: Any) -> None:
                        "http://127.0.0.1:4318/v1/traces (default: no tracing)")  # fmt: skip
     serve.add_argument("--trace-rate", type=int, default=1000, metavar="N", help="of the requests without a trace "
                        "context trace every N-th; those with one are traced (default: %(default)s)")  # fmt: skip
+    tls = serve.add_argument_group(
+        "TLS", "at the gRPC address; Triton has none at HTTP and metrics, which stay on loopback"
+    )
+    tls.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM of the server's certificate, with its chain"
+    )
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+    tls.add_argument("--client-ca", type=Path, metavar="FILE", help="PEM of the authorities that must have signed "
+                     "every client's certificate (mutual TLS)")  # fmt: skip
+    serve.add_argument("--verify-key", type=Path, metavar="FILE", help="PEM of Ed25519 public keys: serve the newest "
+                       "snapshot only if one of them signed it")  # fmt: skip
     serve.set_defaults(run_command=run_serve)
 
     health = commands.add_parser(
@@ -124,6 +138,7 @@ def add_commands(commands: Any) -> None:
     )
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
     query.add_argument("--schema", action="store_true", help="print the served schema and stop")
+    add_tls(query)
     query.set_defaults(run_command=run_query)
 
 
@@ -150,7 +165,7 @@ def run_publish(options: argparse.Namespace) -> None:
     from export.publish import publish
 
     serving = serving_options(options, options.repository)
-    version = publish(options.run, options.repository, options=serving)
+    version = publish(options.run, options.repository, options=serving, sign_key=options.sign_key)
     print(f"published: version {version} in {options.repository}")
     print(f"serve it with: hsnn serve --repository {options.repository}")
 
@@ -169,7 +184,9 @@ def serving_options(options: argparse.Namespace, repository: Path) -> Any:
 
 def run_serve(options: argparse.Namespace) -> None:
     """hsnn serve."""
+    from export.repository import versions
     from export.rollout import promote
+    from export.signing import check_signature
     from export.supervised import models, supervisor
     from hsnn_server.tracing import Tracing
     from hsnn_server.triton import TritonServer
@@ -180,6 +197,8 @@ def run_serve(options: argparse.Namespace) -> None:
         return
     if options.repository is None:
         raise RequestError("hsnn serve: --repository is missing; name the model repository to serve")
+    if options.verify_key is not None and (published := versions(options.repository)):
+        check_signature(options.repository, published[-1], options.verify_key)
     with TritonServer(
         options.repository,
         http_port=options.http_port,
@@ -190,6 +209,7 @@ def run_serve(options: argparse.Namespace) -> None:
         tracing=None
         if options.trace_endpoint is None
         else Tracing(options.trace_endpoint, options.trace_rate),
+        tls=_server_tls(options),
     ) as server:
         version = promote(options.repository, server.admin)
         urls = server.urls
@@ -204,6 +224,17 @@ def run_serve(options: argparse.Namespace) -> None:
 def run_health(options: argparse.Namespace) -> int:
     """hsnn health; returns the exit status."""
     return run(options)
+
+
+def _server_tls(options: argparse.Namespace) -> Any:
+    from hsnn_server.tls import ServerTls
+
+    certificate, key = options.tls_cert, options.tls_key
+    if (certificate is None) != (key is None) or (options.client_ca is not None and certificate is None):
+        raise RequestError(
+            "hsnn serve: TLS needs both --tls-cert and --tls-key; --client-ca is for mutual TLS beside them"
+        )
+    return None if certificate is None else ServerTls(certificate, key, options.client_ca)
 
 
 def json_object(text: str, option: str = "--user", of: str = "features") -> dict[str, Any]:
@@ -237,7 +268,7 @@ def run_query(options: argparse.Namespace) -> None:
     """hsnn query."""
     from clients.retrieval import RetrievalClient
 
-    with RetrievalClient(options.url, timeout=options.timeout) as client:
+    with RetrievalClient(options.url, timeout=options.timeout, tls=tls_of(options)) as client:
         if options.schema:
             print(client.connect().schema.to_json())
             return

@@ -15,17 +15,20 @@ from typing import Any
 from tqdm import tqdm
 
 from clients.admin import RepositoryAdmin
+from clients.tls import Tls
 from export.candidate import promote_candidate, publish_candidate
 from export.export_run import export_run
 from export.publish import publish
 from export.retire import retire
-from hsnn_core.errors import DataError, FeatureError, HsnnError, PublishError, SchemaError
+from hsnn_core.errors import DataError, FeatureError, HsnnError, PublishError
 from hsnn_train.checkpoint import write_json
 from hsnn_train.follow import Follower
 from hsnn_train.follow_report import read_rows
 from hsnn_train.guards import interrupt_flag
 from hsnn_train.plots import progressive_validation
 from hsnn_train.trainer import Interrupted
+
+from .connection import admin_key, tls_of
 
 LOCK_FILE, PUBLISHED = ".follow.lock", "published.json"
 CHECKPOINT_SECONDS = 60.0  # a checkpoint at least this often while there is something to learn from
@@ -43,6 +46,7 @@ class Snapshots:
     url: str | None
     key: str | None
     embeddings: str = "float32"
+    tls: Tls | None = None
 
     def last(self) -> dict[str, Any]:
         """What the newest one here was made of: version, files, repository; empty before the first."""
@@ -59,7 +63,7 @@ class Snapshots:
         if self.url is None:
             version = publish(exported.path, self.repository)
         else:
-            with RepositoryAdmin(self.url, self.key) as admin:
+            with RepositoryAdmin(self.url, self.key, tls=self.tls) as admin:
                 publish_candidate(exported.path, self.repository, admin)
                 version = promote_candidate(self.repository, admin)
                 retire(self.repository, admin, KEPT)
@@ -226,13 +230,10 @@ def run_follow(options: argparse.Namespace) -> None:
     """hsnn train --follow."""
     snapshots = None
     if options.repository is not None:
-        try:
-            key = None if options.key_file is None else options.key_file.read_text().strip()
-        except OSError as error:
-            raise SchemaError(f"--key-file: {error}; expected a file with the server's key") from error
+        key, tls = admin_key(options.key_file), tls_of(options)
         engine = options.engine or "onnxruntime"
         snapshots = Snapshots(
-            options.run, options.repository, engine, options.url, key, options.embeddings or "float32"
+            options.run, options.repository, engine, options.url, key, options.embeddings or "float32", tls
         )
     with alone(options.run):
         follower = Follower(options.follow, options.run, options.base)

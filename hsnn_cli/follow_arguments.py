@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hsnn_core.errors import SchemaError
 
+from .connection import add_tls
+
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
     """The arguments of hsnn train that belong to --follow."""
@@ -28,12 +30,25 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--url", help="host:port of a running Triton's gRPC that is to serve the snapshots")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with that server's admin key")
+    add_tls(train)
 
 
 def check_arguments(options: argparse.Namespace) -> None:
     """SchemaError for arguments that do not go together."""
     if options.follow is None:
-        given = ("base", "once", "repository", "publish_every", "engine", "embeddings", "url", "key_file")
+        given = (
+            "base",
+            "once",
+            "repository",
+            "publish_every",
+            "engine",
+            "embeddings",
+            "url",
+            "key_file",
+            "tls_ca",
+            "tls_cert",
+            "tls_key",
+        )
         used = [name for name in given if getattr(options, name)]
         if used:
             names = ", ".join("--from" if name == "base" else f"--{name.replace('_', '-')}" for name in used)

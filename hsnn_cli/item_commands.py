@@ -21,6 +21,7 @@ from hsnn_core.errors import DataError, HsnnError, LogError, RequestError
 from hsnn_core.item_updates import APPLIED, FAILED, REFUSED, STALE, STATUSES
 from hsnn_core.schema import Schema
 
+from .connection import admin_key, tls_of
 from .item_files import ItemFile
 from .tables import table
 
@@ -30,7 +31,7 @@ SHOWN = 20  # refused updates that are printed
 def upsert(options: argparse.Namespace) -> None:
     """hsnn items upsert."""
     with (
-        ItemClient(options.url, options.timeout, batch=options.batch) as client,
+        ItemClient(options.url, options.timeout, batch=options.batch, tls=tls_of(options)) as client,
         ItemFile(options.file, client.schema(), options.format) as file,
     ):
         outcome = _apply(client, options, file.updates(), file.total, file.unit, lambda: file.read)
@@ -43,7 +44,7 @@ def delete(options: argparse.Namespace) -> None:
     """hsnn items delete."""
     if bool(options.ids) == bool(options.file):
         raise RequestError("hsnn items delete: give either --ids or a file of ids (- for standard input)")
-    with ItemClient(options.url, options.timeout, batch=options.batch) as client:
+    with ItemClient(options.url, options.timeout, batch=options.batch, tls=tls_of(options)) as client:
         schema = client.schema()
         ids = list(_ids(schema, options.ids or _lines(options.file)))
         own = {} if options.sequence is None else {"sequence": options.sequence}
@@ -54,7 +55,7 @@ def delete(options: argparse.Namespace) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     """hsnn items stats."""
-    with ItemClient(options.url, options.timeout) as client:
+    with ItemClient(options.url, options.timeout, tls=tls_of(options)) as client:
         held = client.stats()
     if options.json:
         print(json.dumps(vars(held)))
@@ -87,7 +88,7 @@ def follow_kafka(options: argparse.Namespace) -> None:
     with (
         _stopped_by_signals(stop),
         closing(DeadLetters(Path(options.dead_letters) if options.dead_letters else None)) as dead_letters,
-        ItemClient(options.url, options.timeout, batch=options.batch) as client,
+        ItemClient(options.url, options.timeout, batch=options.batch, tls=tls_of(options)) as client,
         KafkaFollower(
             client, options.topic, options.group, settings, dead_letters, options.batch, told
         ) as follower,
@@ -234,16 +235,13 @@ def keep_compact(options: argparse.Namespace) -> None:
         raise RequestError(
             "hsnn items compact --every: expected minutes above 0 and --url, the server to promote on"
         )
-    try:
-        key = None if options.key_file is None else options.key_file.read_text().strip()
-    except OSError as error:
-        raise RequestError(f"--key-file: {error}; expected a file with the server's admin key") from error
+    key, tls = admin_key(options.key_file), tls_of(options)
     compactor = Compactor(options.run, options.repository, log_of(options.repository), options.to)
     while True:
         try:
             pending = compactor.pending()
             if pending >= options.least:
-                with RepositoryAdmin(options.url, key) as admin:
+                with RepositoryAdmin(options.url, key, tls=tls) as admin:
                     version = compactor.compact(admin, progress=False)
                 print(f"{pending:,} updates folded into version {version}, which serves", flush=True)
         except HsnnError as error:  # what is served goes on; the next time may be better

@@ -75,8 +75,9 @@ class ItemFile:
         source = self._file if self._file.seekable() else io.BytesIO(self._file.read())
         try:
             self._table = pyarrow.parquet.ParquetFile(source)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{self.name}: cannot be read as Parquet: {error}") from None
+        self._damaged = (pyarrow.ArrowException, OSError)
         self.total, self.unit = self._table.metadata.num_rows, " rows"
 
     def _parquet(self) -> Iterator[Any]:
@@ -84,8 +85,17 @@ class ItemFile:
         self._rows.check(names, self.name)
         self._rows.unused |= set(names) - self._rows.columns
         columns = [name for name in names if name in self._rows.columns]
-        for batch in self._table.iter_batches(_PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
+        batches = self._table.iter_batches(_PARQUET_ROWS, columns=columns)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except (*self._damaged, UnicodeDecodeError) as error:
+                raise DataError(
+                    f"{self.name}, after row {self._read}: damaged Parquet: {error}; those before are applied"
+                ) from None
+            for row in rows:
                 self._read += 1
                 yield self._rows.update(row)
 

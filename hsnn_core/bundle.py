@@ -31,23 +31,14 @@ from .arrayfile import open_arrays, write_arrays
 from .corpus import Corpus
 from .errors import FormatError, PublishError, SchemaMismatch
 from .features import FeatureTransform
-from .files import copy_file, file_sha256, sync_directory, write_bytes
+from .files import copy_file, file_sha256, read_text, sync_directory, write_bytes
 from .i2if import I2IF
 from .index import HierarchicalIndex
 from .item_attributes import ItemAttributes
 from .item_records import ItemRecords
+from .manifest import FILES, FORMAT, FORMAT_VERSION, ITEM_TOWER, MANIFEST, RECORDS, inside, read_manifest
 from .schema import Schema
 from .scorer import PAIRS_PER_CALL, LayerScorer, Runner
-
-FORMAT = "hsnn-bundle"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-FILES = ("schema.json", "transform.hsnn", "index.hsnn", "smoke.npz")
-RECORDS, ITEM_TOWER = "records.hsnn", "item_tower.onnx"
-FIELDS = (
-    "schema_hash", "tasks", "layers", "nodes", "widths", "k", "max_k", "buckets", "embedding_widths",
-    "engine", "models", "created", "files",
-)  # fmt: skip
 
 
 class LogPosition(NamedTuple):
@@ -100,8 +91,8 @@ class Bundle:
         directory = Path(directory)
         manifest = read_manifest(directory)
         for name, expected in manifest["files"].items():
-            _check_file(directory / name, expected, verify)
-        schema = Schema.from_json((directory / "schema.json").read_text())
+            _check_file(inside(directory, name), expected, verify)
+        schema = Schema.from_json(read_text(directory / "schema.json"))
         if schema.hash != manifest["schema_hash"]:
             raise SchemaMismatch(
                 f"{directory}: schema.json has hash {schema.hash}, the manifest says "
@@ -114,7 +105,7 @@ class Bundle:
         arrays = open_arrays(directory / "index.hsnn", "index", verify=False).arrays
         index = HierarchicalIndex.from_arrays(_under("index", arrays))
         nodes = [index.nodes(layer) for layer in range(1, index.layers + 1)]
-        if nodes != manifest["nodes"]:
+        if nodes != manifest["nodes"] or index.layers != manifest["layers"]:
             raise FormatError(
                 f"{directory / 'index.hsnn'}: nodes per layer {nodes}, the manifest says "
                 f"{manifest['nodes']}; the directory mixes two snapshots, export again"
@@ -152,10 +143,16 @@ class Bundle:
         return LayerScorer(self.index, self.i2if, self.embeddings, runner, buckets, pairs_per_call)
 
     def smoke(self) -> Smoke:
-        """The smoke request and its expected answer."""
-        with np.load(self.path / "smoke.npz", allow_pickle=False) as arrays:
-            users = {name[5:]: arrays[name] for name in arrays.files if name.startswith("user.")}
-            return Smoke(users, arrays["item_ids"], arrays["probabilities"])
+        """The smoke request and its expected answer. Raises FormatError for a file that holds none."""
+        path = self.path / "smoke.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                users = {name[5:]: arrays[name] for name in arrays.files if name.startswith("user.")}
+                return Smoke(users, arrays["item_ids"], arrays["probabilities"])
+        except Exception as error:  # NumPy and zipfile raise a dozen unrelated classes
+            raise FormatError(
+                f"{path}: not the smoke request of a bundle ({error}); export the snapshot again"
+            ) from error
 
 
 def write_bundle(
@@ -248,32 +245,6 @@ def write_bundle(
     return manifest
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle, its format and fields checked, its files not. Raises FormatError."""
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        raise FormatError(
-            f"{path}: missing, expected the manifest of a bundle; is this a bundle's directory?"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON ({error}); export the snapshot again") from error
-    got = manifest.get("format") if isinstance(manifest, dict) else None
-    if got != FORMAT:
-        raise FormatError(f"{path}: format {got!r}, expected {FORMAT!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: format version {manifest.get('format_version')!r}, expected {FORMAT_VERSION}; "
-            "export the snapshot again with this release"
-        )
-    lacking = [field for field in FIELDS if field not in manifest]
-    lacking += [f"files.{name}" for name in FILES if name not in manifest.get("files", {})]
-    if lacking:
-        raise FormatError(f"{path}: {', '.join(lacking)} missing; export the snapshot again")
-    return manifest
-
-
 def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
     if not path.is_file():
         raise FormatError(
@@ -283,7 +254,7 @@ def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
     length = path.stat().st_size
     if verify:
         digest = _fingerprint(path)["sha256"]
-        if digest != expected["sha256"]:
+        if digest != expected["sha256"] or length != expected["bytes"]:
             raise FormatError(
                 f"{path}: {length} bytes with sha256 {digest}, expected {expected['bytes']} bytes with "
                 f"sha256 {expected['sha256']}; the file was edited or cut short, copy the directory again"

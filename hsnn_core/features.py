@@ -218,14 +218,27 @@ class FeatureTransform:
         vocabularies = {}
         for space in sorted({f.space for f in schema.features if f.encoding == "vocab"} | {ITEM_SPACE}):
             keys = _array(arrays, f"vocabulary.{space}.keys", np.int64, None)
-            vocabularies[space] = Vocabulary(
-                keys, _array(arrays, f"vocabulary.{space}.ids", np.int32, len(keys))
-            )
+            ids = _array(arrays, f"vocabulary.{space}.ids", np.int32, len(keys))
+            if (keys[1:] <= keys[:-1]).any() or not np.array_equal(
+                np.sort(ids), np.arange(len(ids)) + ID_FIRST
+            ):
+                raise FormatError(
+                    f"transform: vocabulary {space}: expected ascending keys, and each id from {ID_FIRST} to "
+                    f"{len(ids) + ID_FIRST - 1} once; the file is damaged, export the snapshot again"
+                )
+            vocabularies[space] = Vocabulary(keys, ids)
         mean, std = {}, {}
         for owner in OWNERS:
             width = schema.layout(owner).dense_width
             mean[owner] = _array(arrays, f"dense.{owner}.mean", np.float32, width)
             std[owner] = _array(arrays, f"dense.{owner}.std", np.float32, width)
+            if not (
+                np.isfinite(mean[owner]).all() and np.isfinite(std[owner]).all() and (std[owner] > 0).all()
+            ):
+                raise FormatError(
+                    f"transform: dense.{owner}: expected finite means and deviations above 0; the file is damaged, "
+                    "export the snapshot again"
+                )
         return cls(schema, vocabularies, mean, std)
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import FormatError
+
 _CHUNK = 1 << 20
 
 
@@ -34,6 +36,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     """A file of these bytes; see `written_aside`."""
     with written_aside(path) as file:
         file.write(data)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises FormatError for one that is not, or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path}: cannot be read as text ({error}); restore it or write it again"
+        ) from error
 
 
 def copy_file(source: Path, target: Path) -> None:

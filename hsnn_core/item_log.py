@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import FormatError, LogError
+from .errors import FeatureError, FormatError, LogError
 from .files import sync_directory
 from .item_updates import Update
 
@@ -54,6 +54,16 @@ class Entry(NamedTuple):
     sequence: int
     deleted: bool
     payload: str | None
+
+    def update(self) -> Update:
+        """The upsert in the payload. FeatureError when it is not this item's: the log was damaged."""
+        update = Update.from_json(self.payload or "")
+        if (update.item, update.sequence, update.deleted) != (self.item, self.sequence, False):
+            raise FeatureError(
+                f"item {self.item}: the log's entry at position {self.position} holds an update of item {update.item} "
+                f"with sequence {update.sequence}, expected its own with {self.sequence}; the log is damaged there"
+            )
+        return update
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +216,17 @@ class LogReader:
                 f"{self._path}: ends at position {newest}, and what came after {position} was asked for; this is not "
                 "the log that the snapshot followed: give its own back, or publish a new snapshot"
             )
-        return [Entry(at, item, sequence, bool(gone), payload) for at, item, sequence, gone, payload in rows]
+        entries = []
+        for at, item, sequence, gone, payload in rows:
+            whole = all(type(number) is int for number in (at, item, sequence, gone))
+            if not whole or not position < at <= newest or not isinstance(payload, str | None):
+                raise FormatError(
+                    f"{self._path}: the entry after position {position} is ({at!r}, {item!r}, {sequence!r}, {gone!r}), "
+                    "expected numbers in ascending order; the log is damaged, put back a copy"
+                )
+            entries.append(Entry(at, item, sequence, bool(gone), payload))
+            position = at
+        return entries
 
     def oldest(self) -> int:
         """The smallest position that `since` can go on from: everything up to it may be forgotten."""
@@ -329,7 +349,11 @@ def _facts(path: Path, connection: sqlite3.Connection) -> dict[str, Any] | None:
             f"{path}: item log of format version {version}, expected {FORMAT_VERSION}; use the release that wrote "
             "it, or give another path"
         )
-    return dict(connection.execute("SELECT name, value FROM facts"))
+    facts = dict(connection.execute("SELECT name, value FROM facts"))
+    kinds = {"schema_hash": str, "identity": str, "forgotten": int}
+    if any(type(facts.get(name)) is not kind for name, kind in kinds.items()):
+        raise FormatError(f"{path}: says {facts!r:.200} of itself; the log is damaged, put back a copy")
+    return facts
 
 
 def _check_schema(path: Path, facts: dict[str, Any], schema_hash: str) -> None:

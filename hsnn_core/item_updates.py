@@ -63,16 +63,24 @@ class Update:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Update:
-        """An update that `to_json` wrote, without another check of its values."""
-        raw = json.loads(text)
-        return cls(
-            raw["id"],
-            raw["sequence"],
-            raw.get("deleted", False),
-            raw.get("features", {}),
-            raw.get("eligibility", {}),
-            raw.get("bid"),
-        )
+        """An update that `to_json` wrote, without another check of its values against the schema. FeatureError for a
+        text that it did not write: the log was damaged."""
+        try:
+            raw = json.loads(text)
+            update = cls(
+                raw["id"],
+                raw["sequence"],
+                raw.get("deleted", False),
+                raw.get("features", {}),
+                raw.get("eligibility", {}),
+                raw.get("bid"),
+            )
+            parts = (update.features, update.eligibility)
+            if all(type(n) is int for n in (update.item, update.sequence)) and all(map(_is_mapping, parts)):
+                return update
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        raise FeatureError(f"update in the item log: got {shortened(text)}, expected what HSNN wrote there")
 
 
 def parse_update(schema: Schema, raw: Any) -> Update:
@@ -117,6 +125,10 @@ def item_wire_rows(schema: Schema, updates: Sequence[Update]) -> dict[str, np.nd
             rows[row] = update.item if own and value is None else encode_row_values(feature, value)
         tensors[feature.name] = rows
     return tensors
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _mapping(raw: Any) -> Mapping[str, Any]:

@@ -114,9 +114,7 @@ class LogFollower:
                     self._change([entry._replace(deleted=True)], entry.position)
 
     def _change(self, entries: Sequence[Entry], position: int) -> None:
-        upserts = [
-            Update.from_json(entry.payload) for entry in entries if not entry.deleted and entry.payload
-        ]
+        upserts = [entry.update() for entry in entries if not entry.deleted and entry.payload]
         deleted = np.array([entry.item for entry in entries if entry.deleted], dtype=np.int64)
         attributes = None
         if self._schema.has_attributes:

@@ -185,7 +185,7 @@ class Schema:
         """The inverse of `to_json`. Raises SchemaError."""
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SchemaError(
                 f"schema: not valid JSON ({error}); expected what Schema.to_json wrote"
             ) from None
@@ -283,7 +283,12 @@ def load_schema(path: str | Path) -> Schema:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SchemaError(f"schema {path}: no such file") from None
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        UnicodeDecodeError,
+        RecursionError,
+        ValueError,
+    ) as error:  # ValueError: a date of no calendar
         raise SchemaError(f"schema {path}: not valid YAML: {error}") from None
     try:
         return Schema.from_dict(raw)

@@ -70,7 +70,7 @@ def _keys(raw: Any) -> dict[str, str]:
     entries = _mapping("keys", raw)
     _known("keys", entries, ("user", "item", "time"))
     for key in OWNERS:
-        if key not in entries:
+        if entries.get(key) is None:
             raise SchemaError(f"keys.{key}: missing; expected the column with the {key}'s key")
     keys = {key: _text(f"keys.{key}", column) for key, column in entries.items() if column is not None}
     if len(set(keys.values())) != len(keys):

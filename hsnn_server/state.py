@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from hsnn_core.errors import ServerError
 from .processes import ServerProcess, remove_regions
 
 FORMAT_VERSION = 1
+_PREFIX = re.compile(r"hsnn-[0-9a-z-]*")
+_ADDRESS = re.compile(r"[^\s/:]+:\d+")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class ServerState:
                 raise ServerError(
                     f"{path}: format version {version}, expected {FORMAT_VERSION}; start the server anew"
                 )
-            return cls(
+            state = cls(
                 process=ServerProcess(**data["process"]),
                 urls=Urls(**data["urls"]),
                 repository=Path(data["repository"]),
@@ -73,11 +76,20 @@ class ServerState:
                 log_file=Path(data["log_file"]),
                 region_prefix=data["region_prefix"],
             )
+            # What is named here is ended and removed, so it must not name anybody else's.
+            numbers = (state.process.pid, state.process.started)
+            if any(type(number) is not int or number < 1 for number in numbers):
+                raise ValueError(f"process {numbers}")
+            if not _PREFIX.fullmatch(state.region_prefix) or not all(
+                map(_ADDRESS.fullmatch, vars(state.urls).values())
+            ):
+                raise ValueError(f"regions {state.region_prefix!r}, addresses {state.urls}")
+            return state
         except FileNotFoundError as error:
             raise ServerError(
                 f"{path}: no such file, so no server was left running there; start one"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ServerError(f"{path}: not the state of a server ({error!r}); remove it") from error
 
 

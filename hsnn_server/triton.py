@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from clients.admin import RepositoryAdmin
+from clients.tls import Tls
 from hsnn_core.errors import ServerError
 
 from .binaries import environment, find_wheel, lay_out
@@ -28,6 +29,7 @@ from .processes import (
 )
 from .state import ServerState, Urls, write_private
 from .stubs import dead, make_newer
+from .tls import ServerTls, own_tls
 from .tracing import Tracing
 
 # The paper's system never needs them over the network, and each would let a client read or change the server.
@@ -54,7 +56,8 @@ class TritonServer:
     goes with the server. ``state_file``: written once the server is up and removed with it, for ``attach``.
     ``tracing``: off unless given. ``arguments``: further arguments of tritonserver. ``preload``: asked at every start
     for models to load, all in parallel, before the server answers; one that fails is left out, and loading it again
-    says why. Seconds: ``start_timeout`` until the server answers, ``load_timeout`` per model.
+    says why. ``tls``: the gRPC address speaks TLS. Seconds: ``start_timeout`` until the server answers,
+    ``load_timeout`` per model.
 
     Model control, shared memory, tracing and logging settings are refused without ``admin_key``. A new key
     is made for every server and kept in a file of mode 0600; Triton takes it as an argument only, so
@@ -79,6 +82,7 @@ class TritonServer:
         tracing: Tracing | None = None,
         arguments: Sequence[str] = (),
         preload: Callable[[], Sequence[str]] = tuple,
+        tls: ServerTls | None = None,
         start_timeout: float = 60.0,
         load_timeout: float = 120.0,
     ) -> None:
@@ -90,6 +94,7 @@ class TritonServer:
         self._state_file = None if state_file is None else Path(state_file).absolute()
         self._tracing = tracing
         self._arguments, self._preload = tuple(arguments), preload
+        self._server_tls = tls
         self._start_timeout, self._load_timeout = start_timeout, load_timeout
         self._state: ServerState | None = None
         self._admin: RepositoryAdmin | None = None
@@ -155,10 +160,15 @@ class TritonServer:
         return self.key_file.read_text()
 
     @property
+    def tls(self) -> Tls | None:
+        """How to talk to its gRPC address from here, None: in plain text. Good for as long as the server runs."""
+        return own_tls(self._running().directory)
+
+    @property
     def admin(self) -> RepositoryAdmin:
         """Model control with this server's key, for as long as the server runs."""
         if self._admin is None:
-            self._admin = RepositoryAdmin(self.urls.grpc, self.admin_key, self._load_timeout)
+            self._admin = RepositoryAdmin(self.urls.grpc, self.admin_key, self._load_timeout, self.tls)
         return self._admin
 
     def start(self) -> TritonServer:
@@ -341,6 +351,8 @@ class TritonServer:
             "grpc-restricted-protocol": f"{RESTRICTED}:admin-key={key}",
             "http-restricted-api": f"{RESTRICTED}:admin-key={key}",
         }
+        if self._server_tls is not None:
+            options |= self._server_tls.prepare(directory)
         for endpoint, port in ports.items():
             options |= {f"{endpoint}-address": HOST, f"{endpoint}-port": port}
         stubs = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,15 @@ def load_checkpoint(path: Path, schema: Schema) -> dict[str, Any]:
     if not path.exists():
         raise FormatError(f"checkpoint {path}: no such file; has the run been trained (hsnn train)?")
     try:
+        # torch itself does not compare the checksums that it writes.
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise FormatError(f"checkpoint {path}: cannot be read ({e}); restore it or train again") from e
-    if state.get("format") != CHECKPOINT_FORMAT:
+    if damaged is not None:
+        raise FormatError(f"checkpoint {path}: its part {damaged} is damaged; restore it or train again")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise FormatError(f"checkpoint {path}: format {state.get('format')!r}, expected {CHECKPOINT_FORMAT}")
     if state["schema_hash"] != schema.hash:
         raise SchemaMismatch(

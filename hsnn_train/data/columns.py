@@ -56,7 +56,7 @@ def keys_of(values: pa.Array, name: str, where: str) -> np.ndarray:
         return text_keys(values)
     if not pa.types.is_integer(values.type):
         raise DataError(f"{where}: column {name!r}: got {values.type}, expected integer or string keys")
-    return np.asarray(values).astype(np.int64, copy=False)
+    return np.asarray(_whole(values, f"{where}: column {name!r}"))
 
 
 def labels_of(values: pa.Array, name: str, where: str) -> np.ndarray:
@@ -64,7 +64,7 @@ def labels_of(values: pa.Array, name: str, where: str) -> np.ndarray:
     kind = values.type
     if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise DataError(f"{where}: column {name!r}: got {kind}, expected labels 0 or 1")
-    numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
+    numbers = np.asarray(pc.fill_null(values.cast(pa.float64(), safe=False), np.nan))
     wrong = (numbers != 0) & (numbers != 1)
     if wrong.any():
         row = first(wrong)
@@ -83,7 +83,14 @@ def times_of(values: pa.Array, name: str, where: str) -> np.ndarray:
         return np.asarray(values.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()))
     if not pa.types.is_integer(values.type):
         raise DataError(f"{where}: column {name!r}: got {values.type}, expected an integer or a timestamp")
-    return np.asarray(values).astype(np.int64, copy=False)
+    return np.asarray(_whole(values, f"{where}: column {name!r}"))
+
+
+def _whole(values: pa.Array, what: str) -> pa.Array:
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{what}: {error}; expected whole numbers of 64 bits") from None
 
 
 def wire_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
@@ -144,7 +151,7 @@ def typed_keys(values: pa.Array, name: str, key_type: KeyType, where: str) -> np
         )
     if key_type == "string":
         return text_keys(values.cast(pa.string()))
-    return np.asarray(pc.fill_null(values.cast(pa.int64()), int(KEY_MISSING)))
+    return np.asarray(pc.fill_null(_whole(values, f"{where}: column {name!r}"), int(KEY_MISSING)))
 
 
 def _dense_rows(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
@@ -183,7 +190,7 @@ def _numbers(values: pa.Array, feature: Feature, where: str) -> np.ndarray:
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{where}: column {feature.name!r}: got {kind}, expected numbers (kind: dense)")
     with np.errstate(over="ignore"):
-        return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan)).astype(np.float32)
+        return np.asarray(pc.fill_null(values.cast(pa.float64(), safe=False), np.nan)).astype(np.float32)
 
 
 def first(mask: Any) -> int:

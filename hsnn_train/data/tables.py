@@ -115,13 +115,14 @@ def read_table(path: Path, schema: Schema, name: str) -> pa.Table:
     if not path.is_file():
         raise DataError(f"{name}: no such file: {path}")
     try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
-        if path.suffix == ".csv":
-            return _read_csv(path, schema)
-        if path.suffix in (".jsonl", ".json", ".ndjson"):
-            return pyarrow.json.read_json(path)
-    except pa.ArrowException as error:
+        reading = {".parquet": pyarrow.parquet.read_table, ".csv": lambda file: _read_csv(file, schema)}
+        reading |= dict.fromkeys((".jsonl", ".json", ".ndjson"), pyarrow.json.read_json)
+        if path.suffix in reading:
+            table = reading[path.suffix](path)
+            table.validate(full=True)  # texts that are no UTF-8, offsets that lead out of their column
+            _ = table.column_names  # decoded when they are asked for
+            return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged Parquet is an OSError
         raise DataError(f"{name} ({path.name}): cannot be read as {path.suffix[1:]}: {error}") from None
     raise DataError(
         f"{name} ({path.name}): got a file ending in {path.suffix!r}, expected .parquet, .csv or .jsonl"

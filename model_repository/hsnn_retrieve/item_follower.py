@@ -9,12 +9,13 @@ from threading import Event, Thread
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from hsnn_core.bundle import ITEM_TOWER, Bundle
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import HsnnError
 from hsnn_core.item_log import LogReader
 from hsnn_core.live_attributes import GrowingAttributes
 from hsnn_core.live_index import LiveState
 from hsnn_core.log_following import LogFollower
+from hsnn_core.manifest import ITEM_TOWER
 from hsnn_core.onnx_runner import OnnxItemTower
 
 # Between two looks at the log, each of some microseconds.

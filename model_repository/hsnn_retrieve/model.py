@@ -34,6 +34,7 @@ from warm_up import NoNetworks, warm_up  # noqa: E402
 from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
 
 import hsnn_core  # noqa: E402
+from hsnn_core import signature  # noqa: E402
 from hsnn_core.bundle import Bundle  # noqa: E402
 from hsnn_core.errors import (  # noqa: E402
     DeadlineExceeded,
@@ -43,6 +44,7 @@ from hsnn_core.errors import (  # noqa: E402
     SchemaMismatch,
     ServerError,
 )
+from hsnn_core.manifest import read_manifest  # noqa: E402
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
 from hsnn_core.scorer import PAIRS_PER_MESSAGE  # noqa: E402
 
@@ -52,6 +54,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         _check_own_core()
+        version = int(args["model_version"])
+        _check_signature(version)
         config = ServingConfig.from_triton(args["model_config"])
         bundle = Bundle.open(HERE, verify=True)
         if bundle.schema.hash != config.schema_hash:
@@ -66,7 +70,6 @@ class TritonPythonModel:
                 f"config.pbtxt: parameter widths: got {list(config.widths)}, expected {layers - 1} "
                 f"numbers for an index of {layers} layers"
             )
-        version = int(args["model_version"])
         self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
         failures: Mapping[str, int] = {}
         if config.mode == "bls":
@@ -264,6 +267,18 @@ def _check_own_core() -> None:
             f"hsnn_core was imported from {theirs}, expected this snapshot's own copy {ours}; "
             "publish again, or remove the other copy from the server's Python path"
         )
+
+
+def _check_signature(version: int) -> None:
+    """Where the machine has trusted keys, only a snapshot that one of them signed is served. Code that was changed
+    would not check: this is for data and networks; code is checked by who loads it (hsnn rollout --verify-key)."""
+    if signature.TRUSTED.exists():
+        models = read_manifest(HERE)["models"]
+        singles = [models[name] for name in ("user_tower", "item_tower", "index") if name in models]
+        directories = {
+            name: HERE.parent.parent / name / str(version) for name in (*singles, *models["scorers"])
+        }
+        signature.check(directories | {"hsnn_retrieve": HERE}, "hsnn_retrieve", version, signature.TRUSTED)
 
 
 def _onnx_runner(version: int, models: Mapping[str, Any]) -> OnnxRunner:

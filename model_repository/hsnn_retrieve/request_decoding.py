@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsnn_core.eligibility import Context, checked_context
-from hsnn_core.errors import DeadlineExceeded, RequestError, SchemaMismatch
+from hsnn_core.errors import DeadlineExceeded, FeatureError, RequestError, SchemaMismatch
 from hsnn_core.schema import Schema
 from hsnn_core.schema_eligibility import EXCLUDED_ITEMS
 
@@ -105,6 +105,17 @@ def split_inputs(
     names = {tensor.name for tensor in schema.context_wire()}
     users = {name: values for name, values in inputs.items() if name not in names}
     return users, {name: values for name, values in inputs.items() if name in names}
+
+
+def check_complete(schema: Schema, features: Mapping[str, np.ndarray]) -> None:
+    """FeatureError for users without a tensor of every feature. Triton counts a request's tensors, so where optional
+    ones are sent it does not notice that another is missing."""
+    missing = [tensor.name for tensor in schema.user_wire() if tensor.name not in features]
+    if missing:
+        raise FeatureError(
+            f"user features {missing} are missing, expected a tensor of every one; send a feature that a user does not "
+            "have as its default, or as ids that are all missing"
+        )
 
 
 def decode_context(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from items import Items
-from request_decoding import Ask, Deadline, decode_context, split_inputs
+from request_decoding import Ask, Deadline, check_complete, decode_context, split_inputs
 
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import RequestError
@@ -63,6 +63,7 @@ class Retriever:
         """
         deadline()  # the request may have waited for a worker longer than it may take
         features, context = split_inputs(self._schema, raw)
+        check_complete(self._schema, features)
         users = self._transform.encode_users(features)
         self._await(ask.after, deadline)
         state, scorer = self._moment()

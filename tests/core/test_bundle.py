@@ -9,9 +9,10 @@ import pytest
 from core_fakes import assert_same_result, small_world, write_small_bundle
 
 from hsnn_core import bundle as bundle_module
-from hsnn_core.bundle import Bundle, read_manifest
+from hsnn_core.bundle import Bundle
 from hsnn_core.errors import FormatError, PublishError, SchemaMismatch
 from hsnn_core.item_attributes import ItemAttributes
+from hsnn_core.manifest import read_manifest
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 
@@ -276,7 +277,7 @@ def test_attributes_lie_in_the_index_by_position(tmp_path):
     settings = {
         "smoke": bundle_module.Smoke({}, np.zeros((0, 5), np.int64), np.zeros((0, 5, 2), np.float32)),
         "widths": [2, 3], "k": 5, "max_k": 20, "buckets": [[], [], []], "engine": "onnxruntime",
-        "models": {"scorers": ["a", "b", "c"]},
+        "models": {"user_tower": "hsnn_u", "item_tower": "hsnn_i", "scorers": ["hsnn_a", "hsnn_b", "hsnn_c"]},
     }  # fmt: skip
     bare = world.corpus()
     with pytest.raises(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from core_fakes import SMALL_SCHEMA, small_world, write_small_bundle
 from live_fakes import SmoothRunner
 
 from hsnn_core.bundle import NO_LOG, Bundle, LogPosition, Smoke, write_bundle
-from hsnn_core.errors import LogError
+from hsnn_core.errors import FormatError, LogError
 from hsnn_core.item_log import ItemLog, LogReader
 from hsnn_core.item_updates import Update
 from hsnn_core.log_following import LogFollower
@@ -25,7 +26,7 @@ class World:
             folder / "bundle", self.world.schema, self.world.transform, self.world.corpus(records=True),
             Smoke({}, np.zeros((0, 5), np.int64), np.zeros((0, 5, 2), np.float32)),
             widths=[2, 3], k=5, max_k=20, buckets=[[], [], []], engine="onnxruntime",
-            models={"user_tower": "u", "item_tower": "i", "scorers": ["a", "b", "c"]},
+            models={"user_tower": "hsnn_u", "item_tower": "hsnn_i", "scorers": ["hsnn_a", "hsnn_b", "hsnn_c"]},
             item_tower=folder / "item_tower.onnx", log=log,
         )  # fmt: skip
         self.bundle = Bundle.open(folder / "bundle")
@@ -54,6 +55,47 @@ def live_ids(follower: LogFollower) -> set[int]:
     positions = np.arange(view.items)
     there = view.present(3, positions)
     return set(view.ids(positions if there is None else positions[there]).tolist())
+
+
+def damage(path: Path, statement: str) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    ["nonsense", "[]", '{"id": 5001}', '{"id": 5002, "sequence": 1, "features": {}}',
+     '{"id": 5001, "sequence": 1, "features": []}', '{"id": 5001, "sequence": 1, "features": {"price": "x"}}',
+     '{"id": 5001, "sequence": 1, "features": {"nosuch": 1}, "bid": [1]}'],
+)  # fmt: skip
+def test_a_damaged_entry_is_left_out_and_named(world, payload):
+    follower = world.follower()
+    base = live_ids(follower)
+    with world.log() as log:
+        log.append([upsert(n) for n in range(5000, 5003)])
+    damage(world.path, f"UPDATE items SET payload = '{payload}' WHERE item = 5001")
+    follower.catch_up()
+    assert live_ids(follower) - base >= {5000, 5002}
+    if "nosuch" not in payload:  # a feature that no schema has is not looked at
+        assert live_ids(follower) == base | {5000, 5002}
+        ((item, reason),) = follower.unusable
+        assert item == 5001 and reason
+
+
+def test_a_log_that_is_damaged_elsewhere_is_refused(world):
+    with world.log() as log:
+        log.append([upsert(n) for n in range(5000, 5003)])
+    for statement, text in (
+        (
+            "UPDATE items SET sequence = 'x' WHERE item = 5001",
+            "the entry after position 1 is .*the log is damaged",
+        ),
+        ("UPDATE facts SET value = 'x' WHERE name = 'forgotten'", "says .* of itself; the log is damaged"),
+    ):
+        damage(world.path, statement)
+        with pytest.raises(FormatError, match=text), LogReader(world.path, world.world.schema.hash) as reader:
+            reader.since(0, 10)
 
 
 def test_what_is_logged_is_followed_in_batches(world):

@@ -27,6 +27,7 @@ from tiny_snapshot import (
     write_snapshot,
 )
 
+from hsnn_core.errors import FormatError
 from hsnn_core.keys import KEY_MISSING
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.schema import Schema
@@ -432,4 +433,15 @@ def test_a_core_from_elsewhere_does_not_load(
     shutil.copytree(orchestrator.snapshot.version_directory, tmp_path / "3")
     monkeypatch.setattr(module, "HERE", tmp_path / "3")
     with pytest.raises(Exception, match="hsnn_core was imported from .*, expected this snapshot's own copy"):
+        orchestrator.start()
+
+
+def test_where_keys_are_trusted_an_unsigned_snapshot_is_not_served(
+    orchestrator: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trusted := tmp_path / "trusted.pem").write_text("")
+    monkeypatch.setattr("hsnn_core.signature.TRUSTED", trusted)
+    with pytest.raises(
+        FormatError, match="signature.json: missing, but .*trusted.pem asks for snapshots to be signed"
+    ):
         orchestrator.start()

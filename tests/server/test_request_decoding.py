@@ -124,3 +124,13 @@ def test_wrong_context_tensors_are_named(
     with pytest.raises(FeatureError) as caught:
         decoding.decode_context(TARGETED, tensors, 3, now=0.0)
     assert text in str(caught.value)
+
+
+def test_a_user_needs_a_tensor_of_every_feature(decoding: ModuleType) -> None:
+    everything = {tensor.name: np.zeros((1, 1)) for tensor in TARGETED.user_wire()}
+    decoding.check_complete(TARGETED, everything)
+    without = {name: values for name, values in everything.items() if name != "age"}
+    with pytest.raises(
+        FeatureError, match="user features .'age'. are missing, expected a tensor of every one"
+    ):
+        decoding.check_complete(TARGETED, without)

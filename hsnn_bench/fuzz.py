@@ -1,0 +1,169 @@
+"""Malformed requests to a real server, and mutated files of every kind, with a report of what was found.
+
+Both are made from an exported run, which should be small: its server answers thousands of good requests in between.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clients.retrieval import RetrievalClient
+from export.pbtxt import ServingOptions
+from export.publish import publish
+from export.repository import orchestrator_directory
+from export.rollout import promote
+from hsnn_cli.provenance import commit, machine
+from hsnn_core.bundle import Bundle
+from hsnn_core.errors import DataError
+from hsnn_core.files import write_bytes
+from hsnn_server.triton import TritonServer
+from hsnn_train.checkpoint import write_json
+
+from .fuzz_files import KINDS, Outcome, fuzz_kind
+from .fuzz_wire import DEADLINE, Fuzzer, Tally, Target
+
+NOW = 1.7e9  # of every good request, or ads would begin and end while it runs
+
+
+@contextmanager
+def served(run: Path) -> Iterator[Target]:
+    """A server of its own of an exported run, its networks in the orchestrator, and its smoke users to ask for."""
+    with tempfile.TemporaryDirectory(prefix="hsnn-fuzz-") as folder:
+        repository = Path(folder) / "repository"
+        publish(run, repository, options=ServingOptions(mode="in_process"))
+        with TritonServer(repository, log_file=Path(folder) / "triton.log") as server:
+            version = promote(repository, server.admin)
+            bundle = Bundle.open(orchestrator_directory(repository, version))
+            with RetrievalClient(server.urls.grpc, timeout=DEADLINE) as client:
+                model = client.connect()
+            context = {
+                tensor.name: np.full((1, *tensor.shape), NOW)
+                for tensor in model.schema.context_wire()
+                if tensor.datatype == "FP64"
+            }
+            items = frozenset(bundle.index.item_ids.tolist())
+            yield Target(
+                server, model, bundle.smoke().users, context, items, lambda: promote(repository, server.admin)
+            )
+
+
+def run_fuzz(
+    run: Path,
+    requests: int,
+    mutations: int,
+    seed: int,
+    kinds: Sequence[str] = (),
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Send ``requests`` malformed requests and read ``mutations`` mutated files of each of ``kinds`` (default: all);
+    returns the report. Raises DataError for an unknown kind."""
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise DataError(f"kinds {unknown} are unknown, expected among {', '.join(KINDS)}")
+    made_at = commit()
+    tally = Tally()
+    if requests:
+        with served(run) as target, _bar(requests, "requests", progress) as step:
+            tally = Fuzzer(target, seed).run(requests, step)
+    files: dict[str, Outcome] = {}
+    for name in (kinds or KINDS) if mutations else ():
+        with _bar(mutations, name, progress) as step:
+            files[name] = fuzz_kind(name, run.absolute(), mutations, seed, step)
+    wire = [
+        {
+            "why": why,
+            "what": what,
+            "detail": detail,
+            "times": times,
+            "example": tally.examples[why, what, detail],
+        }
+        for (why, what, detail), times in tally.findings.most_common()
+    ]
+    return {
+        "run": run.name, "command": command, "commit": made_at, "machine": machine(), "date": date.today().isoformat(),
+        "seed": seed, "requests": requests, "mutations": mutations, "seconds": tally.seconds,
+        "sent": dict(tally.sent.most_common()), "refused": tally.refused, "answered": tally.answered,
+        "good": tally.good, "left_out": tally.left_out, "restarts": tally.restarts,
+        "tritons": dict(tally.tritons.most_common()),
+        "wire_findings": wire, "files": {name: asdict(outcome) for name, outcome in files.items()},
+    }  # fmt: skip
+
+
+def findings(report: dict[str, Any]) -> int:
+    """How many things were found that must not be."""
+    files = sum(sum(outcome["findings"].values()) for outcome in report["files"].values())
+    return files + sum(finding["times"] for finding in report["wire_findings"])
+
+
+def write_report(report: dict[str, Any], directory: Path) -> Path:
+    """fuzz-RUN.json and .md; returns the path of the latter."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / f"fuzz-{report['run']}.json", report)
+    path = directory / f"fuzz-{report['run']}.md"
+    write_bytes(path, render(report).encode())
+    return path
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    sent = sum(report["sent"].values())
+    lines = [
+        f"# Malformed requests and files: {report['run']}", "",
+        f"`{report['command']}`, seed {report['seed']}, {report['date']}, commit {report['commit']}, "
+        f"{json.dumps(report['machine'])[1:-1]}.", "",
+        f"{findings(report)} findings.", "", "## Requests", "",
+    ]  # fmt: skip
+    if sent:
+        lines += [
+            f"{sent:,} malformed requests over gRPC and HTTP in {report['seconds']:.0f} s "
+            f"({sent / max(report['seconds'], 1e-9):.0f} a second): {report['refused']:,} refused, "
+            f"{report['answered']:,} answered (their change left a good request). Between them {report['good']:,} good "
+            f"requests, each with its own user's items, as before. {report['left_out']:,} more were not sent: Triton "
+            f"2.51 ends at them (docs/security.md). The server was started anew {report['restarts']} times.", "",
+            "| changed | requests |", "|---|--:|",
+            *(f"| {what} | {count:,} |" for what, count in report["sent"].items()), "",
+        ]  # fmt: skip
+    if report["tritons"]:
+        lines += [
+            "Triton's own, before or after any code of HSNN:",
+            "",
+            "| what it does | times |",
+            "|---|--:|",
+        ]
+        lines += [f"| {what} | {count:,} |" for what, count in report["tritons"].items()] + [""]
+    for finding in report["wire_findings"]:
+        lines.append(
+            f"- **{finding['why']}** {finding['what']}: {finding['detail']} ({finding['times']} times)"
+        )
+    lines += [
+        "",
+        "## Files",
+        "",
+        "| file | mutations | refused | valid | unchanged | findings |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, outcome in report["files"].items():
+        counts = [outcome["refused"], outcome["valid"], outcome["same"], sum(outcome["findings"].values())]
+        lines.append(f"| {name} | {sum(counts):,} | {' | '.join(f'{count:,}' for count in counts)} |")
+    lines += [""]
+    for name, outcome in report["files"].items():
+        for what, times in outcome["findings"].items():
+            lines.append(f"- **{name}**: {what} ({times} times, first mutation {outcome['first'][what]})")
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _bar(total: int, what: str, show: bool) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=total, desc=what, disable=not show, mininterval=0.5) as bar:
+        yield bar.update
