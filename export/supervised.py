@@ -29,10 +29,14 @@ def supervisor(
     repository: Path,
     patience: Patience = PATIENCE,
     say: Callable[[str], None] = print,
+    admit: Callable[[], None] | None = None,
 ) -> Supervisor:
-    """One for a running ``server`` of ``repository``, which promotes its newest snapshot whenever it started again."""
+    """One for a running ``server`` of ``repository``, which promotes its newest snapshot whenever it started again.
+    ``admit`` is called before that, and raises what it has against the snapshot."""
 
     def start_again() -> int:
+        if admit is not None:
+            admit()
         server.restart()
         return promote(repository, server.admin)
 

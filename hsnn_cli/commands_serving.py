@@ -197,8 +197,12 @@ def run_serve(options: argparse.Namespace) -> None:
         return
     if options.repository is None:
         raise RequestError("hsnn serve: --repository is missing; name the model repository to serve")
-    if options.verify_key is not None and (published := versions(options.repository)):
-        check_signature(options.repository, published[-1], options.verify_key)
+
+    def admit() -> None:
+        if options.verify_key is not None and (published := versions(options.repository)):
+            check_signature(options.repository, published[-1], options.verify_key)
+
+    admit()
     with TritonServer(
         options.repository,
         http_port=options.http_port,
@@ -218,7 +222,7 @@ def run_serve(options: argparse.Namespace) -> None:
               f"--key-file {server.key_file}")  # fmt: skip
         print(f"ask it with: hsnn query --url {urls.grpc} --user '{{}}'   (Ctrl-C stops)", flush=True)
         with suppress(KeyboardInterrupt):
-            supervisor(server, options.repository, say=partial(print, flush=True)).run()
+            supervisor(server, options.repository, say=partial(print, flush=True), admit=admit).run()
 
 
 def run_health(options: argparse.Namespace) -> int:
