@@ -208,6 +208,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
     commits = report["trained_at"]
     if commits and commits != [report["commit"]]:
         notes.append(f"Models were trained at commit {', '.join(commits)}.")
+    if report["trained_on"] not in ([], ["CPU"]):
+        notes.append(f"Models were trained and evaluated on {', '.join(report['trained_on'])}.")
     for gap in report["missing"]:
         notes.append(f"**Missing: {gap['label']}, seed {gap['seed']}**: {gap['reason']}")
     return notes

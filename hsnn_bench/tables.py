@@ -21,12 +21,13 @@ from hsnn_core.errors import HsnnError, SchemaError
 from hsnn_core.files import write_bytes
 from hsnn_train.checkpoint import without_nan, write_json
 from hsnn_train.data.dataset import Dataset
+from hsnn_train.device import find_device
 from hsnn_train.recipe import Recipe, load_recipe
 
 from . import plots
 from .cost import Cost, measure
 from .figures import Summary, by_figure, gap_closure, read_metrics, relative_change
-from .jobs import Job
+from .jobs import CHECKPOINT, Job
 from .model_flops import model_flops, small_flops
 from .ours import changed
 from .report import render
@@ -63,6 +64,7 @@ class TableOptions:
         rows: comma-separated rows or blocks; None for all.
         jobs: workers at a time; None for one per usable core.
         overrides: SECTION.KEY=VALUE, on the recipe that all rows start from.
+        device: where workers train and evaluate: "cpu", "cuda", "cuda:N". Cost is always measured on the CPU.
         train: whether to train what is missing; without it the report is of what is there.
         results, work: folders of the report and of the runs.
     """
@@ -74,6 +76,7 @@ class TableOptions:
     rows: str | None = None
     jobs: int | None = None
     overrides: Sequence[str] = ()
+    device: str = "cpu"
     train: bool = True
     results: Path = Path("docs/results")
     work: Path = Path("runs/bench")
@@ -90,7 +93,7 @@ class TableOptions:
 
 @dataclass
 class Result:
-    """A row with what was found: the figures of its finished seeds, and its first finished run."""
+    """A row with what was found: the figures of its finished seeds, and the first run of them whose model is there."""
 
     row: Row
     recipe: Recipe
@@ -105,6 +108,7 @@ def run_table(options: TableOptions) -> dict[str, Any]:
     Raises SchemaError for options that name nothing known, and HsnnError at the end when rows are missing because
     their workers failed; the report of the others is written before.
     """
+    find_device(options.device)
     base = _base(options)
     rows = select(table_rows(options.table, base), options.rows)
     seeds = [base.train.seed + i for i in range(options.seeds)]
@@ -116,7 +120,7 @@ def run_table(options: TableOptions) -> dict[str, Any]:
         f"{len({job.folder for job in jobs.values()})} models, {ready} of them are done"
     )
     try:
-        failures = run_jobs(list(jobs.values()), parallel) if options.train else []
+        failures = run_jobs(list(jobs.values()), parallel, device=options.device) if options.train else []
     except KeyboardInterrupt:
         print(f"\nthe workers have left their checkpoints in {options.work}; the same command goes on")
         raise
@@ -168,15 +172,15 @@ def _report(
     failures: Sequence[Failure],
 ) -> dict[str, Any]:
     """Everything that the page says, as plain JSON values."""
-    results, missing, trained_at = collect(rows, seeds, jobs, failures)
-    dataset = load_data(base)
+    results, missing, trained_at, trained_on = collect(rows, seeds, jobs, failures)
+    dataset, device = load_data(base), find_device(options.device)
     table1 = options.table == "table1"
     runs = {name: result.folder for name, result in results.items() if result.folder is not None}
     cost = measure(runs, dataset, min(COST_REQUESTS, base.search.requests)) if table1 else {}
     sweeps: dict[str, Any] = {}
     for name, folder in runs.items() if table1 else ():
         if len(results[name].recipe.model.layers) > 1:
-            sweeps[name] = sweep(folder, dataset, min(SWEEP_REQUESTS, base.search.requests))
+            sweeps[name] = sweep(folder, dataset, min(SWEEP_REQUESTS, base.search.requests), device)
     columns = CUSTOMARY.get(base.data.get("adapter", ""), COLUMNS)
     if not table1:
         columns = [*columns, *INDEX_COLUMNS]
@@ -194,6 +198,7 @@ def _report(
         "machine": machine(),
         "commit": commit(),
         "trained_at": trained_at,
+        "trained_on": trained_on,
         "date": time.strftime("%Y-%m-%d"),
         "plots": {},
         "rows": [describe(result, results, cost) for result in results.values()],
@@ -209,10 +214,10 @@ def collect(
     seeds: Sequence[int],
     jobs: dict[tuple[str, int], Job],
     failures: Sequence[Failure] = (),
-) -> tuple[dict[str, Result], list[dict[str, Any]], list[str]]:
-    """Row id -> result, what is missing and why, and the commits that the models were trained at."""
+) -> tuple[dict[str, Result], list[dict[str, Any]], list[str], list[str]]:
+    """Row id -> result, what is missing and why, and the commits and the devices that the models were trained at."""
     failed = {failure.job.folder: failure.tail.splitlines() for failure in failures}
-    results, missing, commits = {}, [], set()
+    results, missing, commits, devices = {}, [], set(), set()
     for row in rows:
         result = Result(row, jobs[row.id, seeds[0]].recipe)
         for seed in seeds:
@@ -223,11 +228,13 @@ def collect(
                 missing.append({"row": row.id, "label": row.label, "seed": seed, "reason": reason})
                 continue
             result.runs[seed] = read_metrics(metrics)
-            result.folder = result.folder or job.folder
+            if result.folder is None and (job.folder / CHECKPOINT).exists():
+                result.folder = job.folder
             commits.add(record["commit"])
+            devices.add(record.get("device", "CPU"))
         result.figures = by_figure(result.runs)
         results[row.id] = result
-    return results, missing, sorted(commits)
+    return results, missing, sorted(commits), sorted(devices)
 
 
 def describe(result: Result, results: dict[str, Result], cost: dict[str, Cost]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hsnn_train.checkpoint import load_run, write_json
@@ -25,9 +26,12 @@ def beams(widths: Sequence[int], factors: Sequence[float] = FACTORS) -> list[lis
     return [list(beam) for beam in dict.fromkeys(scaled)]
 
 
-def sweep(run_dir: Path, dataset: Dataset, requests: int, progress: bool = True) -> list[dict[str, Any]]:
+def sweep(
+    run_dir: Path, dataset: Dataset, requests: int, device: torch.device, progress: bool = True
+) -> list[dict[str, Any]]:
     """Points {"widths", "scored_share", "search_recall", "recall", "at"} of a run's first ``requests`` evaluation
-    requests, kept in the run; shares and recalls in 0..1, at the first K of 100 results or all there are."""
+    requests on ``device``, kept in the run; shares and recalls in 0..1, at the first K of 100 results or all there
+    are."""
     run = load_run(run_dir)
     tried = beams(run.recipe.search.widths[: run.model.layers - 1])
     kept = run_dir / SWEEP
@@ -37,10 +41,11 @@ def sweep(run_dir: Path, dataset: Dataset, requests: int, progress: bool = True)
         if {name: found.get(name) for name in wanted} == wanted:
             points: list[dict[str, Any]] = found["points"]
             return points
+    model = run.model.to(device)
     points = []
     for widths in tqdm(tried, desc=f"widths of {'+'.join(run.recipe.model.layers)}", disable=not progress):
         search = replace(run.recipe.search, widths=tuple(widths), requests=requests)
-        report = retrieval(run.model, dataset, replace(run.recipe, search=search), run.index)
+        report = retrieval(model, dataset, replace(run.recipe, search=search), run.index)
         if not report["requests"]:
             return []
         at = min(RECALL_AT, max(int(name.removeprefix("@")) for name in report["search_recall"]))

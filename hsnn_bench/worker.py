@@ -1,7 +1,7 @@
-"""One job in a process of its own: `python -m hsnn_bench.worker FOLDER`, started by `hsnn_bench.workers`.
+"""One job in a process of its own: `python -m hsnn_bench.worker FOLDER DEVICE`, started by `hsnn_bench.workers`.
 
-Trains and evaluates the recipe of FOLDER/job.json into FOLDER with one torch thread, going on from a checkpoint that is
-there. SIGINT stops it with a checkpoint.
+Trains and evaluates the recipe of FOLDER/job.json into FOLDER, on DEVICE and with one torch thread, going on from a
+checkpoint that is there. SIGINT stops it with a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hsnn_cli.provenance import commit
 from hsnn_core.errors import DataError, HsnnError
 from hsnn_core.files import write_bytes
 from hsnn_train.checkpoint import write_json
+from hsnn_train.device import device_name, find_device
 from hsnn_train.recipe import recipe_from_dict
 from hsnn_train.warm import WarmStarts
 
@@ -31,7 +32,7 @@ from .widths import SWEEP
 WATCH_SECONDS = 2.0
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, device: torch.device) -> None:
     """Train or go on, evaluate, and write done.json last. Raises HsnnError."""
     began = time.monotonic()
     for name in (DONE, SWEEP):
@@ -42,10 +43,12 @@ def work(folder: Path) -> None:
     resume = (folder / CHECKPOINT).exists()
     if resume:  # trained to the end perhaps, and only evaluated anew at other widths
         write_bytes(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-    if not train_and_evaluate(recipe, dataset, folder, resume=resume, warm=WarmStarts(folder.parent)):
+    warm = WarmStarts(folder.parent)
+    if not train_and_evaluate(recipe, dataset, folder, resume=resume, warm=warm, device=device):
         raise DataError("the split leaves no impressions for test, so there is nothing for a table")
     minutes = (time.monotonic() - began) / 60
-    write_json(folder / DONE, {"evaluated": key(recipe), "commit": commit(), "minutes": minutes})
+    found = {"evaluated": key(recipe), "commit": commit(), "minutes": minutes, "device": device_name(device)}
+    write_json(folder / DONE, found)
 
 
 def end_with_parent() -> None:
@@ -66,7 +69,7 @@ def main() -> int:
     end_with_parent()
     torch.set_num_threads(1)
     try:
-        work(Path(sys.argv[1]))
+        work(Path(sys.argv[1]), find_device(sys.argv[2]))
     except HsnnError as error:
         print(f"hsnn bench: {error}", file=sys.stderr)
         return 1

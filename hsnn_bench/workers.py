@@ -49,8 +49,9 @@ class _Worker:
     began: float
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, progress: bool = True) -> list[Failure]:
-    """Run what is not done yet, at most ``parallel`` at a time; returns the failures, the other jobs are done.
+def run_jobs(jobs: Sequence[Job], parallel: int, progress: bool = True, device: str = "cpu") -> list[Failure]:
+    """Run what is not done yet on ``device``, at most ``parallel`` at a time; returns the failures, the other jobs are
+    done.
 
     Jobs with one folder are run once. The first seed's jobs come before the second's, so that an interrupted table has
     whole seeds, the longest first. Ctrl-C (and SIGTERM) interrupts the workers, waits for their checkpoints and
@@ -70,7 +71,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, progress: bool = True) -> list[
     with bar, _sigterm_as_interrupt(), _stopping(running):
         while waiting or running:
             while waiting and len(running) < parallel:
-                running.append(_start(waiting.pop(0)))
+                running.append(_start(waiting.pop(0), device))
             ended = [w for w in running if w.process.poll() is not None]
             for worker in ended:
                 running.remove(worker)
@@ -97,11 +98,11 @@ def describe_failure(failure: Failure) -> str:
     )
 
 
-def _start(job: Job) -> _Worker:
+def _start(job: Job, device: str) -> _Worker:
     job.prepare()
     with (job.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
-            [*WORKER, str(job.folder.resolve())],
+            [*WORKER, str(job.folder.resolve()), device],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

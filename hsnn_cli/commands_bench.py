@@ -62,6 +62,8 @@ def add_commands(commands: Any) -> None:
                            "unknown name lists the known ones")  # fmt: skip
         table.add_argument("--jobs", type=int, metavar="N",
                            help="workers at a time, one thread each (default: one per usable core)")  # fmt: skip
+        table.add_argument("--device", default="cpu", metavar="D", help="where workers train: cpu, cuda or cuda:N; "
+                           "cost is always measured on the CPU (default: %(default)s)")  # fmt: skip
         table.add_argument("--report-only", action="store_true",
                            help="train nothing: a report of the models that --work has")  # fmt: skip
         table.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
@@ -162,6 +164,7 @@ def run_table(options: argparse.Namespace) -> None:
             rows=options.rows,
             jobs=options.jobs,
             overrides=tuple(options.overrides),
+            device=options.device,
             train=not options.report_only,
             results=options.results,
             work=options.work,

@@ -1,8 +1,9 @@
-"""hsnn bench orchestrator | breakdown | scale | targeting: what a request costs, where, and on how large a corpus."""
+"""hsnn bench orchestrator | breakdown | scale | targeting | gpu: what a request costs, where, on how large a corpus."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,43 @@ def add_kinds(kinds: Any) -> None:
     targeting.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
                            help="where the report goes (default: %(default)s)")  # fmt: skip
     targeting.set_defaults(run_command=run_targeting)
+
+    gpu = kinds.add_parser(
+        "gpu", help="a layer of nodes scored on a GPU, beside what the card can do at all", formatter_class=FORMAT,
+        description="Score the nodes of one layer with MoNNs of the paper's Table 5 on a CUDA GPU, and set the time "
+        "against the card's measured ceilings. Writes gpu-CARD.json and .md. Needs a CUDA build of torch.",
+        epilog="examples:\n  hsnn bench gpu\n  hsnn bench gpu --preset large --batch 1 --batch 8 --nodes 4000",
+    )  # fmt: skip
+    gpu.add_argument("--preset", action="append", default=[], metavar="P", dest="presets",
+                     help="may be repeated (default: small, medium, large)")  # fmt: skip
+    gpu.add_argument("--batch", type=int, action="append", default=[], metavar="B", dest="batches",
+                     help="users scored together; may be repeated (default: 1 and 32)")  # fmt: skip
+    gpu.add_argument("--nodes", type=int, default=1000, metavar="N", help="per user (default: %(default)s)")
+    gpu.add_argument("--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)")
+    gpu.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                     help="where the report goes (default: %(default)s)")  # fmt: skip
+    gpu.set_defaults(run_command=run_gpu)
+
+
+def run_gpu(options: argparse.Namespace) -> None:
+    """hsnn bench gpu."""
+    from hsnn_bench import gpu_scorer
+    from hsnn_core.errors import RequestError
+
+    unknown = [name for name in options.presets if name not in gpu_scorer.MONNS]
+    if unknown:
+        raise RequestError(
+            f"--preset: got {', '.join(unknown)}, expected one of {', '.join(gpu_scorer.MONNS)}"
+        )
+    if min([options.nodes, *options.batches]) < 1:
+        raise RequestError("--nodes, --batch: expected at least 1")
+    asked = gpu_scorer.GpuOptions(device=options.device, nodes=options.nodes)
+    asked = replace(asked, presets=options.presets or asked.presets, batches=options.batches or asked.batches)
+    command = "hsnn bench gpu" + "".join(f" --preset {name}" for name in options.presets)
+    command += "".join(f" --batch {batch}" for batch in options.batches)
+    command += "" if options.nodes == 1000 else f" --nodes {options.nodes}"
+    path = gpu_scorer.run_gpu(asked, command, options.results)
+    print(f"{path.read_text()}\nreport: {path}")
 
 
 def run_orchestrator(options: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from .follow_arguments import add_arguments, check_arguments
 from .tables import table
 
 if TYPE_CHECKING:
+    import torch
+
     from hsnn_train.data.dataset import Dataset
     from hsnn_train.recipe import Recipe
     from hsnn_train.warm import WarmStarts
@@ -38,6 +40,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                        help="change one value of the recipe; may be repeated")  # fmt: skip
     train.add_argument("--restart", action="store_true", help="train anew into a run that was interrupted")
+    _device(train, "train and evaluate")
     train.add_argument("--no-evaluate", action="store_true", help="stop after training")
     add_arguments(train)
     train.set_defaults(run_command=run_train)
@@ -49,6 +52,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     evaluate.add_argument("run", type=Path, help="run directory")
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+    _device(evaluate, "evaluate")
     evaluate.set_defaults(run_command=run_evaluate)
 
     info = commands.add_parser(
@@ -85,9 +89,15 @@ def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
     return recipe_from_dict(raw, recipe.name, recipe.base)
 
 
+def _device(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--device", default="cpu", metavar="D",
+                         help=f"where to {what}: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
+
+
 def run_train(options: argparse.Namespace) -> None:
     """hsnn train."""
     from hsnn_train.checkpoint import load_recipe_of_run, refuse_followed, refuse_unfinished
+    from hsnn_train.device import find_device
     from hsnn_train.recipe import load_recipe
 
     check_arguments(options)
@@ -112,8 +122,9 @@ def run_train(options: argparse.Namespace) -> None:
         if not options.restart:
             refuse_unfinished(run)
     train_and_evaluate(
-        recipe, load_data(recipe), run, resume=options.resume is not None, evaluate=not options.no_evaluate
-    )
+        recipe, load_data(recipe), run, resume=options.resume is not None, evaluate=not options.no_evaluate,
+        device=find_device(options.device),
+    )  # fmt: skip
 
 
 def load_data(recipe: Recipe) -> Dataset:
@@ -135,16 +146,17 @@ def train_and_evaluate(
     resume: bool = False,
     evaluate: bool = True,
     warm: WarmStarts | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train, calibrate on valid, evaluate on test and plot; returns the metrics that were written to metrics.json,
-    an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C. ``warm``: see
-    `Trainer`."""
+    an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C. ``warm``,
+    ``device`` (the CPU by default): see `Trainer`."""
     from hsnn_train import evaluate as ev
     from hsnn_train.plots import index_over_training, node_occupancy, training_curves
-    from hsnn_train.trainer import Interrupted, Trainer, evaluation_batches
+    from hsnn_train.trainer import CPU, Interrupted, Trainer, evaluation_batches
 
     began = time.monotonic()
-    trainer = Trainer(recipe, dataset, run, resume=resume, warm=warm)
+    trainer = Trainer(recipe, dataset, run, resume=resume, warm=warm, device=device or CPU)
     model = trainer.train()
     try:
         if trainer.calibrated:
@@ -193,12 +205,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """hsnn evaluate."""
     from hsnn_train import evaluate as ev
     from hsnn_train.checkpoint import check_inputs, load_run, refuse_followed
+    from hsnn_train.device import find_device
 
+    device = find_device(options.device)
     refuse_followed(options.run)
     run = load_run(options.run)
     data = load_data(run.recipe)
     check_inputs(options.run, data.schema, data.transform, data.items, data.item_keys)
-    print_and_keep(ev.evaluate(run.model, data, run.recipe, run.index, options.split), options.run)
+    print_and_keep(ev.evaluate(run.model.to(device), data, run.recipe, run.index, options.split), options.run)
 
 
 def describe(report: dict[str, Any]) -> str:

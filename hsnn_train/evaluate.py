@@ -15,6 +15,7 @@ from hsnn_train.data.dataset import Dataset, Examples
 
 from .batches import BatchMaker, IndexState, step_rng
 from .checkpoint import without_nan
+from .device import moved
 from .hsnn import HSNN, LayerEnsemble
 from .metrics import calibration, normalised_entropy
 from .recipe import Recipe
@@ -58,9 +59,9 @@ def pointwise(
         batch = batches.make(
             examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
         )
-        out = model(batch, None)
+        out = model(moved(batch, model.device), None)
         chosen = batch.pairs.labelled.bool()
-        logits.append(np.stack([layer[chosen].numpy() for layer in out.logits]))
+        logits.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
     return Pointwise(np.concatenate(logits, axis=1), np.concatenate(labels))
 
@@ -123,7 +124,7 @@ def health_report(model: HSNN, dataset: Dataset, state: IndexState, alpha: float
     """Index health of every index layer: its codewords, and the nodes (paths) that exist."""
     if model.lti is None:
         return []
-    v = torch.from_numpy(index_vectors(model, dataset.items))
+    v = torch.from_numpy(index_vectors(model, dataset.items)).to(model.device)
     rows = []
     for layer, health in enumerate(model.lti.health(v, state.paths, alpha), start=1):
         nodes = len(np.unique(state.paths[:, :layer], axis=0))

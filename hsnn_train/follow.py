@@ -259,7 +259,7 @@ class Follower:
         order = np.random.default_rng([t.seed, 5, len(self.files)]).permutation(len(examples))
         warnings: list[str] = []
         self.model.train()
-        with deterministic():
+        with deterministic(self.model.device):
             for start in range(0, len(order), t.batch_size):
                 if self.step % t.refresh_steps == 0:
                     warnings = self._refresh(revive=True)

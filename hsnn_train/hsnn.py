@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     @property
     def candidates(self) -> np.ndarray:
         """Item-table rows (B, C) of the pairs."""
-        rows: np.ndarray = self.sides.rows[self.pairs.of.numpy()]
+        rows: np.ndarray = self.sides.rows[self.pairs.of.cpu().numpy()]
         return rows
 
 
@@ -190,6 +190,13 @@ class HSNN(nn.Module):
             else nn.Identity()
             for m in (self.layer(number) for number in range(1, self.layers))
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        ensemble = self.ensemble[0]
+        assert isinstance(ensemble, LayerEnsemble)
+        return ensemble.weight.device
 
     def layer(self, number: int) -> MoNN:
         """The MoNN of layer ``number`` (from 1)."""
@@ -319,7 +326,7 @@ class HSNN(nn.Module):
         """Codeword chains of the hard ``paths`` (R, N-1), per index layer (R, e)."""
         if self.lti is None:
             return []
-        chain = torch.zeros(len(paths), self.index_width)
+        chain = torch.zeros(len(paths), self.index_width, device=self.device)
         chains = []
         for number, codebook in enumerate(self.lti.codebook):
             chain = chain + codebook[paths[:, number]]
@@ -394,7 +401,7 @@ class HSNN(nn.Module):
         are layer-normalised first, which bounds the loss: the towers' outputs have no scale of their own. The
         target carries no gradient. Zero when a layer has no interaction tower."""
         target = interactions[-1]
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         if target is None:
             return total
         goal = _normalised(target.detach())

@@ -100,7 +100,7 @@ class LearnToIndex(nn.Module):
         soft = [None] * len(self.sizes) if alpha is None else self(v, alpha).mapping
         self.train(training)
         return [
-            index_health(torch.from_numpy(paths[:, layer].astype(np.int64)), size, soft[layer])
+            index_health(torch.from_numpy(paths[:, layer].astype(np.int64)), size, _on_cpu(soft[layer]))
             for layer, size in enumerate(self.sizes)
         ]
 
@@ -155,7 +155,8 @@ class LearnToIndex(nn.Module):
 
     @torch.no_grad()
     def revive(self, v: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Reset dead codewords (none of the corpus v (V, d) maps to them) to residuals of random live items.
+        """Reset dead codewords (none of the corpus v (V, d) maps to them) to residuals of random live items, drawn on
+        the CPU by ``generator``.
 
         Returns per layer the int64 codewords that were reset: the caller clears their optimiser state.
         """
@@ -167,11 +168,11 @@ class LearnToIndex(nn.Module):
             dead = torch.nonzero(used == 0).flatten()
             if len(dead):
                 # draw from crowded codewords first: splitting those is what balances the index
-                weight = used[mapping].to(torch.float64)
+                weight = used[mapping].cpu().to(torch.float64)
                 pick = torch.multinomial(
                     weight, len(dead), replacement=len(v) < len(dead), generator=generator
                 )
-                codebook[dead] = residual[pick]
+                codebook[dead] = residual[pick.to(residual.device)]
                 mapping = nearest(residual, codebook)
             reset.append(dead)
             residual = residual - codebook[mapping]
@@ -212,6 +213,10 @@ class IndexHealth:
     def collapsed(self) -> bool:
         """True when the items effectively live in under a tenth of the codewords."""
         return self.codewords > 1 and self.perplexity < max(1.5, 0.1 * self.codewords)
+
+
+def _on_cpu(mapping: Tensor | None) -> Tensor | None:
+    return None if mapping is None else mapping.cpu()
 
 
 def index_health(mapping: Tensor, codewords: int, soft_mapping: Tensor | None = None) -> IndexHealth:

@@ -22,6 +22,7 @@ from hsnn_train.data.dataset import Examples
 
 from . import losses
 from .batches import BatchMaker, IndexState, Pool, users_of
+from .device import moved
 from .hsnn import HSNN, HSNNOutput, Pairs
 from .recipe import TrainConfig
 from .teacher import Teacher
@@ -66,7 +67,7 @@ class Objective:
         self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
     ) -> tuple[Weighted, int]:
         t = self.train
-        batch = self.batches.make(self.examples, rows, state, rng)
+        batch = moved(self.batches.make(self.examples, rows, state, rng), self.model.device)
         out = self.model(batch, moment.alpha)
         labels, labelled = batch.pairs.labels, batch.pairs.labelled
         parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, labelled, self.weights))}
@@ -93,10 +94,11 @@ class Objective:
         t, model = self.train, self.model
         pool = self.batches.pool(self.examples, rows, t.pool, rng)
         users = users_of(self.examples, rows)
-        sides = self.batches.sides(users, pool.rows, state)
-        positive = torch.from_numpy(pool.positive)
-        hit = torch.from_numpy(self.examples.labels[rows])
-        log_inclusion = torch.from_numpy(pool.log_inclusion)
+        sides = moved(self.batches.sides(users, pool.rows, state), model.device)
+        of_pool = tuple(
+            map(torch.from_numpy, (pool.positive, self.examples.labels[rows], pool.log_inclusion))
+        )
+        positive, hit, log_inclusion = moved(of_pool, model.device)
 
         def over_pool(logits: Tensor) -> Tensor:
             return losses.pooled_softmax(logits, positive, log_inclusion, hit * self.weights)
@@ -126,7 +128,9 @@ class Objective:
         if t.distil:
             soft_labels = None
             if self.teacher is not None:
-                soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.numpy()]) - offset.unsqueeze(-1)
+                soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.cpu().numpy()]) - offset.unsqueeze(
+                    -1
+                )
             parts |= self._distilled(
                 corrected,
                 soft_labels,
@@ -145,23 +149,26 @@ class Objective:
         """The positive and ``train.negatives`` items of the pool per user, ``train.hard`` of them drawn from what the
         two towers put first; and the offset (B, C) by which logits exceed those of uniformly drawn negatives."""
         t = self.train
-        count = len(pool.rows)
-        positive = torch.from_numpy(pool.positive).unsqueeze(-1)
+        count, device = len(pool.rows), proposal.device
+        positive = torch.from_numpy(pool.positive).to(device).unsqueeze(-1)
         hard = torch.multinomial(
             proposal.scatter(1, positive, 0.0) + 1e-9, t.hard, replacement=True
         ) if t.hard else positive[:, :0]  # fmt: skip
-        easy = torch.randint(count, (len(rows), t.negatives - t.hard))
+        easy = torch.randint(count, (len(rows), t.negatives - t.hard), device=device)
         of = torch.cat([positive, hard, easy], dim=1)  # (B, C)
         labelled = (of != positive).to(torch.float32)
         labelled[:, 0] = 1.0
         labels = np.zeros((*of.shape, self.model.tasks), np.float32)
         labels[:, 0] = self.examples.labels[rows]
         slots = (t.negatives - t.hard) / count + t.hard * proposal.gather(1, of)
-        offset = torch.from_numpy(pool.log_inclusion)[of] + torch.log(slots)
+        offset = torch.from_numpy(pool.log_inclusion).to(device)[of] + torch.log(slots)
         offset = offset - math.log(t.negatives / len(self.batches.of_seen.rows))
         users = users_of(self.examples, rows)
         fold = self.examples.fold[rows]
-        return self.batches.pairs(users, pool.rows, of.numpy(), state, labels, labelled.numpy(), fold), offset
+        pairs = self.batches.pairs(
+            users, pool.rows, of.cpu().numpy(), state, labels, labelled.cpu().numpy(), fold
+        )
+        return moved(pairs, device), offset
 
     # Both.
 

@@ -15,6 +15,7 @@ from hsnn_core.index import HierarchicalIndex, assign_paths, centroid_distances
 from hsnn_core.schema import Schema
 
 from .batches import IndexState, as_tensor
+from .device import moved
 from .hsnn import HSNN
 
 KMEANS_SAMPLE = 100_000
@@ -28,7 +29,8 @@ def index_vectors(model: HSNN, items: Encoded, batch: int = 8192) -> np.ndarray:
     out = []
     for start in range(0, len(items.ids), batch):
         dense, ids = items.dense[start : start + batch], items.ids[start : start + batch]
-        out.append(model.index_vector(as_tensor(dense), as_tensor(ids)).numpy())
+        found = model.index_vector(*moved((as_tensor(dense), as_tensor(ids)), model.device))
+        out.append(found.cpu().numpy())
     model.train(was_training)
     return np.concatenate(out)
 

@@ -81,7 +81,8 @@ def revive_codewords(
 ) -> None:
     """Reset the codewords that no item of v (V, d) maps to, as (seed, step) has it, and their optimiser state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    for codebook, dead in zip(lti.codebook, lti.revive(torch.from_numpy(v), generator)):
+    corpus = torch.from_numpy(v).to(lti.codebook[0].device)
+    for codebook, dead in zip(lti.codebook, lti.revive(corpus, generator)):
         reset_optimizer_rows(optimizer, codebook, dead)
 
 
@@ -91,7 +92,8 @@ def index_health(
     """Health of every index layer over v (V, d) as one flat row, and what a collapse would have to say."""
     row: dict[str, Any] = {}
     collapsed = []
-    for layer, health in enumerate(lti.health(torch.from_numpy(v), state.paths, alpha), start=1):
+    corpus = torch.from_numpy(v).to(lti.codebook[0].device)
+    for layer, health in enumerate(lti.health(corpus, state.paths, alpha), start=1):
         row |= {f"l{layer}_{k}": value for k, value in asdict(health).items()}
         if health.collapsed:
             collapsed.append(

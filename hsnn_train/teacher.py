@@ -12,6 +12,7 @@ from hsnn_train.data.dataset import Dataset
 
 from .batches import BatchMaker, users_of
 from .checkpoint import check_inputs, load_run
+from .device import moved
 
 
 class Teacher:
@@ -21,10 +22,10 @@ class Teacher:
     representatives and codes. Schema and data must be the student's, or the same ids would mean other things.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, student: BatchMaker) -> None:
+    def __init__(self, path: Path, dataset: Dataset, student: BatchMaker, device: torch.device) -> None:
         check_inputs(path, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
         run = load_run(path)
-        self.model, self.state, self.examples = run.model.eval(), run.index, dataset.train
+        self.model, self.state, self.examples = run.model.eval().to(device), run.index, dataset.train
         self.batches = BatchMaker(dataset, student.i2ifs, run.model.layers, 0, 0, 0.0)
 
     @torch.no_grad()
@@ -36,5 +37,5 @@ class Teacher:
         batch = self.batches.assemble(
             users, candidates, self.state, labels, unlabelled, self.examples.fold[rows]
         )
-        out: Tensor = self.model(batch, None).logits[-1]
+        out: Tensor = self.model(moved(batch, self.model.device), None).logits[-1]
         return out

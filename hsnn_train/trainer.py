@@ -52,6 +52,7 @@ from .teacher import Teacher
 from .warm import WarmStarts
 
 LOG_EVERY = 20
+CPU = torch.device("cpu")
 
 
 class Interrupted(HsnnError):
@@ -100,6 +101,7 @@ class Trainer:
         resume: continue from its checkpoint.
         progress: show a progress bar with ETA.
         warm: share the first phase with other runs.
+        device: where to train (`find_device`). On a GPU a resumed run ends like an uninterrupted one up to rounding.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Trainer:
         resume: bool = False,
         progress: bool = True,
         warm: WarmStarts | None = None,
+        device: torch.device = CPU,
     ) -> None:
         t = recipe.train
         self.recipe, self.dataset, self.run, self.progress = recipe, dataset, run, progress
@@ -118,14 +121,15 @@ class Trainer:
         self.model.set_items(dataset.items, dataset.item_counts)
         if t.pool:
             self.model.fix_temperature(t.temperature)
+        self.model.to(device)
         self.optimizer = make_optimizer(self.model, t)
         self.batches = make_batches(dataset, recipe)
         self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))
         self.steps = t.max_steps or t.epochs * self.steps_per_epoch
         self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
-        teacher = Teacher(Path(t.teacher), dataset, self.batches) if t.teacher else None
-        weights = torch.tensor([task.weight for task in recipe.schema.tasks])
+        teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
+        weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
         self.objective = Objective(self.model, self.batches, dataset.train, t, weights, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
@@ -223,7 +227,7 @@ class Trainer:
             return self.model.eval()
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress,
                    mininterval=0.5)  # fmt: skip
-        with bar, deterministic():
+        with bar, deterministic(self.model.device):
             if self.step == 0:
                 kept = None if self.warm is None else self.warm.load(*self._first_phase)
                 if kept is not None:

@@ -16,6 +16,7 @@ import torch
 from hsnn_core.files import written_aside
 from hsnn_train.data.dataset import Dataset
 
+from .device import device_name
 from .hsnn import HSNN
 from .recipe import Recipe
 
@@ -92,6 +93,7 @@ class WarmStarts:
             "steps": steps,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "device": device_name(model.device),
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"warm-{name}.pt"

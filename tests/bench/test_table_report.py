@@ -82,15 +82,16 @@ def report(tmp_path, monkeypatch):
             if seed in RUNS[row.id]:
                 job.prepare()
                 (job.folder / METRICS).write_text(json.dumps(metrics(*RUNS[row.id][seed])))
-                done = {"evaluated": key(recipe), "commit": "1234567", "minutes": 1.0}
+                done = {"evaluated": key(recipe), "commit": "1234567", "minutes": 1.0, "device": "A GPU"}
                 (job.folder / DONE).write_text(json.dumps(done))
     failure = Failure(jobs["recipe", 2], 1, "loading\nhsnn bench: training diverged at step 7")
-    results, missing, trained_at = tables.collect(ROWS, (1, 2), jobs, [failure])
+    results, missing, trained_at, trained_on = tables.collect(ROWS, (1, 2), jobs, [failure])
     return {
         "table": "table1", "data": "halves", "command": "hsnn bench table1 --data halves --seeds 2",
         "simulated": True, "data_notes": ["made up"], "seeds": [1, 2], "requests": 300, "tasks": ["visit"],
         "columns": [["recall@10", "HR@10"], ["recall@100", "Recall@100"]], "machine": "none, 2 cores, CPU",
-        "commit": "89abcde", "trained_at": trained_at, "date": "2026-01-01", "plots": {}, "missing": missing,
+        "commit": "89abcde", "trained_at": trained_at, "trained_on": trained_on,
+        "date": "2026-01-01", "plots": {}, "missing": missing,
         "rows": [tables.describe(result, results, COSTS) for result in results.values()],
         "widths": {"ebr": [{"widths": [w], "scored_share": w / 10, "search_recall": w / 8, "recall": w / 20, "at": 100}
                            for w in (1, 2, 4)]},

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from hsnn_bench import cost, widths, workers
 from hsnn_cli.main import main
@@ -81,10 +82,10 @@ def test_cost_and_widths_of_trained_runs(table2):
         assert measured.median_ms > 0
         assert len(measured.candidates) == 2
     run = next(iter(runs.values()))
-    points = widths.sweep(run, dataset, 5, progress=False)
+    points = widths.sweep(run, dataset, 5, torch.device("cpu"), progress=False)
     shares = [point["scored_share"] for point in points]
     assert shares == sorted(shares)
-    assert widths.sweep(run, dataset, 5, progress=False) == points
+    assert widths.sweep(run, dataset, 5, torch.device("cpu"), progress=False) == points
     assert json.loads((run / widths.SWEEP).read_text())["requests"] == 5
 
 
