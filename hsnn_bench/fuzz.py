@@ -74,8 +74,10 @@ def run_fuzz(
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise DataError(f"kinds {unknown} are unknown, expected among {', '.join(KINDS)}")
-    asked: dict[str, Any] = {"run": run.name, "command": command, "commit": commit(), "machine": machine(), "seed": seed,
-             "requests": requests, "mutations": mutations}  # fmt: skip
+    asked: dict[str, Any] = {
+        "run": run.name, "command": command, "commit": commit(), "machine": machine(), "seed": seed,
+        "requests": requests, "mutations": mutations,
+    }  # fmt: skip
     same = earlier is not None and all(earlier.get(name) == value for name, value in asked.items())
     report = dict(earlier) if same and earlier else asked | {"date": date.today().isoformat(), "files": {}}
     if "sent" not in report:
