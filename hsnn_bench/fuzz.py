@@ -29,7 +29,7 @@ from hsnn_core.files import write_bytes
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import write_json
 
-from .fuzz_files import KINDS, Outcome, fuzz_kind
+from .fuzz_files import KINDS, fuzz_kind
 from .fuzz_wire import DEADLINE, Fuzzer, Tally, Target
 
 NOW = 1.7e9  # of every good request, or ads would begin and end while it runs
@@ -65,22 +65,38 @@ def run_fuzz(
     kinds: Sequence[str] = (),
     command: str = "",
     progress: bool = True,
+    earlier: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
     """Send ``requests`` malformed requests and read ``mutations`` mutated files of each of ``kinds`` (default: all);
-    returns the report. Raises DataError for an unknown kind."""
+    returns the report. ``save`` is given it after every part; what an ``earlier`` one of the same commit, seed and
+    numbers has is not done again. Raises DataError for an unknown kind."""
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise DataError(f"kinds {unknown} are unknown, expected among {', '.join(KINDS)}")
-    made_at = commit()
-    tally = Tally()
-    if requests:
-        with served(run) as target, _bar(requests, "requests", progress) as step:
-            tally = Fuzzer(target, seed).run(requests, step)
-    files: dict[str, Outcome] = {}
+    asked: dict[str, Any] = {
+        "run": run.name, "command": command, "commit": commit(), "machine": machine(), "seed": seed,
+        "requests": requests, "mutations": mutations,
+    }  # fmt: skip
+    same = earlier is not None and all(earlier.get(name) == value for name, value in asked.items())
+    report = dict(earlier) if same and earlier else asked | {"date": date.today().isoformat(), "files": {}}
+    if "sent" not in report:
+        tally = Tally()
+        if requests:
+            with served(run) as target, _bar(requests, "requests", progress) as step:
+                tally = Fuzzer(target, seed).run(requests, step)
+        report |= _wire(tally)
+        save(report)
     for name in (kinds or KINDS) if mutations else ():
-        with _bar(mutations, name, progress) as step:
-            files[name] = fuzz_kind(name, run.absolute(), mutations, seed, step)
-    wire = [
+        if name not in report["files"]:
+            with _bar(mutations, name, progress) as step:
+                report["files"][name] = asdict(fuzz_kind(name, run.absolute(), mutations, seed, step))
+            save(report)
+    return report
+
+
+def _wire(tally: Tally) -> dict[str, Any]:
+    found = [
         {
             "why": why,
             "what": what,
@@ -91,12 +107,9 @@ def run_fuzz(
         for (why, what, detail), times in tally.findings.most_common()
     ]
     return {
-        "run": run.name, "command": command, "commit": made_at, "machine": machine(), "date": date.today().isoformat(),
-        "seed": seed, "requests": requests, "mutations": mutations, "seconds": tally.seconds,
-        "sent": dict(tally.sent.most_common()), "refused": tally.refused, "answered": tally.answered,
-        "good": tally.good, "left_out": tally.left_out, "restarts": tally.restarts,
-        "tritons": dict(tally.tritons.most_common()),
-        "wire_findings": wire, "files": {name: asdict(outcome) for name, outcome in files.items()},
+        "seconds": tally.seconds, "sent": dict(tally.sent.most_common()), "refused": tally.refused,
+        "answered": tally.answered, "good": tally.good, "left_out": tally.left_out, "restarts": tally.restarts,
+        "tritons": dict(tally.tritons.most_common()), "wire_findings": found,
     }  # fmt: skip
 
 
@@ -104,6 +117,16 @@ def findings(report: dict[str, Any]) -> int:
     """How many things were found that must not be."""
     files = sum(sum(outcome["findings"].values()) for outcome in report["files"].values())
     return files + sum(finding["times"] for finding in report["wire_findings"])
+
+
+def earlier_report(run: Path, directory: Path) -> dict[str, Any] | None:
+    """The report that is there already, None without one."""
+    path = directory / f"fuzz-{run.name}.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def write_report(report: dict[str, Any], directory: Path) -> Path:

@@ -18,7 +18,8 @@ def add_kinds(kinds: Any) -> None:
         formatter_class=FORMAT,
         description="Serve an exported run and send malformed requests over gRPC and HTTP, with good ones between "
         "them that must get\ntheir own users' items; and read mutated files of every kind in processes that may "
-        "die. Writes fuzz-RUN.json and .md;\nends with 1 when something was found. A small run does.",
+        "die. Writes fuzz-RUN.json and .md;\nends with 1 when something was found. A small run does. Ctrl-C keeps what is "
+        "done, and the same command goes on.",
         epilog="examples:\n  hsnn bench fuzz runs/ads-tiny\n  hsnn bench fuzz runs/ads-tiny --requests 0 --kind "
         "'item log' --kind checkpoint.pt\n\na small run:\n  hsnn train synthetic --run runs/ads-tiny "
         "--set data.options.users=400 --set data.options.ads=400 \\\n    --set data.options.impressions=12000 --set "
@@ -43,7 +44,7 @@ def add_kinds(kinds: Any) -> None:
 
 def run_fuzz(options: argparse.Namespace) -> None:
     """hsnn bench fuzz."""
-    from hsnn_bench.fuzz import findings, render, write_report
+    from hsnn_bench.fuzz import earlier_report, findings, render, write_report
     from hsnn_bench.fuzz import run_fuzz as run
 
     from .commands_bench_serving import typed
@@ -52,7 +53,10 @@ def run_fuzz(options: argparse.Namespace) -> None:
         if getattr(options, name) < 0:
             raise RequestError(f"--{name}: got {getattr(options, name)}, expected a whole number from 0 on")
     command = typed(options, f"hsnn bench fuzz {options.run}", requests=100_000, mutations=1000, seed=1)
-    report = run(options.run, options.requests, options.mutations, options.seed, options.kinds, command)
+    report = run(
+        options.run, options.requests, options.mutations, options.seed, options.kinds, command,
+        earlier=earlier_report(options.run, options.results), save=lambda part: write_report(part, options.results),
+    )  # fmt: skip
     path = write_report(report, options.results)
     print(render(report))
     print(f"report: {path}")
