@@ -51,7 +51,7 @@ def test_the_log_is_in_the_next_snapshot(exported: Exported, log: ItemLog, tmp_p
     again = compact(tmp_path / "next", tmp_path / "items" / "log.db", tmp_path / "third", progress=False)
     assert 5002 in again.verify().index.item_ids
     # It is published like any other export.
-    options = ServingOptions(item_log="../items/log.db")
+    options = ServingOptions(item_log=str(tmp_path / "items" / "log.db"))
     publish(exported.path, tmp_path / "repository", options=options)
     publish(tmp_path / "third", tmp_path / "repository")
     assert versions(tmp_path / "repository") == [1, 2]
@@ -96,7 +96,7 @@ def test_what_all_snapshots_contain_may_be_forgotten(
     exported: Exported, log: ItemLog, tmp_path: Path
 ) -> None:
     repository, path = tmp_path / "repository", tmp_path / "items" / "log.db"
-    options = ServingOptions(item_log="../items/log.db")
+    options = ServingOptions(item_log=str(tmp_path / "items" / "log.db"))
     with pytest.raises(PublishError, match="no complete snapshot there, expected at least one that contains"):
         forget(repository)
     publish(exported.path, repository, options=options)
