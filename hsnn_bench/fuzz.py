@@ -9,7 +9,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ def run_fuzz(
     for name in (kinds or KINDS) if mutations else ():
         if name not in report["files"]:
             with _bar(mutations, name, progress) as step:
-                report["files"][name] = asdict(fuzz_kind(name, run.absolute(), mutations, seed, step))
+                report["files"][name] = fuzz_kind(name, run.absolute(), mutations, seed, step).to_dict()
             save(report)
     return report
 

@@ -74,6 +74,10 @@ class Outcome:
     def total(self) -> int:
         return self.refused + self.same + self.valid + sum(self.findings.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return vars(self) | {"findings": dict(self.findings)}
+
     def add(self, number: int, what: str) -> None:
         if what in ("refused", "same", "valid"):
             setattr(self, what, getattr(self, what) + 1)

@@ -58,6 +58,7 @@ _TRITONS = (
         "HTTP 500, not 400, for JSON values of another type",
     ),
     ("internal error", "attempt to ", "HTTP 500, not 400, for JSON values of another type"),
+    ("internal error", "was not found in the JSON", "HTTP 500, not 400, for JSON that lacks a member"),
     ("internal error", "Unsupported compression type", "HTTP 501 for a compression it does not know"),
     (
         "accepted: contents too many",
