@@ -262,7 +262,10 @@ def _mutate_parquet(rng: np.random.Generator, good: bytes) -> bytes:
         except (pa.ArrowException, OverflowError, UnicodeError, ValueError, TypeError):
             table = table.append_column(name, table.column(at))
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(table, sink)
+    try:
+        pa.parquet.write_table(table, sink)
+    except pa.ArrowException:  # what Parquet cannot hold
+        return mutated(rng, good)
     return bytes(sink.getvalue())
 
 
