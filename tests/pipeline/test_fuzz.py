@@ -34,7 +34,7 @@ def test_what_dies_hangs_or_accepts_is_found(tmp_path: Path, monkeypatch: pytest
     """A reader with four mistakes, one for each first byte."""
 
     def make(folder: Path, run: Path) -> Path:
-        (folder / "file").write_bytes(b"0")
+        (folder / "file").write_bytes(b"J")
         return folder / "file"
 
     def read(path: Path, good: bytes) -> None:
