@@ -26,6 +26,7 @@ from hsnn_core.manifest import inside
 EXPORT_FILE = "export.json"
 BUNDLE_DIR = "bundle"
 FORMAT_VERSION = 1
+DATATYPES = ["FP32", "FP64", "INT32", "INT64"]
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,28 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _graph(value: dict[str, Any]) -> ExportedGraph:
-    signature = value["signature"]
+    signature, buckets = value["signature"], value["buckets"]
+    texts = (signature["stem"], value["file"], value["sha256"])
+    if not all(isinstance(text, str) for text in texts) or not all(
+        type(size) is int and size > 0 for size in buckets
+    ):
+        raise TypeError(f"graph {texts!r:.120} with buckets {buckets!r:.80}")
     return ExportedGraph(
         Signature(signature["stem"], _specs(signature["inputs"]), _specs(signature["outputs"])),
         value["file"],
         value["sha256"],
-        tuple(value["buckets"]),
+        tuple(buckets),
     )
 
 
 def _specs(values: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    for value in values:
+        dims = value["dims"]
+        right = isinstance(dims, list) and bool(dims) and all(map(_is_dim, dims))
+        if not right or not isinstance(value["name"], str) or value["datatype"] not in DATATYPES:
+            raise TypeError(f"tensor {value!r:.120}")
     return tuple(TensorSpec(value["name"], value["datatype"], tuple(value["dims"])) for value in values)
+
+
+def _is_dim(dim: Any) -> bool:
+    return dim in ("B", "C") if isinstance(dim, str) else type(dim) is int and (dim == -1 or 0 < dim < 2**31)

@@ -82,7 +82,7 @@ def publish(
         published = bool(versions(repository))
         chosen = options or current_options(repository)
         _check_log(bundle, repository / chosen.item_log)
-        messages = _configs(exported, bundle, chosen)
+        messages = model_configs(exported, bundle, chosen)
         if published:
             _check_compatible(repository, messages)
         if as_candidate:
@@ -138,7 +138,8 @@ def _version(repository: Path, version: int | None) -> int:
     return version
 
 
-def _configs(exported: Exported, bundle: Bundle, options: ServingOptions) -> list[Message]:
+def model_configs(exported: Exported, bundle: Bundle, options: ServingOptions) -> list[Message]:
+    """The configuration of every model of an export, in load order. PublishError when its parts do not fit together."""
     if options.mode == "in_process" and exported.engine.name != "onnxruntime":
         raise PublishError(
             f"mode in_process runs ONNX files inside the orchestrator, but the export's engine is "

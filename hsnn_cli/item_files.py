@@ -75,13 +75,14 @@ class ItemFile:
         source = self._file if self._file.seekable() else io.BytesIO(self._file.read())
         try:
             self._table = pyarrow.parquet.ParquetFile(source)
-        except (pyarrow.ArrowException, OSError) as error:
+            self._names = self._table.schema_arrow.names
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.name}: cannot be read as Parquet: {error}") from None
         self._damaged = (pyarrow.ArrowException, OSError)
         self.total, self.unit = self._table.metadata.num_rows, " rows"
 
     def _parquet(self) -> Iterator[Any]:
-        names = self._table.schema_arrow.names
+        names = self._names
         self._rows.check(names, self.name)
         self._rows.unused |= set(names) - self._rows.columns
         columns = [name for name in names if name in self._rows.columns]

@@ -284,6 +284,10 @@ def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 def _numbered(prefix: str, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     found = _under(prefix, arrays)
+    if not all(number.isdecimal() for number in found):
+        raise FormatError(
+            f"index.hsnn: arrays {sorted(found)} under {prefix}, expected numbers; export the snapshot again"
+        )
     return [np.asarray(found[number]) for number in sorted(found, key=int)]
 
 

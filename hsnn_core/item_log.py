@@ -403,5 +403,9 @@ def _explained(path: Path, what: str) -> Iterator[None]:
         ) from error
     except sqlite3.Error as error:
         raise LogError(f"{path}: cannot be {what}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: names that are no text ({error}); the log is damaged, put back a copy"
+        ) from error
     except OSError as error:
         raise LogError(f"{path}: cannot be {what}: {error.strerror}; give another path") from error

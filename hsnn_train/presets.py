@@ -256,6 +256,6 @@ PAPER_FEATURES = {
 
 def preset(name: str) -> MoNNConfig:
     """The preset of that name. Raises SchemaError that lists the known ones."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SchemaError(f"model.layers: unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
