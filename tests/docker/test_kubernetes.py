@@ -142,6 +142,8 @@ def test_servers_are_probed_drained_and_have_the_room_that_they_need(
         # Wrong answers keep a server from starting; one that is only busy is neither taken out nor restarted.
         assert [probes[kind].live for kind in ("startup", "readiness", "liveness")] == [False, True, True]
         assert given["probe-failures"] == "0"
+        # A server that is dead is not drained for a minute before it is started anew.
+        assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 1
         sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
         grace = pod.get("terminationGracePeriodSeconds") or next(
             v["spec"]["predictor"]["terminationGracePeriodSeconds"]
