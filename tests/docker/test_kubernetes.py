@@ -180,6 +180,16 @@ def test_the_job_publishes_for_the_place_where_servers_have_their_log(built: dic
     assert str(Path(options.item_log).parent) in served
 
 
+def test_whoever_asks_a_server_with_tls_speaks_it(built: dict[str, list[Object]]) -> None:
+    for name, asks in (("components", True), ("overlays/production", False)):
+        (follower,) = (c for _, _, c in containers(built[name]) if c["name"] == "follower")
+        options = parser().parse_args([argument.replace("$(POD)", "x") for argument in follower["args"]])
+        files = (options.tls_ca, options.tls_cert, options.tls_key)
+        mounts = {mount["mountPath"] for mount in follower["volumeMounts"]}
+        assert all((file is not None) == asks for file in files)
+        assert all(str(Path(file).parent) in mounts for file in files if file is not None)
+
+
 def test_the_console_reaches_what_the_runbook_asks_for(built: dict[str, list[Object]]) -> None:
     ((_, pod, container),) = containers(built["console"])
     (policy,) = (value for value in built["base"] if value["kind"] == "NetworkPolicy")
