@@ -31,7 +31,15 @@ from hsnn_cli.main import parser
 
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
 # "components": the base with all of them, which no overlay has.
-KUSTOMIZATIONS = ["base", "publish", "console", "overlays/production", "overlays/canary", "kserve", "components"]
+KUSTOMIZATIONS = [
+    "base",
+    "publish",
+    "console",
+    "overlays/production",
+    "overlays/canary",
+    "kserve",
+    "components",
+]
 ENTRYPOINT = (ROOT / "docker" / "entrypoint.sh").read_text()
 
 
