@@ -1,4 +1,4 @@
-# The command line client: `hsnn query` and `hsnn items` against a Triton elsewhere. No torch, no Triton.
+# The command line client: `hsnn query`, `items`, `top` and `health` against a Triton elsewhere. No torch, no Triton.
 #   docker build -f docker/client.Dockerfile -t hsnn-client .
 ARG PYTHON_IMAGE=python:3.11-slim
 

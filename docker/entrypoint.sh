@@ -68,7 +68,13 @@ done
 )
 if [[ $tls_cert ]]; then
   options+=(--grpc-use-ssl=true "--grpc-server-cert=$tls_cert" "--grpc-server-key=$tls_key")
-  [[ -z $client_ca ]] || options+=(--grpc-use-ssl-mutual=true "--grpc-root-cert=$client_ca")
+  # Who must show a certificate on gRPC shall not go round it: Triton's HTTP has no TLS. Metrics would follow HTTP's address.
+  [[ -z $client_ca ]] || options+=(
+    --grpc-use-ssl-mutual=true
+    "--grpc-root-cert=$client_ca"
+    --http-address=127.0.0.1
+    --metrics-address=0.0.0.0
+  )
 fi
 
 url=http://127.0.0.1:$http_port

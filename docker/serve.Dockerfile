@@ -8,8 +8,10 @@ ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.08-py3
 FROM ${TRITON_IMAGE} AS packages
 # The Pythons of pyproject.toml: hsnn_core runs in this image's interpreter.
 # ONNX Runtime is for items that change: whatever engine the networks run on, the item tower runs in the orchestrator.
+# cryptography checks signed snapshots where /etc/hsnn/trusted.pem is mounted, docs/security.md.
 RUN python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
- && python3 -m pip install --no-cache-dir --target /opt/hsnn/packages numpy==1.26.4 onnxruntime==1.32.0
+ && python3 -m pip install --no-cache-dir --target /opt/hsnn/packages numpy==1.26.4 onnxruntime==1.32.0 \
+      cryptography==50.0.2
 
 FROM ${TRITON_IMAGE} AS server
 # Beside the image's own packages, not over them: Triton's other Python code keeps what it came with.

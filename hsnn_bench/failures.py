@@ -23,7 +23,7 @@ from hsnn_server.supervisor import PATIENCE, Patience
 
 from .client_load import OK, Call, Calls, by_status, client_load, closed_loop
 from .endurance import LATE
-from .rig import WORKERS, ItemChanges, Mode, Rig, rig
+from .rig import WORKERS, ItemChanges, Mode, Rig, from_here, rig
 from .small_disks import full, mount_small, own_mounts
 
 QUIET = 3.0  # seconds in which every call must be answered, then it has recovered
@@ -274,7 +274,7 @@ def _full_log(served: Rig) -> Iterator[None]:
     with full(served.repository / ".items"):
         with ItemClient(served.server.urls.grpc, timeout=10.0, retries=0) as client:
             results = client.delete(range(_UNKNOWN, _UNKNOWN + _DELETES))
-        told = {message for _, message in results.reasons("failed")}
+        told = {from_here(message) for _, message in results.reasons("failed")}
         served.lines.append((
             time.monotonic(),
             f"{_DELETES:,} more updates: {results.count('applied'):,} applied, {results.count('failed'):,} failed: "

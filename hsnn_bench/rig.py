@@ -109,6 +109,11 @@ def rig(
             yield ready
 
 
+def from_here(text: str) -> str:
+    """``text`` with paths below the working folder relative to it: reports name no machine's folders."""
+    return text.replace(f"{Path.cwd()}/", "")
+
+
 class ItemChanges:
     """Upserts and deletes of ``items`` made-up items, ``rate`` a second, in a thread while it is entered.
 
@@ -155,4 +160,5 @@ class ItemChanges:
 
     def _count(self, what: str, updates: int) -> None:
         self.failed += updates
+        what = from_here(what)
         self.failures[what] = self.failures.get(what, 0) + updates

@@ -20,11 +20,17 @@ def add_commands(commands: Any) -> None:
         "  hsnn data check my.yaml                  load, validate, split; says what training will see",
     )  # fmt: skip
     kinds = data.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    synthetic = kinds.add_parser("synthetic", help="write simulated impressions, users and items")
+    synthetic = kinds.add_parser(
+        "synthetic", help="write simulated impressions, users and items",
+        epilog="example: hsnn data synthetic --out ads/",
+    )  # fmt: skip
     synthetic.add_argument("--out", type=Path, required=True, help="folder to write the three tables to")
     synthetic.add_argument("--seed", type=int, default=1)
     synthetic.set_defaults(run_command=run_synthetic)
-    check = kinds.add_parser("check", help="load a recipe's tables and say what training will see")
+    check = kinds.add_parser(
+        "check", help="load a recipe's tables and say what training will see",
+        epilog="example: hsnn data check shop.yaml",
+    )  # fmt: skip
     check.add_argument("recipe", help="a shipped recipe's name or a YAML file")
     check.set_defaults(run_command=run_check)
 

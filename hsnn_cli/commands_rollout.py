@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from clients.watch import Users
 
 FORMAT = argparse.RawDescriptionHelpFormatter
+EXAMPLES = {  # {}: which server
+    "publish": ("publish runs/ads {}", "publish runs/ads {} --sign-key sign.key --promote"),
+    "status": ("status {}", "status {} --json"),
+    "canary": ("canary {} --share 0.05 --watch 300 --max-score-shift 0.2", "canary {} --stop"),
+    "promote": ("promote {} --watch 60", "promote {} --verify-key sign.pub"),
+    "rollback": ("rollback {}", "rollback {} --to 7"),
+    "retire": ("retire {} --keep 3",),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -82,7 +90,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _step(steps: Any, name: str, run: Any, what: str) -> Any:
-    step = steps.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    server = "--repository repo --url host:8001 --key-file key"
+    step = steps.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", formatter_class=FORMAT,
+        epilog="examples:\n" + "".join(f"  hsnn rollout {line.format(server)}\n" for line in EXAMPLES[name]),
+    )  # fmt: skip
     step.add_argument(
         "--repository", type=Path, metavar="DIR", help="model repository that the server serves"
     )

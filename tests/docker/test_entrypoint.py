@@ -216,6 +216,12 @@ def test_certificates_are_checked_and_handed_over(place: Path) -> None:
         "--grpc-use-ssl=true", f"--grpc-server-cert={place / 'cert'}", f"--grpc-server-key={place / 'tls'}",
         "--grpc-use-ssl-mutual=true", f"--grpc-root-cert={place / 'ca'}",
     } <= set(arguments(place))  # fmt: skip
+    # HTTP has no TLS: it would let in who has no certificate. Prometheus needs the metrics.
+    assert {"--http-address=127.0.0.1", "--metrics-address=0.0.0.0"} <= set(arguments(place))
+    (place / "bin" / "arguments").unlink()
+    with start(place, *tls[:2], then="exit 0") as process:
+        process.communicate(timeout=10)
+    assert not [argument for argument in arguments(place) if "address" in argument]
     (place / "bin" / "arguments").unlink()
     assert "give both or neither" in refused(place, tls[0])
     assert "--client-ca: needs --tls-cert" in refused(place, tls[2])

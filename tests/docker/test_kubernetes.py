@@ -22,6 +22,7 @@ from kubernetes_checks import (
     quantity,
     reference_complaints,
     rendered,
+    selects,
 )
 from test_docker import copied_to, probe_options
 
@@ -30,7 +31,15 @@ from hsnn_cli.main import parser
 
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
 # "components": the base with all of them, which no overlay has.
-KUSTOMIZATIONS = ["base", "publish", "overlays/production", "overlays/canary", "kserve", "components"]
+KUSTOMIZATIONS = [
+    "base",
+    "publish",
+    "console",
+    "overlays/production",
+    "overlays/canary",
+    "kserve",
+    "components",
+]
 ENTRYPOINT = (ROOT / "docker" / "entrypoint.sh").read_text()
 
 
@@ -74,7 +83,7 @@ def test_objects_are_valid_for_kubernetes(built: dict[str, list[Object]], name: 
 @each
 def test_containers_are_locked_and_names_lead_somewhere(built: dict[str, list[Object]], name: str) -> None:
     assert lock_complaints(built[name]) == []
-    beside = built["base"] if name == "publish" else []
+    beside = built["base"] if name in ("publish", "console") else []
     assert reference_complaints([*beside, *built[name]]) == []
 
 
@@ -110,6 +119,9 @@ def test_images_and_arguments_are_the_projects(built: dict[str, list[Object]], n
     envoy = env_file((ROOT / "docker" / ".env").read_text())["ENVOY_IMAGE"].partition("@")[0]
     for value, _, container in containers(built[name]):
         image = container["image"].rpartition("/")[2].partition(":")[0]
+        if container.get("command") == ["sleep", "infinity"]:
+            assert image == "hsnn-train", "a console has every command"
+            continue
         arguments = [a.replace("$(POD)", "hsnn-0") for a in container["args"]]
         if image == "hsnn-serve":
             assert {argument.partition("=")[0] + "=" for argument in arguments} <= options
@@ -142,6 +154,8 @@ def test_servers_are_probed_drained_and_have_the_room_that_they_need(
         # Wrong answers keep a server from starting; one that is only busy is neither taken out nor restarted.
         assert [probes[kind].live for kind in ("startup", "readiness", "liveness")] == [False, True, True]
         assert given["probe-failures"] == "0"
+        # A server that is dead is not drained for a minute before it is started anew.
+        assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 1
         sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
         grace = pod.get("terminationGracePeriodSeconds") or next(
             v["spec"]["predictor"]["terminationGracePeriodSeconds"]
@@ -172,6 +186,35 @@ def test_the_job_publishes_for_the_place_where_servers_have_their_log(built: dic
     assert repository in str(server["volumes"])
     served = {mount["mountPath"] for mount in server["containers"][0]["volumeMounts"]}
     assert str(Path(options.item_log).parent) in served
+
+
+def test_whoever_asks_a_server_with_tls_speaks_it(built: dict[str, list[Object]]) -> None:
+    for name, asks in (("components", True), ("overlays/production", False)):
+        (follower,) = (c for _, _, c in containers(built[name]) if c["name"] == "follower")
+        options = parser().parse_args([argument.replace("$(POD)", "x") for argument in follower["args"]])
+        files = (options.tls_ca, options.tls_cert, options.tls_key)
+        mounts = {mount["mountPath"] for mount in follower["volumeMounts"]}
+        assert all((file is not None) == asks for file in files)
+        assert all(str(Path(file).parent) in mounts for file in files if file is not None)
+
+
+def test_the_console_reaches_what_the_runbook_asks_for(built: dict[str, list[Object]]) -> None:
+    ((_, pod, container),) = containers(built["console"])
+    (policy,) = (value for value in built["base"] if value["kind"] == "NetworkPolicy")
+    reached = {
+        port["port"]
+        for rule in policy["spec"]["ingress"]
+        for source in rule["from"]
+        if "podSelector" in source and selects(source["podSelector"], pod["labels"])
+        for port in rule["ports"]
+    }
+    assert reached == {"grpc", "metrics"}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    runbook = (ROOT / "docs" / "operations.md").read_text()
+    for option, folder in (("--repository", "/models"), ("--key-file", "/etc/hsnn/admin")):
+        assert folder in mounts
+        assert set(re.findall(rf"rollout .*{option} (\S+)", runbook)) <= {folder, f"{folder}/key"}
+    assert not mounts["/models"].get("readOnly")
 
 
 def test_the_autoscaler_and_the_adapter_speak_of_one_metric_of_the_server(

@@ -32,13 +32,29 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def command_lines(text: str) -> list[str]:
-    """`hsnn ...` at the start of a line, without a comment or an explanation after two spaces."""
-    lines = (line.strip() for line in text.splitlines())
-    return [re.split(r"\s{2,}", line)[0] for line in lines if line.startswith("hsnn ")]
+    """`hsnn ...` at the start of a line, without a pipe, a comment or an explanation after two spaces."""
+    lines = (line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines())
+    return [re.split(r"\s{2,}| [|<] ", line)[0] for line in lines if line.startswith("hsnn ")]
+
+
+def helps(command: argparse.ArgumentParser) -> list[str]:
+    """What a command and all its sub-commands say of themselves, options apart."""
+    below = command._subparsers._group_actions[0].choices.values() if command._subparsers else ()
+    own = f"# {command.prog}\n{command.description or ''}\n{command.epilog or ''}"
+    return [own, *(text for sub in below for text in helps(sub))]
+
+
+def test_every_command_teaches_by_example():
+    assert [
+        text.splitlines()[0]
+        for command in commands().values()
+        for text in helps(command)
+        if "example" not in text
+    ] == []
 
 
 def examples() -> list[str]:
-    helped = [command.format_help() for command in commands().values()]
+    helped = [text for command in commands().values() for text in helps(command)]
     return [line for text in (*blocks(""), DESCRIPTION, *helped) for line in command_lines(text)]
 
 
