@@ -18,8 +18,8 @@ def add_kinds(kinds: Any) -> None:
         formatter_class=FORMAT,
         description="Serve an exported run and send malformed requests over gRPC and HTTP, with good ones between "
         "them that must get\ntheir own users' items; and read mutated files of every kind in processes that may "
-        "die. Writes fuzz-RUN.json and .md;\nends with 1 when something was found. A small run does. Ctrl-C keeps what is "
-        "done, and the same command goes on.",
+        "die. Writes fuzz-RUN.json and .md;\nends with 1 when something was found. A small run does. Ctrl-C keeps what "
+        "is done, and the same command goes on.",
         epilog="examples:\n  hsnn bench fuzz runs/ads-tiny\n  hsnn bench fuzz runs/ads-tiny --requests 0 --kind "
         "'item log' --kind checkpoint.pt\n\na small run:\n  hsnn train synthetic --run runs/ads-tiny "
         "--set data.options.users=400 --set data.options.ads=400 \\\n    --set data.options.impressions=12000 --set "

@@ -4,6 +4,7 @@ What it looks at, and what it does about it:
 
     the server's process has ended                         start it again
     a version is ready by Triton's word, its stub is dead   load that version once more: 0.3 s, all else goes on
+    a load would bring up another version than that one     start it again, with what is newest
     the probe found it dead several times in a row          start it again (it hangs, or was stopped)
     the probe was refused for want of room or time          nothing: it is busy, and busier still after a restart
     it answers wrongly                                      nothing but saying so: the same files would be loaded

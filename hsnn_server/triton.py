@@ -215,7 +215,8 @@ class TritonServer:
         remove_regions(state.region_prefix)
         ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
         self._launch(state.directory, ports, state.region_prefix, state.log_file)
-        # The channel that the old server had keeps refusing calls until it has tried the new one.
+        # The old server's channel has its certificates, and keeps refusing calls until it has tried the new one.
+        self._close_admin()
         if not wait_until(self._admin_answers, self._start_timeout):
             raise self._error(
                 f"the server did not answer at {self.urls.grpc} within {self._start_timeout:g} s"
@@ -244,8 +245,8 @@ class TritonServer:
         living = frozenset(self._running().process.children())
         if living == self._looked_at:
             return []
-        with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS) as admin:
-            found = dead(admin.index(), living)
+        with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS, self.tls) as admin:
+            found = dead(admin.index, self._running().process.children)
         self._looked_at = None if found else living
         return found
 
@@ -280,9 +281,7 @@ class TritonServer:
 
     def stop(self) -> None:
         """End the server and its stubs, remove its shared memory, its private files and its state file."""
-        if self._admin is not None:
-            self._admin.close()
-            self._admin = None
+        self._close_admin()
         state, self._state = self._state, None
         if state is None:
             return
@@ -291,6 +290,11 @@ class TritonServer:
         finally:
             if self._state_file is not None:
                 self._state_file.unlink(missing_ok=True)
+
+    def _close_admin(self) -> None:
+        if self._admin is not None:
+            self._admin.close()
+            self._admin = None
 
     def __enter__(self) -> TritonServer:
         with ExitStack() as stack:
