@@ -215,8 +215,9 @@ class TritonServer:
         remove_regions(state.region_prefix)
         ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
         self._launch(state.directory, ports, state.region_prefix, state.log_file)
-        # The old server's channel has its certificates, and keeps refusing calls until it has tried the new one.
-        self._close_admin()
+        # The old server's channel has its certificates, and refuses calls until it has tried the new one. It is left to
+        # whoever is using it: a rollout may be in the middle.
+        self._admin = None
         if not wait_until(self._admin_answers, self._start_timeout):
             raise self._error(
                 f"the server did not answer at {self.urls.grpc} within {self._start_timeout:g} s"
@@ -281,7 +282,9 @@ class TritonServer:
 
     def stop(self) -> None:
         """End the server and its stubs, remove its shared memory, its private files and its state file."""
-        self._close_admin()
+        if self._admin is not None:
+            self._admin.close()
+            self._admin = None
         state, self._state = self._state, None
         if state is None:
             return
@@ -290,11 +293,6 @@ class TritonServer:
         finally:
             if self._state_file is not None:
                 self._state_file.unlink(missing_ok=True)
-
-    def _close_admin(self) -> None:
-        if self._admin is not None:
-            self._admin.close()
-            self._admin = None
 
     def __enter__(self) -> TritonServer:
         with ExitStack() as stack:
