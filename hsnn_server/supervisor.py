@@ -136,7 +136,7 @@ class Supervisor:
         try:
             for model, version in dead:
                 self._server.revive(model, version)
-        except ServerError as error:
+        except (HsnnError, OSError) as error:
             self._start_again(f"{what} and could not be loaded again: {first_line(error)}")
             return
         self._attempts = 1
