@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+from http.client import HTTPException
 
 from hsnn_core.errors import ServerError
 
@@ -14,12 +15,12 @@ def scrape(address: str | None) -> dict[str, float]:
     try:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
-    except OSError as error:
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+    except (OSError, HTTPException, ValueError) as error:
         raise ServerError(
             f"metrics at {address}: {error}; give the address of Triton's metrics, or leave it out"
         ) from error
-    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
 
 
 def requests_of(metrics: dict[str, float], version: int) -> tuple[int, int]:

@@ -105,9 +105,18 @@ class Compactor:
 
     ``run``: the run that is served; ``folder``: where compactions go, one at a time, named by the log's position; a
     newer one is made of the one before, so that only what came since is replayed. One of other networks is not used.
+    ``sign_key``: as in `publish`.
     """
 
-    def __init__(self, run: str | Path, repository: str | Path, log: str | Path, folder: str | Path) -> None:
+    def __init__(
+        self,
+        run: str | Path,
+        repository: str | Path,
+        log: str | Path,
+        folder: str | Path,
+        sign_key: Path | None = None,
+    ) -> None:
+        self._sign_key = sign_key
         self._run, self._repository = Path(run), Path(repository)
         self._log, self._folder = Path(log), Path(folder)
 
@@ -126,7 +135,7 @@ class Compactor:
         self._folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)  # one that was made and not published
         compact(source.path, self._log, target, progress)
-        publish_candidate(target, self._repository, admin)
+        publish_candidate(target, self._repository, admin, sign_key=self._sign_key)
         version = promote_candidate(self._repository, admin)
         retire(self._repository, admin, KEPT)
         for path in self._folder.glob(f"{PREFIX}*"):

@@ -95,6 +95,7 @@ def publish(
                 directories = {model: plan.staging(model) for model in (*plan.configs,)[:-1]}
                 directories[ORCHESTRATOR] = plan.staging(plan.orchestrator)
                 sign(directories, ORCHESTRATOR, number, sign_key)
+                sync_directory(directories[ORCHESTRATOR])
             if as_candidate or not published:
                 _write_configs(plan)
             _commit(plan)

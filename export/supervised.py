@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
-from export.repository import snapshot_models, versions
+from export.loading import pushed_out
+from export.pbtxt import ORCHESTRATOR
+from export.repository import model_versions, snapshot_models, versions
 from export.rollout import promote
+from hsnn_core.errors import ServerError
 from hsnn_server.probe import Verdict, probe
 from hsnn_server.supervisor import PATIENCE, Patience, Supervisor
 from hsnn_server.triton import TritonServer
@@ -22,6 +26,31 @@ def models(repository: Path) -> list[str]:
     the same, when it finds them loaded."""
     newest = versions(repository)[-1:]
     return [model for version in newest for model in snapshot_models(repository, version)]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server as its supervisor sees it: what would load more than the version that died is not loaded again."""
+
+    server: TritonServer
+    repository: Path
+
+    def alive(self) -> bool:
+        return self.server.alive()
+
+    def dead_models(self) -> list[tuple[str, int]]:
+        return self.server.dead_models()
+
+    def revive(self, model: str, version: int) -> None:
+        """ServerError where a load would bring up newer versions in its place: a snapshot that was published and not
+        promoted, whose orchestrator would serve without its networks."""
+        newest = max(model_versions(self.repository, model), default=None)
+        if (model == ORCHESTRATOR and newest != version) or pushed_out(self.repository, [model], {version}):
+            raise ServerError(
+                f"{self.repository}: version {newest} of {model} is the newest there, so a load would not bring back "
+                f"{version}"
+            )
+        self.server.revive(model, version)
 
 
 def supervisor(
@@ -43,7 +72,7 @@ def supervisor(
     def ask() -> Verdict:
         return probe(server.urls.http, repository, PROBE_SECONDS)
 
-    return Supervisor(server, start_again, ask, patience, say)
+    return Supervisor(Served(server, repository), start_again, ask, patience, say)
 
 
 @contextmanager

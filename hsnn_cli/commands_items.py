@@ -113,6 +113,7 @@ def add_commands(commands: Any) -> None:
                          help="updates that are enough, with --every (default: %(default)s)")  # fmt: skip
     compact.add_argument("--url", metavar="HOST:PORT", help="Triton's gRPC, with --every")
     compact.add_argument("--key-file", type=Path, metavar="FILE", help="file with the server's admin key")
+    compact.add_argument("--sign-key", type=Path, metavar="FILE", help="as for hsnn publish, with --every")
     add_tls(compact)
     compact.set_defaults(run_command=run_compact)
 

@@ -47,6 +47,7 @@ class Snapshots:
     key: str | None
     embeddings: str = "float32"
     tls: Tls | None = None
+    sign_key: Path | None = None
 
     def last(self) -> dict[str, Any]:
         """What the newest one here was made of: version, files, repository; empty before the first."""
@@ -61,10 +62,10 @@ class Snapshots:
         exported = export_run(self.run, self.engine, users=users, progress=False, embeddings=self.embeddings)
         served = ""
         if self.url is None:
-            version = publish(exported.path, self.repository)
+            version = publish(exported.path, self.repository, sign_key=self.sign_key)
         else:
             with RepositoryAdmin(self.url, self.key, tls=self.tls) as admin:
-                publish_candidate(exported.path, self.repository, admin)
+                publish_candidate(exported.path, self.repository, admin, sign_key=self.sign_key)
                 version = promote_candidate(self.repository, admin)
                 retire(self.repository, admin, KEPT)
             served = f", served at {self.url}"
@@ -233,7 +234,14 @@ def run_follow(options: argparse.Namespace) -> None:
         key, tls = admin_key(options.key_file), tls_of(options)
         engine = options.engine or "onnxruntime"
         snapshots = Snapshots(
-            options.run, options.repository, engine, options.url, key, options.embeddings or "float32", tls
+            options.run,
+            options.repository,
+            engine,
+            options.url,
+            key,
+            options.embeddings or "float32",
+            tls,
+            options.sign_key,
         )
     with alone(options.run):
         follower = Follower(options.follow, options.run, options.base)

@@ -30,6 +30,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--url", help="host:port of a running Triton's gRPC that is to serve the snapshots")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="file with that server's admin key")
+    group.add_argument("--sign-key", type=Path, metavar="FILE", help="as in hsnn publish")
     add_tls(train)
 
 
@@ -45,6 +46,7 @@ def check_arguments(options: argparse.Namespace) -> None:
             "embeddings",
             "url",
             "key_file",
+            "sign_key",
             "tls_ca",
             "tls_cert",
             "tls_key",
@@ -63,7 +65,7 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise SchemaError("hsnn train --follow: --run is missing; name the folder of the run that follows")
     if options.publish_every is not None and not options.publish_every > 0:
         raise SchemaError(f"--publish-every: got {options.publish_every:g}, expected minutes above 0")
-    for name in ("publish_every", "engine", "embeddings", "url"):
+    for name in ("publish_every", "engine", "embeddings", "url", "sign_key"):
         if getattr(options, name) is not None and options.repository is None:
             raise SchemaError(f"--{name.replace('_', '-')}: is about snapshots; give their --repository too")
     if (options.url is None) != (options.key_file is None):

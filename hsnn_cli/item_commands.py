@@ -236,7 +236,8 @@ def keep_compact(options: argparse.Namespace) -> None:
             "hsnn items compact --every: expected minutes above 0 and --url, the server to promote on"
         )
     key, tls = admin_key(options.key_file), tls_of(options)
-    compactor = Compactor(options.run, options.repository, log_of(options.repository), options.to)
+    log = log_of(options.repository)
+    compactor = Compactor(options.run, options.repository, log, options.to, options.sign_key)
     while True:
         try:
             pending = compactor.pending()

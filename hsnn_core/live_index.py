@@ -229,14 +229,20 @@ class LiveIndex:
         names = [f"item_l{layer}" for layer in range(1, depth + 2)] + (["index"] if depth else [])
         item_layer = names[depth]
         parts = [out for _, out in embed(self._tower, items, np.arange(len(items)), TOWER_BATCH, names)]
-        for name in names[: depth + 1]:
-            for part in parts:
-                part[name] = rounded(part[name], self._items.base.dtype, f"the item tower's {name}")
-        last = np.concatenate([part[item_layer] for part in parts])
-        if not depth:
-            none = np.empty((len(items), 0))
-            return last, none.astype(np.int32), none
-        return last, *assign_paths(self._codebooks, np.concatenate([part["index"] for part in parts]))
+        given = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        dtype = self._items.base.dtype
+        paths, distances = np.empty((len(items), 0), np.int32), np.empty((len(items), 0))
+        if depth:
+            paths, distances = assign_paths(self._codebooks, given["index"])
+        if dtype != np.float32:
+            for layer, name in enumerate(names[:depth], start=1):
+                node = given[name]
+                if self._projection:
+                    node = node + codeword_term(
+                        self._codebooks, self._projection[layer - 1], paths[:, :layer]
+                    )
+                rounded(node, dtype, f"the item tower's {name}")
+        return rounded(given[item_layer], dtype, f"the item tower's {item_layer}"), paths, distances
 
     def _nodes_of(self, positions: np.ndarray) -> np.ndarray:
         """(n,) positions -> (n, N-1) int64 node at each layer above the items."""

@@ -29,13 +29,13 @@ _HOW = (
 def sign(directories: Mapping[str, Path], orchestrator: str, version: int, key: Path) -> None:
     """Write the signature of the snapshot whose models' version directories these are, by name. ``key``: PEM of an
     Ed25519 private key. FormatError when it is none."""
-    private = _key(key, "private")
+    private, path = _key(key, "private"), directories[orchestrator] / SIGNATURE
     statement = {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "version": version, "files": _files(directories)
+        "format": FORMAT, "format_version": FORMAT_VERSION, "version": version, "files": _files(directories, path)
     }  # fmt: skip
     signature = base64.b64encode(private.sign(_bytes(statement))).decode()
     content = json.dumps(statement | {"signature": signature}, indent=1) + "\n"
-    write_bytes(directories[orchestrator] / SIGNATURE, content.encode())
+    write_bytes(path, content.encode())
 
 
 def check(directories: Mapping[str, Path], orchestrator: str, version: int, trusted: Path) -> None:
@@ -72,7 +72,7 @@ def check(directories: Mapping[str, Path], orchestrator: str, version: int, trus
                 raise FormatError(
                     f"{cache}: compiled Python, which is not signed, cannot be removed ({error})"
                 ) from error
-    there = _files(directories)
+    there = _files(directories, path)
     differing = sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name))
     if differing:
         name = differing[0]
@@ -82,14 +82,15 @@ def check(directories: Mapping[str, Path], orchestrator: str, version: int, trus
         )
 
 
-def _files(directories: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 by model/path of every file. FormatError for links: what they lead to is no part of the snapshot."""
+def _files(directories: Mapping[str, Path], signature: Path) -> dict[str, str]:
+    """sha256 by model/path of every file but the ``signature``. FormatError for links: what they lead to is no part of
+    the snapshot."""
     found = {}
     for model, directory in sorted(directories.items()):
-        for path in sorted(directory.rglob("*")):
+        for path in (directory, *sorted(directory.rglob("*"))):
             if path.is_symlink():
                 raise FormatError(f"{path}: a link, expected files alone; copy the whole directory again")
-            if path.is_file() and path.name != SIGNATURE:
+            if path.is_file() and path != signature:
                 found[f"{model}/{path.relative_to(directory).as_posix()}"] = file_sha256(path)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from clients.admin import ModelVersion
@@ -21,11 +21,22 @@ def model_of(pid: int) -> tuple[str, int] | None:
         return None
 
 
-def dead(entries: Iterable[ModelVersion], living: Iterable[int]) -> list[tuple[str, int]]:
-    """The versions that Triton calls ready (``entries``: its index) and none of the ``living`` processes runs."""
-    running = {model_of(pid) for pid in living}
-    ready = [(entry.model, entry.version) for entry in entries if entry.state == "READY"]
-    return [(model, version) for model, version in ready if version and (model, version) not in running]
+def dead(
+    index: Callable[[], Iterable[ModelVersion]], living: Callable[[], Iterable[int]]
+) -> list[tuple[str, int]]:
+    """The versions that Triton calls ready (``index``) and none of the ``living`` processes runs.
+
+    A rollout may go on meanwhile. What is ready before the look at the processes had its stub by then, and what was
+    unloaded during it is not ready after it."""
+    before = _ready(index())
+    running = {model_of(pid) for pid in living()}
+    missing = [one for one in before if one not in running]
+    after = _ready(index()) if missing else []
+    return [one for one in missing if one in after]
+
+
+def _ready(entries: Iterable[ModelVersion]) -> list[tuple[str, int]]:
+    return [(entry.model, entry.version) for entry in entries if entry.state == "READY" and entry.version]
 
 
 def make_newer(directory: Path) -> None:

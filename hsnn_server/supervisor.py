@@ -4,6 +4,7 @@ What it looks at, and what it does about it:
 
     the server's process has ended                         start it again
     a version is ready by Triton's word, its stub is dead   load that version once more: 0.3 s, all else goes on
+    a load would bring up another version than that one     start it again, with what is newest
     the probe found it dead several times in a row          start it again (it hangs, or was stopped)
     the probe was refused for want of room or time          nothing: it is busy, and busier still after a restart
     it answers wrongly                                      nothing but saying so: the same files would be loaded
@@ -135,7 +136,7 @@ class Supervisor:
         try:
             for model, version in dead:
                 self._server.revive(model, version)
-        except ServerError as error:
+        except (HsnnError, OSError) as error:
             self._start_again(f"{what} and could not be loaded again: {first_line(error)}")
             return
         self._attempts = 1

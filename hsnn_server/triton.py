@@ -215,7 +215,9 @@ class TritonServer:
         remove_regions(state.region_prefix)
         ports = {option: int(getattr(state.urls, option).rpartition(":")[2]) for option in self._ports}
         self._launch(state.directory, ports, state.region_prefix, state.log_file)
-        # The channel that the old server had keeps refusing calls until it has tried the new one.
+        # The old server's channel has its certificates, and refuses calls until it has tried the new one. It is left to
+        # whoever is using it: a rollout may be in the middle.
+        self._admin = None
         if not wait_until(self._admin_answers, self._start_timeout):
             raise self._error(
                 f"the server did not answer at {self.urls.grpc} within {self._start_timeout:g} s"
@@ -244,8 +246,8 @@ class TritonServer:
         living = frozenset(self._running().process.children())
         if living == self._looked_at:
             return []
-        with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS) as admin:
-            found = dead(admin.index(), living)
+        with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS, self.tls) as admin:
+            found = dead(admin.index, self._running().process.children)
         self._looked_at = None if found else living
         return found
 

@@ -141,16 +141,15 @@ class TritonPythonModel:
 
     def _fail(self, call: _Call, error: Exception) -> None:
         outcome, code = _meaning(error)
-        if not isinstance(error, HsnnError):
-            pb_utils.Logger.log_error("hsnn_retrieve: " + traceback_without_features(error))
         call.fail(f"{type(error).__name__}: {error}", code)
         seconds = call.deadline.seconds_since_start()
         self._metrics.finished(outcome, seconds)
         trace = None if call.parent is None else call.parent.trace
-        k = json.loads(call.parameters or "{}").get("k")
-        self._log.add(
-            Refused(outcome, _NAMES[outcome], error, call.users, k, call.request_id, trace, seconds)
+        refused = Refused(
+            outcome, _NAMES[outcome], error, call.users, call.asked_k(), call.request_id, trace, seconds
         )
+        if self._log.add(refused) and not isinstance(error, HsnnError):
+            pb_utils.Logger.log_error("hsnn_retrieve: " + traceback_without_features(error))
         if self._spans is not None and call.parent is not None:
             text = f"{type(error).__name__}: {without_features(error)}"
             self._spans.add(Spans(call.parent, call.whole(outcome), call.waited(), text))
@@ -195,6 +194,13 @@ class _Call:
         self._sender.send(
             pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
+
+    def asked_k(self) -> Any:
+        """The k that it asks for, whatever that is; None for the default, or where its parameters can't be read."""
+        try:
+            return json.loads(self.parameters or "{}").get("k")
+        except (ValueError, AttributeError):
+            return None
 
     def whole(self, outcome: str) -> Stage:
         """The request from its arrival until now."""

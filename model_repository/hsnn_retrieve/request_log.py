@@ -22,6 +22,7 @@ from hsnn_core.errors import DeadlineExceeded, Overloaded, RequestError, SchemaM
 
 PERIOD = 1.0  # seconds
 LINES = 10  # per period and outcome; the others are counted
+_PATIENCE = 2.0  # seconds that an unload waits for the last lines
 _LONGEST = 500  # characters of a text that a client may have chosen
 _OF_THE_REQUEST = (RequestError, SchemaMismatch, Overloaded, DeadlineExceeded)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\w.+-]*|inf\b)")
@@ -70,20 +71,21 @@ class RequestLog:
         self._writer = Thread(target=self._follow, name="hsnn-log", daemon=True)
         self._writer.start()
 
-    def add(self, refused: Refused) -> None:
-        """Log it, or count it where enough of its kind were logged."""
+    def add(self, refused: Refused) -> bool:
+        """Log it, or count it where enough of its kind were logged; whether it is logged."""
         with self._lock:
             count = self._counts[refused.outcome] = self._counts.get(refused.outcome, 0) + 1
             if count > LINES:
-                return
+                return False
         line = self._line(refused)
         with self._lock:
             self._lines.append(line)
+        return True
 
     def close(self) -> None:
-        """Write what is left and stop."""
+        """Write what is left and stop; a reader that does not read is not waited for."""
         self._closing.set()
-        self._writer.join()
+        self._writer.join(_PATIENCE)
 
     def _line(self, refused: Refused) -> dict[str, Any]:
         k = refused.k

@@ -26,6 +26,7 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PERIOD = 0.5  # seconds between two exports
 WAITING = 1000  # requests whose spans wait for the next export; of more, the newest
 _TIMEOUT = 5.0
+_PATIENCE = 2.0  # seconds that an unload waits for the last spans
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 _ERROR = 2  # OTLP's Status.STATUS_CODE_ERROR
 
@@ -39,9 +40,13 @@ class Parent:
 
     @classmethod
     def of(cls, request: Any) -> Parent | None:
-        """Of a request inside ``execute``; None when it is not traced."""
+        """Of a request inside ``execute``; None when it is not traced, or its context can't be read: a request is
+        answered all the same."""
         context = request.trace().get_context()
-        matched = _TRACEPARENT.fullmatch(json.loads(context).get("traceparent", "")) if context else None
+        try:
+            matched = _TRACEPARENT.fullmatch(json.loads(context)["traceparent"]) if context else None
+        except (ValueError, KeyError, TypeError):
+            return None
         return cls(*matched.groups()) if matched else None
 
 
@@ -88,9 +93,9 @@ class SpanExporter:
         self._waiting.append(spans)
 
     def close(self) -> None:
-        """Send what is left and stop."""
+        """Send what is left and stop; a collector that does not answer is not waited for."""
         self._closing.set()
-        self._sender.join()
+        self._sender.join(_PATIENCE)
 
     def _follow(self) -> None:
         last = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import socket
+from threading import Thread
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.metrics import scrape as ask
 from clients.vitals import vitals
 from hsnn_cli import commands_top
 from hsnn_cli.main import main
@@ -125,3 +128,27 @@ def test_top_goes_on_until_ctrl_c_through_a_restart(
     ] * 2
     assert "\n8 " in views[3]
     assert "\x1b" not in shown, "only a terminal is cleared"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"\x00\x00\x06\x04\x00", b"HTTP/1.1 200 OK\r\n\r\n<html></html>", b"HTTP/1.1 200 OK\r\n\r\n\xff 1\n"],
+    ids=["gRPC", "a page", "bytes"],
+)
+def test_who_gives_no_metrics_is_named(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=_answer_once, args=[listener, answer])
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(
+            ServerError, match=f"metrics at {address}: .*give the address of Triton's metrics"
+        ):
+            ask(address)
+        thread.join()
+
+
+def _answer_once(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(answer)

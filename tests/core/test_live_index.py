@@ -307,6 +307,13 @@ def test_what_half_precision_cannot_hold_is_refused():
     live.catalogue.draw(np.random.default_rng(8), 5)
     with pytest.raises(DataError, match=r"tower's item_l1: got values up to .*, float16 holds at most 65504"):
         live.index.apply(np.array([5]), live.catalogue.encoded([5]), None, NOTHING, 1)
+    # Its own embedding fits, that of a node that it might represent does not.
+    live.index._tower = tower
+    weight, bias = live.index._projection[1]
+    live.index._projection[1] = (weight, bias + 1e5)
+    with pytest.raises(DataError, match="tower's item_l2: got values up to 1e"):
+        live.index.apply(np.array([5]), live.catalogue.encoded([5]), None, NOTHING, 1)
+    assert live.index.usable
 
 
 def test_a_corpus_that_cannot_change_says_why():

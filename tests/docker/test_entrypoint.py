@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import secrets
@@ -13,7 +14,10 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 from docker_checks import ROOT
@@ -356,3 +360,40 @@ def test_every_flag_is_one_of_the_real_tritonserver(place: Path) -> None:
     given = {argument.partition("=")[0] for argument in arguments(place)}
     assert len(known) > 50
     assert given <= known
+
+
+class _Triton(BaseHTTPRequestHandler):
+    """Has one model, which is gone at the second look after it was told to unload."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append((self.path, self.headers["admin-key"]))
+        unloaded = [path for path, _ in self.asked].count("/v2/repository/index") > 2
+        state = "UNAVAILABLE" if unloaded else "UNLOADING"
+        body = json.dumps([{"name": "hsnn_retrieve", "version": "3", "state": state}]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_the_drain_waits_for_the_models_and_gives_no_proxy_the_key(tmp_path: Path) -> None:
+    (key := tmp_path / "key").write_text(KEY)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Triton)
+    Thread(target=server.serve_forever, daemon=True).start()
+    command = [sys.executable, ROOT / "docker" / "drain.py", "--url", f"http://127.0.0.1:{server.server_port}",
+               "--key-file", key]  # fmt: skip
+    proxies = {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    done = subprocess.run(command, env=os.environ | proxies, capture_output=True, text=True, timeout=60)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    index = "/v2/repository/index"
+    assert [path for path, _ in _Triton.asked] == [
+        index, "/v2/repository/models/hsnn_retrieve/unload", index, index,
+    ]  # fmt: skip
+    assert {sent for _, sent in _Triton.asked} == {KEY}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,3 +25,16 @@ def source() -> Source:
 def exported(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A finished export of the three-layer StandIn for onnxruntime. Not to be changed."""
     return export_source(source, tmp_path_factory.mktemp("run") / "export", progress=False)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A pair as the documentation makes it."""
+    key, public = tmp_path / "sign.key", tmp_path / "sign.pub"
+    subprocess.run(
+        ["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True
+    )
+    subprocess.run(
+        ["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
+    )
+    return key, public

@@ -18,6 +18,7 @@ from export.exported import Exported
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
+from export.signing import check_signature
 from hsnn_core.errors import RequestError
 from hsnn_server.triton import TritonServer
 
@@ -58,7 +59,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def test_items_come_and_go_and_outlive_the_server_and_its_version(
-    server: TritonServer, repository: Path, exported: Exported, tmp_path: Path
+    server: TritonServer, repository: Path, exported: Exported, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base = set(range(100, 120))
     assert len(found(server)) == 50  # of 60, the most that may be asked for
@@ -90,7 +91,9 @@ def test_items_come_and_go_and_outlive_the_server_and_its_version(
         assert found(server) == expected
 
         # In the background: what came since goes into the next snapshot, made of the one before.
-        compactor = Compactor(exported.path, repository, repository / ".items" / "log.db", tmp_path / "all")
+        compactor = Compactor(
+            exported.path, repository, repository / ".items" / "log.db", tmp_path / "all", sign_key=keys[0]
+        )
         items.upsert([{"id": 5003, "features": {"category": [3], "price": 5.0}}])
         first = compactor.pending()
         assert compactor.compact(server.admin, progress=False) == 3
@@ -99,6 +102,7 @@ def test_items_come_and_go_and_outlive_the_server_and_its_version(
         assert compactor.pending() == 1
         assert compactor.compact(server.admin, progress=False) == 4
         assert len(list((tmp_path / "all").iterdir())) == 1
+        check_signature(repository, 4, keys[1])
         assert found(server) == expected
         eventually(lambda: metric(server, "hsnn_items_changed", 'version="4"') == 0)
 

@@ -21,19 +21,6 @@ MANIFEST = {
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    """A pair as the documentation makes it."""
-    key, public = tmp_path / "sign.key", tmp_path / "sign.pub"
-    subprocess.run(
-        ["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True
-    )
-    subprocess.run(
-        ["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
-    )
-    return key, public
-
-
-@pytest.fixture
 def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
     """A repository with a signed version 3 and the same, signed, as version 4."""
     root = tmp_path / "repository"
@@ -70,6 +57,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "one more file": (lambda root: (root / "hsnn_index/3/sitecustomize.py").write_text("x"), "that it is not there"),
     "one file less": (lambda root: (root / "hsnn_index/3/model.onnx").unlink(), "none .missing."),
     "a link": (lambda root: (root / "hsnn_index/3/x").symlink_to("/etc/passwd"), "a link, expected files alone"),
+    "a linked folder": (
+        lambda root: (root / "hsnn_index/3").symlink_to((root / "hsnn_index/3").rename(root / "elsewhere")),
+        "hsnn_index/3: a link, expected files alone",
+    ),
+    "another signature.json": (
+        lambda root: (root / "hsnn_index/3/signature.json").write_text("x"),
+        "that it is not there",
+    ),
     "no signature": (lambda root: (root / "hsnn_retrieve/3/signature.json").unlink(), "publish with --sign-key"),
     "another version's": (
         lambda root: (root / "hsnn_retrieve/4/signature.json").rename(root / "hsnn_retrieve/3/signature.json"),

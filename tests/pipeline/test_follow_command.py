@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from clients.retrieval import RetrievalClient
 from export.publish import publish
 from export.repository import versions
 from export.rollout import promote
+from export.signing import check_signature
 from hsnn_cli import follow
 from hsnn_cli.main import main
 from hsnn_core.bundle import Bundle
@@ -130,8 +132,12 @@ def test_a_running_server_takes_over_what_was_learnt(own, capsys):
     publish(own / "run", repository)
     with TritonServer(repository) as server:
         promote(repository, server.admin)
-        options = ("--once", "--repository", str(repository), "--url", server.urls.grpc)
+        key, public = str(own / "sign.key"), str(own / "sign.pub")
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+        subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+        options = ("--once", "--repository", str(repository), "--url", server.urls.grpc, "--sign-key", key)
         assert main(arguments(own, *options, "--key-file", str(server.key_file))) == 0
+        check_signature(repository, 2, own / "sign.pub")
         assert f"published version 2, served at {server.urls.grpc}" in capsys.readouterr().out
         with RetrievalClient(server.urls.grpc, timeout=20) as client:
             assert client.retrieve([{"age": 31, "country": "IT"}], k=5).version == "2"

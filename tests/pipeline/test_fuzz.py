@@ -70,10 +70,10 @@ def test_what_dies_hangs_or_accepts_is_found(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.triton
 def test_some_of_everything(shop: Path, tmp_path: Path) -> None:
-    report = run_fuzz(shop / "run", 400, 0, seed=3, progress=False)
+    report = run_fuzz(shop / "run", 300, 0, seed=3, progress=False)
     assert report["wire_findings"] == [], render(report)
-    assert sum(report["sent"].values()) == 400
-    assert report["good"] > 8
+    assert sum(report["sent"].values()) == 300
+    assert report["good"] > 7
     text = write_report(report, tmp_path).read_text()
     assert "0 findings" in text and "| missing |" in text
 

@@ -106,7 +106,8 @@ def test_a_failed_call_is_an_error_to_its_own_requests_only(onnx: ModuleType) ->
 
 
 @pytest.mark.parametrize(
-    ("users", "candidates", "sizes"), [(1, 7, [3, 3, 1]), (2, 3, [1, 1, 1]), (1, 2, [2])]
+    ("users", "candidates", "sizes"),
+    [(1, 7, [3, 3, 1]), (2, 3, [1, 1, 1]), (1, 2, [2]), (9, 2, [1, 1]), (2, 0, [0]), (0, 2, [2])],
 )
 def test_a_message_is_computed_in_pieces(
     onnx: ModuleType, users: int, candidates: int, sizes: list[int]

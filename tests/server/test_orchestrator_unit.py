@@ -309,6 +309,40 @@ def test_a_failing_model_is_named(
     assert "stub is gone" in orchestrator.pb_utils.Logger.lines[-1], "the unexpected is in the server's log"
 
 
+def test_tracebacks_are_sampled_like_the_lines_of_the_log(
+    orchestrator: Orchestrator, bls_hook: dict[str, Callable[[Any], None]]
+) -> None:
+    orchestrator.start()
+
+    def unavailable(request: Any) -> None:
+        raise RuntimeError("stub is gone")
+
+    bls_hook["before"] = unavailable
+    before = len(orchestrator.pb_utils.Logger.lines)
+    for _ in range(40):
+        assert orchestrator.error()[0] == "RuntimeError: stub is gone"
+    orchestrator.model.finalize()
+    assert 10 <= len(orchestrator.pb_utils.Logger.lines) - before <= 20, "ten a second"
+
+
+@pytest.mark.parametrize("context", ["", "{", "[]", "7", '{"traceparent": 7}', '{"tracestate": "a=1"}'])
+def test_a_trace_context_that_cannot_be_read_is_no_trace(orchestrator: Orchestrator, context: str) -> None:
+    request = Request({})
+    request.context = context
+    assert sys.modules["request_spans"].Parent.of(request) is None
+
+
+def test_parameters_that_cannot_be_read_fail_their_request_alone(orchestrator: Orchestrator) -> None:
+    orchestrator.start(workers=1)
+    users = {name: value[:1] for name, value in orchestrator.snapshot.users.items()}
+    for text in ("{", "[1]"):
+        request = Request(users)
+        request.parameters = lambda text=text: text  # type: ignore[method-assign]
+        orchestrator.model.execute([request])
+        assert request.sender.wait().has_error()
+    assert not orchestrator.ask().sender.wait().has_error(), "the one worker goes on"
+
+
 def test_an_error_of_a_network_names_model_and_version(
     orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from clients.admin import RepositoryAdmin
+from clients.admin import ModelVersion, RepositoryAdmin
 from hsnn_core.errors import ServerError
 from hsnn_server import TritonServer, binaries, processes
 from hsnn_server.binaries import Wheel, environment, lay_out, wheel_at
 from hsnn_server.processes import ServerProcess, check_port_free, free_ports, launch
 from hsnn_server.state import ServerState, Urls, write_private
+from hsnn_server.stubs import dead
 
 
 @pytest.fixture
@@ -225,3 +226,18 @@ def test_an_admin_call_to_nobody_says_so() -> None:
     admin = RepositoryAdmin(f"127.0.0.1:{port}", "key", timeout=2.0)
     with admin, pytest.raises(ServerError, match=f"127.0.0.1:{port}: can't load m: no server answers there"):
         admin.load("m")
+
+
+def test_what_a_rollout_loads_and_unloads_meanwhile_is_not_dead(tmp_path: Path) -> None:
+    """The looks at Triton's index and at the processes are not at one moment."""
+    looks = [
+        [ModelVersion("old", 1, "READY", ""), ModelVersion("died", 2, "READY", "")],
+        [ModelVersion("old", 1, "UNLOADING", ""), ModelVersion("died", 2, "READY", ""),
+         ModelVersion("new", 3, "READY", "")],
+    ]  # fmt: skip
+    assert dead(lambda: looks.pop(0), list) == [("died", 2)]
+
+
+def test_one_look_is_enough_where_every_stub_lives() -> None:
+    looks = [[ModelVersion("absent", None, "", ""), ModelVersion("failed", 1, "UNAVAILABLE", "why")]]
+    assert dead(lambda: looks.pop(0), list) == []

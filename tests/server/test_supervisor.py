@@ -16,7 +16,8 @@ class World:
         self.now = 0.0
         self.running, self.state = True, HEALTHY
         self.dead: list[tuple[str, int]] = []
-        self.revives, self.starts = True, True
+        self.starts = True
+        self.unrevived: Exception | None = None
         self.unanswered = False
         self.did: list[str] = []
         self.said: list[str] = []
@@ -34,8 +35,8 @@ class World:
 
     def revive(self, model: str, version: int) -> None:
         self.did.append(f"{self.now:.1f} revive {model} {version}")
-        if not self.revives:
-            raise ServerError("can't load\nthe log")
+        if self.unrevived is not None:
+            raise self.unrevived
         self.dead = [other for other in self.dead if other != (model, version)]
 
     def start_again(self) -> int:
@@ -106,9 +107,10 @@ def test_what_killed_stubs_leave_behind_is_bounded() -> None:
     assert [text.split()[1] for text in world.did] == ["revive", "revive", "start", "revive"]
 
 
-def test_a_load_that_fails_takes_a_new_server() -> None:
+@pytest.mark.parametrize("kind", [ServerError, PublishError, OSError])
+def test_a_load_that_fails_takes_a_new_server(kind: type[Exception]) -> None:
     world = World()
-    world.dead, world.revives = [("m", 1)], False
+    world.dead, world.unrevived = [("m", 1)], kind("can't load\nthe log")
     world.run(1)
     assert [text.split()[1] for text in world.did] == ["revive", "start"]
     assert (

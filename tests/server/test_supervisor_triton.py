@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+from certificates import Certificates
 from server_checks import regions
 from tiny_snapshot import TinySnapshot, tiny_users, write_configs, write_snapshot
 
@@ -34,12 +35,22 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> TinySnapshot:
 
 
 @pytest.fixture(scope="module")
-def server(snapshot: TinySnapshot, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Supervised while the tests run; its lines are in ``server.lines``."""
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def server(
+    snapshot: TinySnapshot, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """Supervised while the tests run, with mutual TLS, which the supervisor's own calls need too; its lines are in
+    ``server.lines``."""
     state = tmp_path_factory.mktemp("state") / "server.json"
-    with TritonServer(snapshot.root, preload=lambda: [MODEL], state_file=state) as running:
+    with TritonServer(
+        snapshot.root, preload=lambda: [MODEL], state_file=state, tls=certificates.mutual()
+    ) as running:
         ended, lines = Event(), []
-        running.lines, running.state_path = lines, state
+        running.lines, running.state_path, running.reader = lines, state, certificates.reader()
 
         def start_again() -> int:
             running.restart()
@@ -59,7 +70,7 @@ def server(snapshot: TinySnapshot, tmp_path_factory: pytest.TempPathFactory) -> 
 def recovered(server: TritonServer, snapshot: TinySnapshot, strike: Callable[[], None]) -> float:
     """Seconds from the strike until a client that was open before is answered again; it must be refused meanwhile."""
     time.sleep(1.0)  # what was before has settled
-    with RetrievalClient(server.urls.grpc, timeout=0.5) as client:
+    with RetrievalClient(server.urls.grpc, timeout=0.5, tls=server.reader) as client:
         client.retrieve(tiny_users()[:1], timeout=30)
         strike()
         began = time.monotonic()

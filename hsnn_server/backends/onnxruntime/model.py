@@ -99,9 +99,9 @@ def in_pieces(
     The inputs ``per_candidate`` and all outputs are (B, C, ...), other inputs (B, ...).
     """
     batch, count = next(value.shape for name, value in inputs.items() if name in per_candidate)[:2]
-    step = max(1, pairs // batch)
+    step = max(1, pairs // max(1, batch))
     pieces = []
-    for start in range(0, count, step):
+    for start in range(0, max(1, count), step):  # the shapes of no candidates are the network's to say
         part = {
             name: np.ascontiguousarray(value[:, start : start + step]) if name in per_candidate else value
             for name, value in inputs.items()
