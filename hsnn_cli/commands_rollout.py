@@ -28,7 +28,7 @@ EXAMPLES = {  # {}: which server
     "status": ("status {}", "status {} --json"),
     "canary": ("canary {} --share 0.05 --watch 300 --max-score-shift 0.2", "canary {} --stop"),
     "promote": ("promote {} --watch 60", "promote {} --verify-key sign.pub"),
-    "rollback": ("rollback {}", "rollback {} --to 7"),
+    "rollback": ("rollback {}", "rollback {} --to 7 --verify-key sign.pub"),
     "retire": ("retire {} --keep 3",),
 }
 
@@ -83,6 +83,7 @@ def add_commands(commands: Any) -> None:
     rollback.add_argument(
         "--to", type=int, metavar="VERSION", help="take back all that is newer than this snapshot"
     )
+    _verified(rollback)
 
     retire = _step(steps, "retire", run_retire, "remove the snapshots that nothing needs from disk")
     retire.add_argument("--keep", type=int, default=2, metavar="N",
@@ -289,8 +290,14 @@ def run_promote(options: argparse.Namespace) -> None:
 def run_rollback(options: argparse.Namespace) -> None:
     """hsnn rollout rollback."""
     from export.candidate import roll_back
+    from export.repository import candidate, snapshots, versions
 
     with _connected(options) as server:
+        repository = server.repository
+        complete = versions(repository)
+        stays = candidate(repository) is not None or any(found.rolled_back for found in snapshots(repository))
+        earlier = complete[-1:] if stays else complete[-2:-1]
+        _check_signature(options, repository, options.to or next(iter(earlier), None))
         print(roll_back(server.repository, server.admin, options.to))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from export.signing import check_signature
+from hsnn_cli.main import main
 from hsnn_core import signature
 from hsnn_core.errors import FormatError, PublishError
 
@@ -131,3 +132,24 @@ def _edit(path: Path, change: Callable[[dict], object]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def test_a_rollback_goes_to_a_signed_snapshot_only(
+    signed: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (signed / "hsnn_index/3/model.onnx").write_text("changed")
+    for model in (*MODELS, "hsnn_retrieve"):
+        (signed / model / "config.pbtxt").touch()
+    asked = [
+        "rollout",
+        "rollback",
+        "--repository",
+        str(signed),
+        "--url",
+        "127.0.0.1:9",
+        "--verify-key",
+        str(keys[1]),
+    ]
+    for more in ([], ["--to", "3"]):
+        assert main([*asked, *more]) == 1
+        assert "version 3 is not loaded: " in capsys.readouterr().err
