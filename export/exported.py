@@ -26,7 +26,7 @@ from hsnn_core.manifest import inside
 EXPORT_FILE = "export.json"
 BUNDLE_DIR = "bundle"
 FORMAT_VERSION = 1
-DATATYPES = ["FP32", "FP64", "INT32", "INT64"]
+DATATYPES = ["FP16", "FP32", "FP64", "INT32", "INT64"]
 
 
 @dataclass(frozen=True)
