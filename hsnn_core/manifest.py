@@ -20,7 +20,7 @@ FIELDS = (
     "schema_hash", "tasks", "layers", "nodes", "widths", "k", "max_k", "buckets", "embedding_widths",
     "engine", "models", "created", "files",
 )  # fmt: skip
-_MODEL = re.compile(r"hsnn_[a-z0-9_]+")  # becomes a folder of the repository
+_MODEL = re.compile(r"[a-z][a-z0-9_]*")  # becomes a folder of the repository
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

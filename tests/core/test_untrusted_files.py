@@ -128,9 +128,9 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../hsnn_x", "hsnn_x/../y", "/hsnn_x", "hsnn_", "x", "hsnn_X", 7, None, "hsnn_a\n"]
+    "name", ["../hsnn_x", "hsnn_x/../y", "/hsnn_x", "", ".", "hsnn_X", 7, None, "hsnn_a\n"]
 )
-def test_model_names_that_are_no_folder_of_ours(tmp_path: Path, name: Any) -> None:
+def test_model_names_that_may_be_no_folder_of_a_repository(tmp_path: Path, name: Any) -> None:
     models = {"user_tower": "hsnn_user_tower", "item_tower": "hsnn_item_tower", "scorers": [name]}
     with pytest.raises(
         FormatError, match="expected user_tower, item_tower and scorers, named like hsnn_user_tower"
