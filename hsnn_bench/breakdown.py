@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,16 @@ from clients.retrieval import RetrievalClient, WireUsers
 from clients.wire import Codec, Question, Timings
 from export.exported import open_export
 from export.open_items import OpenTargeting
-from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError
-from hsnn_core.files import write_bytes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.row_table import RowTable
 from hsnn_core.search import search
-from hsnn_train.checkpoint import write_json
 
 from .orchestrator import MODES, TIMEOUT_SECONDS, WARM_UP, Wire, served
 from .plots import parts_of_request
+from .report_files import write_report
 
 STEPS = ("candidates", "gather", "I2IF", "scorer", "the rest")
 BEFORE, TOWER = "encode, filter", ("user tower", "I2IF query")
@@ -256,20 +253,14 @@ def _per_call(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, 
 
 def report(found: dict[str, Any], command: str, name: str, results: Path, simulated: bool) -> Path:
     """Write breakdown-NAME.json, .md and .png under ``results``; returns the .md."""
-    results.mkdir(parents=True, exist_ok=True)
-    found = {
-        "command": command,
-        "commit": commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
-        "simulated": simulated,
-        **found,
-    }
-    stem = results / f"breakdown-{name}"
-    write_json(stem.with_suffix(".json"), found)
-    write_bytes(stem.with_suffix(".md"), (page(found, name) + "\n").encode())
-    parts_of_request(parts(found), simulated, stem.with_suffix(".png"))
-    return stem.with_suffix(".md")
+    return write_report(
+        found,
+        results / f"breakdown-{name}",
+        command,
+        simulated,
+        lambda shown: page(shown, name),
+        lambda shown, path: parts_of_request(parts(shown), simulated, path),
+    )
 
 
 def parts(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:

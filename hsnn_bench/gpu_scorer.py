@@ -52,7 +52,8 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """presets, batches, precisions: rows are their product; nodes: scored per user; device: a CUDA device."""
+    """presets, batches: there is a row for each of them and each of PRECISIONS; nodes: scored per user; device: a CUDA
+    device."""
 
     presets: Sequence[str] = ("small", "medium", "large")
     batches: Sequence[int] = (1, 32)

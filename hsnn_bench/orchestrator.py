@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,17 @@ from export.open_items import OpenTargeting, open_items
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.rollout import promote
-from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError
 from hsnn_core.features import Encoded
-from hsnn_core.files import write_bytes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.search import SearchResult, search
 from hsnn_server.triton import TritonServer
-from hsnn_train.checkpoint import write_json
 
 from .oracle import best_items
 from .plots import stages_of_ways
+from .report_files import write_report
 
 WARM_UP = 5
 TIMEOUT_SECONDS = 60.0
@@ -193,20 +190,14 @@ def recall(loop: BareLoop, bundle: Bundle, requests: Sequence[Wire], k: int, pro
 
 def report(found: dict[str, Any], command: str, name: str, results: Path, simulated: bool) -> Path:
     """Write orchestrator-NAME.json, .md and .png under ``results``; returns the .md."""
-    results.mkdir(parents=True, exist_ok=True)
-    found = {
-        "command": command,
-        "commit": commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
-        "simulated": simulated,
-        **found,
-    }
-    stem = results / f"orchestrator-{name}"
-    write_json(stem.with_suffix(".json"), found)
-    write_bytes(stem.with_suffix(".md"), (page(found, name) + "\n").encode())
-    stages_of_ways(found, stem.with_suffix(".png"))
-    return stem.with_suffix(".md")
+    return write_report(
+        found,
+        results / f"orchestrator-{name}",
+        command,
+        simulated,
+        lambda shown: page(shown, name),
+        stages_of_ways,
+    )
 
 
 def page(found: Mapping[str, Any], name: str) -> str:

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,10 @@ from export.build_index import OnnxItemTower
 from export.compaction import smoke_over
 from export.exported import BUNDLE_DIR, EXPORT_FILE, Exported, open_export
 from export.stream_index import BATCH, read_items, stream_index
-from hsnn_cli.provenance import commit, machine
 from hsnn_cli.tables import table
 from hsnn_core.bundle import Bundle, write_bundle
 from hsnn_core.corpus import Corpus
 from hsnn_core.features import Encoded
-from hsnn_core.files import write_bytes
 from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
@@ -41,6 +38,7 @@ from hsnn_train.checkpoint import Run, load_run, write_json
 from .corpora import corpus_files
 from .orchestrator import Spread, Wire
 from .plots import cost_over_size
+from .report_files import write_report
 from .width_search import find
 
 TOWER_BATCHES = 40  # of the bare item tower, to compare the build's rate with
@@ -222,20 +220,9 @@ def _latencies(
 
 def report(found: dict[str, Any], command: str, name: str, results: Path) -> Path:
     """Write scale-NAME.json, .md and .png under ``results``; returns the .md."""
-    results.mkdir(parents=True, exist_ok=True)
-    found = {
-        "command": command,
-        "commit": commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
-        "simulated": True,
-        **found,
-    }
-    stem = results / f"scale-{name}"
-    write_json(stem.with_suffix(".json"), found)
-    write_bytes(stem.with_suffix(".md"), (page(found, name) + "\n").encode())
-    cost_over_size(found, stem.with_suffix(".png"))
-    return stem.with_suffix(".md")
+    return write_report(
+        found, results / f"scale-{name}", command, True, lambda shown: page(shown, name), cost_over_size
+    )
 
 
 def page(found: dict[str, Any], name: str) -> str:

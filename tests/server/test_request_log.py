@@ -155,5 +155,6 @@ def test_a_log_that_cannot_be_written_holds_nobody_up(request_log: ModuleType) -
 
     log = request_log.RequestLog("hsnn_retrieve", 7, full, period=0.001)
     for _ in range(3):
-        log.add(request_log.Refused("error", "INTERNAL", ServerError("x"), 1, None, "", None, 0.1))
+        assert log.add(request_log.Refused("error", "INTERNAL", ServerError("x"), 1, None, "", None, 0.1))
     log.close()
+    assert not log._writer.is_alive(), "it ends all the same"
