@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,13 @@ EXAMPLES_PER_REQUEST = 200
 LAYER_OVERHEAD = 2e6
 
 
-def key(recipe: Recipe, without: tuple[str, ...] = ()) -> str:
-    """Hash of the whole recipe, the named entries left out: 12 hex digits, the same in every process."""
+def key(recipe: Recipe, work: Path, without: tuple[str, ...] = ()) -> str:
+    """Hash of the whole recipe, the named entries left out: 12 hex digits, the same in every process, and after a
+    checkout has moved together with its ``work``: paths count from there."""
     raw = recipe.to_dict()
+    raw["base"] = os.path.relpath(raw["base"], work.resolve())
+    if raw["train"]["teacher"]:
+        raw["train"]["teacher"] = os.path.relpath(raw["train"]["teacher"], work.resolve())
     for path in without:
         section, entry = path.split(".")
         del raw[section][entry]
@@ -55,13 +60,15 @@ class Job:
     def folder(self) -> Path:
         """The run directory: runs/bench/beauty/cpu_s+cpu_xs-joint-s1-0123456789ab."""
         model, seed = self.recipe.model, self.recipe.train.seed
-        name = f"{'+'.join(model.layers)}-{model.index}-s{seed}-{key(self.recipe, EVALUATION_ONLY)}"
+        name = (
+            f"{'+'.join(model.layers)}-{model.index}-s{seed}-{key(self.recipe, self.work, EVALUATION_ONLY)}"
+        )
         return self.work / self.recipe.name / name
 
     @property
     def model_key(self) -> str:
         """The same for all seeds of a model."""
-        return key(self.recipe, (*EVALUATION_ONLY, "train.seed"))
+        return key(self.recipe, self.work, (*EVALUATION_ONLY, "train.seed"))
 
     def record(self) -> dict[str, Any] | None:
         """What the worker left when it was done ({"evaluated", "commit", "minutes"}), None when it is not done, or was
@@ -70,7 +77,7 @@ class Job:
             found: dict[str, Any] = json.loads((self.folder / DONE).read_text())
         except (OSError, ValueError):
             return None
-        whole = found.get("evaluated") == key(self.recipe) and (self.folder / METRICS).exists()
+        whole = found.get("evaluated") == key(self.recipe, self.work) and (self.folder / METRICS).exists()
         return found if whole else None
 
     def metrics(self) -> dict[str, Any] | None:

@@ -47,7 +47,8 @@ def work(folder: Path, device: torch.device) -> None:
     if not train_and_evaluate(recipe, dataset, folder, resume=resume, warm=warm, device=device):
         raise DataError("the split leaves no impressions for test, so there is nothing for a table")
     minutes = (time.monotonic() - began) / 60
-    found = {"evaluated": key(recipe), "commit": commit(), "minutes": minutes, "device": device_name(device)}
+    evaluated = key(recipe, folder.parents[1])
+    found = {"evaluated": evaluated, "commit": commit(), "minutes": minutes, "device": device_name(device)}
     write_json(folder / DONE, found)
 
 

@@ -29,7 +29,7 @@ RAW = {
 
 # Stands in for hsnn_bench.worker: fails with seed 2, waits for Ctrl-C with seed 3, else is done at once.
 FAKE = """
-import hashlib, json, pathlib, sys, time
+import hashlib, json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 job = json.loads((folder / "job.json").read_text())
 seed = job["train"]["seed"]
@@ -43,6 +43,7 @@ if seed == 3:
     except KeyboardInterrupt:
         (folder / "stopped").touch()
         sys.exit(130)
+job["base"] = os.path.relpath(job["base"], folder.parents[1])
 key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
 (folder / "metrics.json").write_text("{}")
 (folder / "done.json").write_text(json.dumps({"evaluated": key, "commit": "abc", "minutes": 1.0}))
@@ -67,15 +68,27 @@ def jobs_of(recipe, tmp_path, *seeds):
 
 def test_the_key_is_the_same_for_the_same_recipe_and_another_for_any_change(recipe, tmp_path):
     again = recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), "halves", tmp_path)
-    assert key(again) == key(recipe)
-    keys = {key(recipe)}
+    assert key(again, tmp_path) == key(recipe, tmp_path)
+    keys = {key(recipe, tmp_path)}
     for change in (
         {"train.lr": 0.1}, {"train.seed": 2}, {"train.balance": 0.0}, {"model.index": "kmeans"},
         {"model.codebooks": [5]}, {"model.layers": ["small", "small"]}, {"data.items": "other.parquet"},
         {"search.widths": [3]}, {"search.requests": 11},
     ):  # fmt: skip
-        keys.add(key(changed(recipe, change)))
+        keys.add(key(changed(recipe, change), tmp_path))
     assert len(keys) == 10
+
+
+def test_a_checkout_that_moves_keeps_what_it_trained(tmp_path):
+    def folder(base, work, teacher=""):
+        recipe = changed(recipe_from_dict(RAW, "halves", tmp_path / base), {"train.teacher": teacher})
+        return Job(recipe, tmp_path / work, "row").folder.name
+
+    assert folder("here", "here/runs") == folder("there", "there/runs")
+    assert folder("here", "here/runs") != folder("there", "here/runs"), "other data"
+    teachers = [str(tmp_path / place / "runs" / "teacher") for place in ("here", "there")]
+    assert folder("here", "here/runs", teachers[0]) == folder("there", "there/runs", teachers[1])
+    assert folder("here", "here/runs", teachers[0]) != folder("here", "here/runs")
 
 
 def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recipe, tmp_path):
@@ -83,8 +96,8 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     assert job.record() is None and job.metrics() is None
     job.prepare()
     (job.folder / METRICS).write_text('{"a": 1}')
-    write_json(job.folder / DONE, {"evaluated": key(job.recipe), "commit": "abc", "minutes": 2.0})
-    assert job.record() == {"evaluated": key(job.recipe), "commit": "abc", "minutes": 2.0}
+    write_json(job.folder / DONE, {"evaluated": key(job.recipe, job.work), "commit": "abc", "minutes": 2.0})
+    assert job.record() == {"evaluated": key(job.recipe, job.work), "commit": "abc", "minutes": 2.0}
     assert job.metrics() == {"a": 1}
     wider = Job(changed(job.recipe, {"search.widths": [4], "search.requests": 5}), job.work, "row")
     assert wider.folder == job.folder
@@ -170,7 +183,7 @@ def test_a_job_is_handed_over_as_its_recipe(recipe, tmp_path):
     (job,) = jobs_of(recipe, tmp_path, 1)
     job.prepare()
     raw = json.loads((job.folder / JOB).read_text())
-    assert key(recipe_from_dict(raw, "x", Path())) == key(job.recipe)
+    assert key(recipe_from_dict(raw, "x", Path()), job.work) == key(job.recipe, job.work)
 
 
 @pytest.mark.parametrize(

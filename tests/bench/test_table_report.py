@@ -82,7 +82,12 @@ def report(tmp_path, monkeypatch):
             if seed in RUNS[row.id]:
                 job.prepare()
                 (job.folder / METRICS).write_text(json.dumps(metrics(*RUNS[row.id][seed])))
-                done = {"evaluated": key(recipe), "commit": "1234567", "minutes": 1.0, "device": "A GPU"}
+                done = {
+                    "evaluated": key(recipe, job.work),
+                    "commit": "1234567",
+                    "minutes": 1.0,
+                    "device": "A GPU",
+                }
                 (job.folder / DONE).write_text(json.dumps(done))
     failure = Failure(jobs["recipe", 2], 1, "loading\nhsnn bench: training diverged at step 7")
     results, missing, trained_at, trained_on = tables.collect(ROWS, (1, 2), jobs, [failure])
