@@ -81,7 +81,8 @@ def test_the_key_is_the_same_for_the_same_recipe_and_another_for_any_change(reci
 
 def test_a_checkout_that_moves_keeps_what_it_trained(tmp_path):
     def folder(base, work, teacher=""):
-        recipe = changed(recipe_from_dict(RAW, "halves", tmp_path / base), {"train.teacher": teacher})
+        changes = {"train.teacher": teacher, "train.distil": 0.5, "train.unlabelled": 2}
+        recipe = changed(recipe_from_dict(RAW, "halves", tmp_path / base), changes)
         return Job(recipe, tmp_path / work, "row").folder.name
 
     assert folder("here", "here/runs") == folder("there", "there/runs")
