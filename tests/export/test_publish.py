@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from kill import few_code_files
 from standin_world import standin_source
 
 from export import publish as publishing
+from export import vendor
 from export.export_run import export_source
 from export.exported import Exported
 from export.pbtxt import ServingOptions
@@ -389,6 +391,12 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export_source(standin_source(layers=1), tmp_path_factory.mktemp("flat") / "export", progress=False)
 
 
+@pytest.fixture
+def _little_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(vendor, "code_files", few_code_files)
+
+
 def killed_at_every_step(
     task: str, exported: Exported, snapshots: int, folder: Path
 ) -> tuple[Path, list[Path]]:
@@ -408,12 +416,12 @@ def killed_at_every_step(
     return template, copies[:-1]
 
 
+@pytest.mark.usefixtures("_little_to_write")
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_a_publish_killed_at_any_step_leaves_what_was_served(
-    earlier: int, flat: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    earlier: int, flat: Exported, tmp_path: Path
 ) -> None:
     template, repositories = killed_at_every_step("publish", flat, earlier, tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     before = tree(template)
     outcomes = []
     for repository in repositories:
@@ -436,6 +444,7 @@ def test_a_publish_killed_at_any_step_leaves_what_was_served(
     assert set(outcomes) == {earlier, earlier + 1}
 
 
+@pytest.mark.usefixtures("_little_to_write")
 def test_a_rollback_killed_at_any_step_serves_one_of_the_two(flat: Exported, tmp_path: Path) -> None:
     _, repositories = killed_at_every_step("rollback", flat, 2, tmp_path)
     outcomes = []

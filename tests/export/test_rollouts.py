@@ -14,10 +14,10 @@ import pytest
 from fake_triton import FakeTriton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kill import SERVER, TASKS
+from kill import SERVER, TASKS, few_code_files
 from standin_world import standin_source
 
-from export import loading
+from export import loading, vendor
 from export.candidate import (
     promote_candidate,
     publish_candidate,
@@ -47,8 +47,9 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture(autouse=True)
-def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(vendor, "code_files", few_code_files)
 
 
 def served(flat: Exported, repository: Path, count: int = 1, **options: object) -> FakeTriton:
