@@ -41,9 +41,9 @@ def pooled_softmax(logits: Tensor, positive: Tensor, log_inclusion: Tensor, weig
     0 where it is none -> scalar.
     """
     corrected = logits - log_inclusion.unsqueeze(-1)
-    log_p = corrected - torch.logsumexp(corrected, dim=1, keepdim=True)
-    own = log_p.gather(1, positive.view(-1, 1, 1).expand(-1, 1, logits.shape[-1])).squeeze(1)  # (B, T)
-    return -(own * weights).sum() / len(logits)
+    own = corrected.gather(1, positive.view(-1, 1, 1).expand(-1, 1, logits.shape[-1])).squeeze(1)  # (B, T)
+    log_p = own - torch.logsumexp(corrected, dim=1)
+    return -(log_p * weights).sum() / len(logits)
 
 
 def match(logits: Tensor, target: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class InnerProduct(nn.Module):
         return torch.matmul(nodes, scaled.transpose(-1, -2)) + self.bias
 
     def against(self, vectors: Tensor, nodes: Tensor) -> Tensor:
-        """Every user against every node. vectors (B, T, d), nodes (M, d) -> (B, M, T)."""
+        """Every user against every node. vectors (B, T, d), nodes (M, d) -> (B, M, T), of which a task's are
+        neighbours in memory along M: that is how they are summed over."""
         scaled = vectors * (torch.exp(self.log_scale) / self.width).unsqueeze(-1)
-        per_task = [scaled[:, t] @ nodes.T for t in range(vectors.shape[1])]
-        return torch.stack(per_task, dim=-1) + self.bias
+        return (scaled.transpose(0, 1) @ nodes.T).permute(1, 2, 0) + self.bias
