@@ -95,6 +95,23 @@ class RepositoryAdmin:
             if entry.model == model and entry.version is not None
         }
 
+    def calls_of(self, version: int) -> dict[str, int]:
+        """Calls so far of this version of every model that has it ready, by model; those that failed are counted,
+        those under way are not. Needs no key."""
+        answer = self._call("read the statistics", self._grpc.get_inference_statistics)
+        return {
+            of.name: of.inference_stats.success.count + of.inference_stats.fail.count
+            for of in answer.model_stats
+            if of.version == str(version)
+        }
+
+    def instances(self, model: str, version: int) -> int:
+        """How many instances of a version that is ready there are: each has a process where the model is in Python.
+        Needs no key."""
+        what = f"read the configuration of {model} version {version}"
+        config = self._call(what, self._grpc.get_model_config, model, str(version)).config
+        return max(1, sum(group.count * max(1, len(group.gpus)) for group in config.instance_group))
+
     def ready(self, model: str, version: int | None = None) -> bool:
         """Whether ``model`` (its newest version, or the given one) answers requests; needs no key."""
         wanted = "" if version is None else str(version)

@@ -13,7 +13,16 @@ import os
 from pathlib import Path
 
 from export import pbtxt
-from export.loading import Admin, load_model, load_networks, pushed_out, retire_leftovers, serving
+from export.loading import (
+    UNLOADING,
+    Admin,
+    await_drained,
+    load_model,
+    load_networks,
+    pushed_out,
+    retire_leftovers,
+    serving,
+)
 from export.pbtxt import CONFIG_FILE, ORCHESTRATOR, ServingOptions
 from export.publish import publish
 from export.repository import (
@@ -27,7 +36,7 @@ from export.repository import (
     versions,
 )
 from export.rollout import finish, rollback
-from hsnn_core.errors import PublishError
+from hsnn_core.errors import HsnnError, PublishError, ServerError
 from hsnn_core.files import sync_directory, write_bytes
 
 
@@ -41,15 +50,19 @@ def publish_candidate(
     """Publish an export as the candidate and check it on a running server: its networks are loaded, warmed up and
     asked the smoke request. Returns its version.
 
-    Raises what `publish` does, and PublishError with the reason when the check fails: the candidate is withdrawn
-    then, and the server serves what it served."""
+    Raises what `publish` does, and PublishError with the reason when the check fails, ServerError when nobody answers
+    any more: the candidate is withdrawn then, and the server serves what it served. Where that fails, too, the error
+    has a note that says so."""
     repository = Path(repository)
     admin.states(ORCHESTRATOR)  # nobody there: say so before anything is written
     version = publish(source, repository, options=options, as_candidate=True, sign_key=sign_key)
     try:
         check_candidate(repository, admin)
-    except PublishError:
-        withdraw(repository, admin)
+    except HsnnError as error:
+        try:
+            withdraw(repository, admin)
+        except HsnnError as second:
+            error.add_note(f"and then, as candidate {version} was withdrawn: {second}")
         raise
     return version
 
@@ -130,10 +143,9 @@ def withdraw(repository: str | Path, admin: Admin | None = None) -> int:
         # Not by its manifest: a damaged candidate can be withdrawn, too.
         (models,) = (snapshot.models for snapshot in snapshots(repository) if snapshot.version == version)
         networks = [model for model in models if model != CANARY]
-        if admin is not None:
-            _unload(admin)
+        quiet = set() if admin is None else _unload(admin)
         retire_candidate(repository, version)
-        retire_leftovers(repository, admin)
+        retire_leftovers(repository, admin, quiet)
         # Snapshots that were published and never served may stand in the way of a reload; then it can wait.
         if admin is not None and not pushed_out(repository, networks, serving(admin)):
             for model in networks if versions(repository) else ():
@@ -180,9 +192,16 @@ def _candidate(repository: Path) -> int:
     return version
 
 
-def _unload(admin: Admin) -> None:
-    if any(state != "UNAVAILABLE" for state in admin.states(CANARY).values()):
-        admin.unload(CANARY)
+def _unload(admin: Admin) -> set[int]:
+    """End the canary. One that never ends unloading is passed over like any orchestrator; see `await_drained`, whose
+    return value and errors these are, and ServerError where the canary stays as it was."""
+    if set(admin.states(CANARY).values()) - {"UNAVAILABLE", UNLOADING}:
+        try:
+            admin.unload(CANARY)
+        except ServerError:
+            if set(admin.states(CANARY).values()) - {"UNAVAILABLE", UNLOADING}:
+                raise
+    return await_drained(admin)
 
 
 def _commit(repository: Path, version: int) -> str | None:

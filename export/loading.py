@@ -6,13 +6,14 @@ orchestrator may still answer requests with networks that the reload would drop.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from export import pbtxt
-from export.pbtxt import CONFIG_FILE, ORCHESTRATOR
+from export.pbtxt import CONFIG_FILE, INDEX, ORCHESTRATOR
 from export.repository import (
     CANARY,
     candidate,
@@ -27,9 +28,16 @@ from export.repository import (
 from export.smoke import Networks, replay
 from hsnn_core.errors import PublishError
 
+_LOG = logging.getLogger(__name__)
 READY, UNLOADING = "READY", "UNLOADING"
-DRAIN_SECONDS = 120.0  # for the last requests of a version that was replaced
-_POLL = 0.05
+DRAIN_SECONDS = (
+    120.0  # for the last requests of a version that was replaced, as long as it calls its networks
+)
+QUIET_SECONDS = (
+    15.0  # without a call of its networks: no request takes a third of that from one call to the next
+)
+_POLL, _LONGEST_POLL = 0.05, 0.5
+_NOT_NETWORKS = (ORCHESTRATOR, CANARY, INDEX)
 _KEPT = "the server goes on with what it served. Publish a corrected snapshot, or roll this one back"
 
 
@@ -52,6 +60,10 @@ class Admin(Networks, Protocol):
         """READY, LOADING, UNLOADING or UNAVAILABLE by version, of those that the server ever knew."""
         ...
 
+    def calls_of(self, version: int) -> dict[str, int]:
+        """Calls so far of this version of every model that has it ready, those that failed included."""
+        ...
+
 
 def serving(admin: Admin, model: str = ORCHESTRATOR) -> set[int]:
     """The versions that take new requests."""
@@ -68,26 +80,50 @@ def in_use(admin: Admin) -> set[int]:
     }
 
 
-def await_drained(admin: Admin, patience: float = DRAIN_SECONDS) -> None:
+def await_drained(admin: Admin) -> set[int]:
     """Wait until no orchestrator that was replaced still answers requests: it calls its networks.
 
-    PublishError after `patience` seconds."""
-    until = time.monotonic() + patience
+    Triton may never end an unload. So a version whose networks nobody has called for QUIET_SECONDS is passed over, with
+    a warning; returns those versions. PublishError when networks are still called after DRAIN_SECONDS. Networks of
+    a version that also serves are not waited for: they stay."""
+    began = since = time.monotonic()
+    poll, before = _POLL, None
     while True:
+        states = [(model, admin.states(model)) for model in (ORCHESTRATOR, CANARY)]
+        ready = {version for _, of in states for version, state in of.items() if state == READY}
         left = [
-            f"{model} version {version}"
-            for model in (ORCHESTRATOR, CANARY)
-            for version, state in admin.states(model).items()
-            if state == UNLOADING
+            (model, version)
+            for model, of in states
+            for version, state in of.items()
+            if state == UNLOADING and version not in ready
         ]
         if not left:
-            return
-        if time.monotonic() >= until:
-            raise PublishError(
-                f"{left[0]} still answers requests {patience:g} s after it was replaced, and needs its networks "
-                "until then; see the server's log, then run the command again"
+            return set()
+        stuck = {version for _, version in left}
+        calls = {version: _network_calls(admin, version) for version in stuck}
+        now = time.monotonic()
+        if calls != before:
+            before, since = calls, now
+        named = " and ".join(f"{model} version {version}" for model, version in left)
+        if now - since >= QUIET_SECONDS:
+            _LOG.warning(
+                "%s did not end unloading and called no network for %g s: it is not waited for. If hsnn rollout "
+                "status goes on showing it, its memory stays taken until the server is started again",
+                named,
+                QUIET_SECONDS,
             )
-        time.sleep(_POLL)
+            return stuck
+        if now - began >= DRAIN_SECONDS:
+            raise PublishError(
+                f"{named} still answers requests {DRAIN_SECONDS:g} s after it was replaced: calls of its networks were "
+                "counted, and it needs them until then; see the server's log, then run the command again"
+            )
+        time.sleep(poll)
+        poll = min(2 * poll, _LONGEST_POLL)
+
+
+def _network_calls(admin: Admin, version: int) -> dict[str, int]:
+    return {model: count for model, count in admin.calls_of(version).items() if model not in _NOT_NETWORKS}
 
 
 def load_model(what: str, model: str, version: int, repository: Path, admin: Admin) -> None:
@@ -123,10 +159,10 @@ def load_networks(what: str, repository: Path, version: int, admin: Admin) -> No
         ) from error
 
 
-def retire_leftovers(repository: Path, admin: Admin | None) -> list[int]:
+def retire_leftovers(repository: Path, admin: Admin | None, quiet: Collection[int] = ()) -> list[int]:
     """Finish killed rollbacks: what they left in place moves to `.retired` once no orchestrator of the server
-    calls it. Returns their versions."""
-    busy = set() if admin is None else in_use(admin)
+    calls it; `quiet`: versions that do not, whatever the server says (`await_drained`). Returns their versions."""
+    busy = set() if admin is None else in_use(admin).difference(quiet)
     done = [s.version for s in snapshots(repository) if s.rolled_back and s.version not in busy]
     for version in done:
         retire_rest(repository, version)

@@ -41,7 +41,9 @@ RETIRED = ".retired"
 LOCK_FILE = ".publish.lock"
 CANARY = "hsnn_canary"
 _VERSION = re.compile(r"[1-9][0-9]*")
-LOCK_PATIENCE = 60.0  # seconds that a command with a server waits for another one
+# Seconds that a command with a server waits for another one, which may wait for the last requests of a version that was
+# replaced (loading.DRAIN_SECONDS), for a canary to unload and for models to load.
+LOCK_PATIENCE = 300.0
 _LOCK_POLL = 0.1
 
 

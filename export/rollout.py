@@ -62,12 +62,11 @@ def promote(repository: str | Path, admin: Admin) -> int:
 def finish(repository: Path, version: int, admin: Admin) -> None:
     """After snapshot `version` took over: clear away what a killed rollback left, now that nothing calls it.
     Call with the lock."""
-    if any(snapshot.rolled_back for snapshot in snapshots(repository)):
-        await_drained(admin)
-        if retire_leftovers(repository, admin):
-            *networks, _ = snapshot_models(repository, version)
-            for model in networks:
-                load_model(f"snapshot {version}", model, version, repository, admin)
+    begun = any(snapshot.rolled_back for snapshot in snapshots(repository))
+    if begun and retire_leftovers(repository, admin, await_drained(admin)):
+        *networks, _ = snapshot_models(repository, version)
+        for model in networks:
+            load_model(f"snapshot {version}", model, version, repository, admin)
 
 
 def rollback(repository: str | Path, admin: Admin | None = None, version: int | None = None) -> int:
@@ -103,6 +102,7 @@ def rollback(repository: str | Path, admin: Admin | None = None, version: int | 
                 f"{repository}: the newest snapshot is {newest}, expected {version}: somebody else rolled out or back"
             )
         *networks, _ = snapshot_models(repository, previous)
+        quiet: set[int] = set()
         now = set() if admin is None else serving(admin)
         if now and newest not in now and not begun:
             retire_snapshot(repository, newest)
@@ -123,8 +123,8 @@ def rollback(repository: str | Path, admin: Admin | None = None, version: int | 
                 raise PublishError(
                     f"rolling back snapshot {newest}: the server did not load {ORCHESTRATOR}: {error}; {state}"
                 ) from error
-            await_drained(admin)
-        retire_leftovers(repository, admin)
+            quiet = await_drained(admin)
+        retire_leftovers(repository, admin, quiet)
         if admin is not None:
             for model in reversed(networks):
                 try:

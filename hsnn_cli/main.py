@@ -65,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Expected failures print one line on stderr and exit with 1; Ctrl-C with 130."""
+    """Run one command. Expected failures print one line on stderr, and one for each note, and exit with 1; Ctrl-C with
+    130."""
     options = parser().parse_args(arguments)
     try:
         status = options.run_command(options)
     except HsnnError as error:
-        print(f"hsnn: {error}", file=sys.stderr)
+        for text in (error, *getattr(error, "__notes__", ())):
+            print(f"hsnn: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hsnn: stopped", file=sys.stderr)

@@ -10,8 +10,9 @@ from pathlib import Path
 import onnxruntime
 
 from export import pbtxt
-from export.pbtxt import ORCHESTRATOR
+from export.pbtxt import INDEX, ORCHESTRATOR
 from export.repository import CANARY
+from hsnn_core.errors import ServerError
 
 NOT_NETWORKS = (ORCHESTRATOR, CANARY)
 
@@ -22,7 +23,8 @@ class FakeTriton:
     A load holds the newest versions that config.pbtxt asks for. A replaced orchestrator is UNLOADING, its last requests
     under way, until somebody looks at its state again. `violations`: networks that were taken from an orchestrator
     that answered requests, orchestrators that began without theirs, moments without any. `fails`: models that do not
-    load; `shift`: what every network adds to its answers; `step`: called after every change.
+    load; `shift`: what every network adds to its answers; `step`: called after every change. `stuck`: (model, version)
+    that never ends unloading; `still_calling`: whether it goes on calling its networks.
     """
 
     def __init__(
@@ -37,6 +39,9 @@ class FakeTriton:
         self.held: dict[str, dict[int, str]] = {}
         self.violations: list[str] = []
         self.calls: list[str] = []
+        self.stuck: set[tuple[str, int]] = set()
+        self.still_calling = False
+        self.counted = 0
         if file is not None and file.exists():
             known = json.loads(file.read_text())
             self.held = {m: {int(v): s for v, s in states.items()} for m, states in known["held"].items()}
@@ -52,20 +57,37 @@ class FakeTriton:
         if not present:
             raise RuntimeError("at least one version must be available")
         before, after = self.held.get(model, {}), present[-keep:]
-        states = {version: self._left(model, state) for version, state in before.items()}
+        states = {version: self._left(model, version, state) for version, state in before.items()}
         self._change(model, states | dict.fromkeys(after, "READY"))
 
     def unload(self, model: str) -> None:
         self.calls.append(f"unload {model}")
-        self._change(model, dict.fromkeys(self.held[model], "UNAVAILABLE"))
+        states = {
+            version: "UNLOADING"
+            if (model, version) in self.stuck and state != "UNAVAILABLE"
+            else "UNAVAILABLE"
+            for version, state in self.held[model].items()
+        }
+        self._change(model, states)
+        if "UNLOADING" in states.values():
+            raise ServerError(f"{model} is still unloading after 120 s")
 
     def ready(self, model: str, version: int | None = None) -> bool:
         return self.held.get(model, {}).get(version or 0) == "READY"
 
     def states(self, model: str) -> dict[int, str]:
         states = dict(self.held.get(model, {}))
-        self.held[model] = {v: "UNAVAILABLE" if s == "UNLOADING" else s for v, s in states.items()}
+        self.held[model] = {
+            v: "UNAVAILABLE" if s == "UNLOADING" and (model, v) not in self.stuck else s
+            for v, s in states.items()
+        }
         return states
+
+    def calls_of(self, version: int) -> dict[str, int]:
+        self.counted += 1  # whatever serves, and the writer of items, are called all the time
+        busy = {ORCHESTRATOR: self.counted, INDEX: self.counted}
+        networks = {m: 7 for m in self.held if m not in NOT_NETWORKS and self.ready(m, version)}
+        return networks | busy | ({"hsnn_user_tower": self.counted} if self.still_calling else {})
 
     def infer(self, model: str, version: int, inputs: dict, outputs: list) -> list:
         assert self.ready(model, version), f"{model} version {version} is not loaded"
@@ -75,9 +97,10 @@ class FakeTriton:
     def serving(self, model: str = ORCHESTRATOR) -> list[int]:
         return sorted(version for version, state in self.held.get(model, {}).items() if state == "READY")
 
-    @staticmethod
-    def _left(model: str, state: str) -> str:
-        return "UNLOADING" if state == "READY" and model in NOT_NETWORKS else "UNAVAILABLE"
+    def _left(self, model: str, version: int, state: str) -> str:
+        if state == "READY" and model in NOT_NETWORKS:
+            return "UNLOADING"
+        return state if (model, version) in self.stuck else "UNAVAILABLE"
 
     def _change(self, model: str, states: dict[int, str]) -> None:
         had_service = bool(self.serving())
@@ -89,7 +112,8 @@ class FakeTriton:
                     for network in self.held
                     if network not in NOT_NETWORKS and not self.ready(network, version)
                 ]
-                if state != "UNAVAILABLE" and lacking:
+                passed_over = (orchestrator, version) in self.stuck and not self.still_calling
+                if state != "UNAVAILABLE" and lacking and not passed_over:
                     self.violations.append(f"{orchestrator} {version} is {state} without {lacking}")
         if had_service and not self.serving():
             self.violations.append("nothing serves")

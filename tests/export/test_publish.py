@@ -287,6 +287,9 @@ class FakeServer:
     def states(self, model: str) -> dict[int, str]:
         return {}
 
+    def calls_of(self, version: int) -> dict[str, int]:
+        return {}
+
     def infer(self, model: str, version: int, inputs: dict, outputs: list) -> list:
         self.ran.append(model)
         session = onnxruntime.InferenceSession(self.repository / model / str(version) / "model.onnx")

@@ -3,6 +3,8 @@ failed."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from hypothesis import strategies as st
 from kill import SERVER, TASKS, few_code_files
 from standin_world import standin_source
 
+from clients.admin import RepositoryAdmin
+from export import candidate as candidates
 from export import loading, vendor
 from export.candidate import (
     promote_candidate,
@@ -30,11 +34,11 @@ from export.export_run import export_source
 from export.exported import Exported
 from export.pbtxt import ORCHESTRATOR, ServingOptions
 from export.publish import current_options, publish
-from export.repository import CANARY, candidate, locked, next_version, versions
+from export.repository import CANARY, LOCK_PATIENCE, candidate, locked, next_version, versions
 from export.retire import retire
 from export.rollout import promote, rollback
 from export.status import status
-from hsnn_core.errors import PublishError
+from hsnn_core.errors import PublishError, ServerError
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["hsnn_index", "hsnn_item_tower", "hsnn_retrieve", "hsnn_scorer_l1", "hsnn_user_tower"]
@@ -139,8 +143,12 @@ def test_a_candidate_that_answers_otherwise_is_refused_and_gone(flat: Exported, 
     with pytest.raises(PublishError, match="candidate 2: its networks do not answer the smoke request"):
         publish_candidate(flat.path, tmp_path, server)
     server.shift, server.fails = 0.0, ("hsnn_scorer_l1",)
-    with pytest.raises(PublishError, match="candidate 3.*did not reload hsnn_scorer_l1: out of memory"):
+    with pytest.raises(
+        PublishError, match="candidate 3: the server did not load hsnn_scorer_l1: out"
+    ) as failure:
         publish_candidate(flat.path, tmp_path, server)
+    (note,) = failure.value.__notes__
+    assert "candidate 3 is withdrawn, but the server did not reload hsnn_scorer_l1: out of memory" in note
     assert (candidate(tmp_path), versions(tmp_path), server.serving()) == (None, [1], [1])
     assert [row.disk for row in status(tmp_path)] == ["complete", "retired", "retired"]
     assert server.violations == []
@@ -266,6 +274,109 @@ def test_status_tells_disk_and_server(flat: Exported, tmp_path: Path) -> None:
     assert [row.networks for row in status(tmp_path)] == [None] * 3
     (tmp_path / "hsnn_user_tower" / "9").mkdir()
     assert status(tmp_path)[-1].disk == "unfinished"
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "replay", lambda *_: None)
+    for name, seconds in (("QUIET_SECONDS", 0.03), ("DRAIN_SECONDS", 0.15), ("_POLL", 0.005)):
+        monkeypatch.setattr(loading, name, seconds)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_version_that_never_ends_unloading_holds_up_no_rollout(
+    flat: Exported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = served(flat, tmp_path, 2)
+    server.stuck.add((ORCHESTRATOR, 2))
+    for number in (3, 4, 5):
+        assert publish_candidate(flat.path, tmp_path, server) == number
+        assert promote_candidate(tmp_path, server) == number
+    assert (server.states(ORCHESTRATOR)[2], server.serving()) == ("UNLOADING", [5])
+    said = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+    (text,) = said
+    assert text.startswith("hsnn_retrieve version 2 did not end unloading and called no network for 0.03 s")
+    assert "its memory stays taken until the server is started again" in text
+    assert server.violations == []
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_version_that_goes_on_calling_its_networks_keeps_them(flat: Exported, tmp_path: Path) -> None:
+    server = served(flat, tmp_path, 2)
+    server.stuck.add((ORCHESTRATOR, 2))
+    server.still_calling = True
+    publish(flat.path, tmp_path)
+    promote(tmp_path, server)
+    publish(flat.path, tmp_path)
+    with pytest.raises(
+        PublishError, match=r"hsnn_retrieve version 2 still answers requests 0\.15 s after it"
+    ):
+        promote(tmp_path, server)
+    assert (server.serving(), server.serving("hsnn_user_tower")) == ([3], [2, 3])
+    assert server.violations == []
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_canary_that_never_ends_unloading_is_left_behind(
+    flat: Exported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = served(flat, tmp_path)
+    server.stuck |= {(CANARY, 2), (CANARY, 3)}
+    for end in (promote_candidate, withdraw):
+        publish_candidate(flat.path, tmp_path, server)
+        start_canary(tmp_path, server, 0.1)
+        end(tmp_path, server)
+    assert (server.serving(), candidate(tmp_path), versions(tmp_path)) == ([2], None, [1, 2])
+    assert "hsnn_canary version 3 did not end unloading" in caplog.text
+    assert server.calls.count("unload hsnn_canary") == 2, "not asked for again, each time for two minutes"
+    assert publish_candidate(flat.path, tmp_path, server) == 4
+    assert promote_candidate(tmp_path, server) == 4
+    assert roll_back(tmp_path, server, to=1) == "snapshot 1 serves"
+    assert server.violations == []
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_rolled_back_version_that_never_ends_unloading_is_retired(flat: Exported, tmp_path: Path) -> None:
+    server = served(flat, tmp_path, 3)
+    server.stuck.add((ORCHESTRATOR, 3))
+    assert rollback(tmp_path, server) == 2
+    assert [row.disk for row in status(tmp_path)] == ["complete", "complete", "retired"]
+    assert rollback(tmp_path, server) == 1
+
+
+def test_a_canary_that_does_not_end_is_an_error(
+    flat: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = served(flat, tmp_path)
+    publish_candidate(flat.path, tmp_path, server)
+    start_canary(tmp_path, server)
+
+    def away(model: str) -> None:
+        raise ServerError("no server answers there")
+
+    monkeypatch.setattr(server, "unload", away)
+    with pytest.raises(ServerError, match="no server answers there"):
+        stop_canary(tmp_path, server)
+
+
+def test_a_server_that_goes_in_a_rollout_leaves_no_candidate(
+    flat: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = served(flat, tmp_path)
+
+    def restarting(*_: object) -> int:
+        raise ServerError("no server answers there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "check_candidate", restarting)
+        with pytest.raises(ServerError, match="no server answers there"):
+            publish_candidate(flat.path, tmp_path, server)
+    assert candidate(tmp_path) is None
+
+
+def test_a_command_waits_for_what_another_one_may_wait_for() -> None:
+    unload = inspect.signature(RepositoryAdmin).parameters["timeout"].default
+    assert loading.DRAIN_SECONDS + unload < LOCK_PATIENCE
 
 
 def test_two_operators_take_turns(flat: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
