@@ -15,7 +15,7 @@ from hsnn_core.schema import Schema
 from .canary import MODEL as CANARY_MODEL
 from .canary import AsyncSplit, Canary
 from .encode import Context, Excluded, ExcludedItems, WireUsers
-from .errors import Patience, schema_may_differ
+from .errors import Patience, schema_may_differ, told
 from .tls import Tls, open_client
 from .tracing import Trace
 from .wire import MODEL, Codec, Hit, Question, Results, ServedModel, Timings, served_model
@@ -100,7 +100,7 @@ class AsyncRetrievalClient:
             left = patience.remaining()
             try:
                 return codec.answer(
-                    await self._grpc.infer(**request, timeout=int(left * 1e6), client_timeout=left)
+                    await self._grpc.infer(**request, timeout=told(left), client_timeout=left)
                 )
             except InferenceServerException as error:
                 if schema_may_differ(error):

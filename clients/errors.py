@@ -31,6 +31,7 @@ _OURS = (
     "LogError",
     "FormatError",
 )
+_WAY_BACK = 0.02  # seconds that a client waits longer than the server is told, at most
 LESS_TO_SEARCH = "ask for smaller widths or k"
 _FIRST_PAUSE = (
     0.02  # seconds; doubles with every attempt, with jitter so that many clients do not return together
@@ -85,6 +86,15 @@ def _translated(
             f"Triton at {url} has no {model} ({text}); publish a snapshot, load it, then ask again"
         )
     return ServerError(f"{model} at {url} failed with {status or 'no status'}: {text}; see the server's log")
+
+
+def told(left: float) -> int:
+    """The time, in microseconds, that a server is told for a request which the client waits ``left`` seconds for.
+
+    Less than the client waits, so that the server's own refusal comes first: where a client's cancellation meets the
+    answer on its way, Triton 2.51 may keep the request, and with it the version, which then never ends
+    unloading."""
+    return max(1, int(1e6 * (left - min(_WAY_BACK, left / 10))))  # 0 would mean no deadline
 
 
 def schema_may_differ(error: InferenceServerException) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from clients.errors import Patience, translate
+from clients.aio import AsyncRetrievalClient
+from clients.errors import Patience, told, translate
+from clients.retrieval import RetrievalClient
 from hsnn_core.errors import (
     DeadlineExceeded,
     HsnnError,
@@ -88,3 +94,43 @@ def test_no_time_no_attempt() -> None:
 def test_a_timeout_is_positive(timeout: float) -> None:
     with pytest.raises(RequestError, match="expected seconds > 0"):
         Patience("h:1", "m", timeout=timeout, retries=2)
+
+
+@pytest.mark.parametrize(
+    ("left", "microseconds"), [(20.0, 19_980_000), (0.2, 180_000), (0.05, 45_000), (1e-9, 1)]
+)
+def test_a_server_is_told_less_than_the_client_waits(left: float, microseconds: int) -> None:
+    assert told(left) == pytest.approx(microseconds, abs=1)
+
+
+class Asked:
+    """A connection that notes what it is told, and a codec that has nothing to do."""
+
+    def __init__(self) -> None:
+        self.codec = SimpleNamespace(request=lambda users, question: {}, answer=lambda reply: reply)
+
+    def infer(self, timeout: int, client_timeout: float) -> Any:
+        self.told, self.waited = timeout, client_timeout
+        return []
+
+    async def infer_async(self, timeout: int, client_timeout: float) -> Any:
+        return self.infer(timeout, client_timeout)
+
+
+def test_both_clients_wait_longer_than_they_tell() -> None:
+    asked = Asked()
+    with RetrievalClient("127.0.0.1:1") as client:
+        grpc, client._grpc, client._codec = client._grpc, asked, asked.codec  # type: ignore[assignment]
+        client.retrieve([{}], timeout=0.1)
+        client._grpc = grpc
+    assert asked.told == told(asked.waited) < 90_000
+
+    async def ask() -> None:
+        async with AsyncRetrievalClient("127.0.0.1:1") as aio:
+            grpc, aio._grpc = aio._grpc, SimpleNamespace(infer=asked.infer_async)
+            aio._codec = asked.codec  # type: ignore[assignment]
+            await aio.retrieve([{}], timeout=0.2)
+            aio._grpc = grpc
+
+    asyncio.run(ask())
+    assert 170_000 < asked.told == told(asked.waited) < 180_000
