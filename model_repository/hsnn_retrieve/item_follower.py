@@ -24,6 +24,8 @@ PERIOD_SECONDS = 0.005
 PAUSE_SECONDS = 1.0
 # After something that should not happen; the follower begins again from the snapshot.
 LONG_PAUSE_SECONDS = 30.0
+# That an unload waits for the last look at the log.
+PATIENCE_SECONDS = 3.0
 
 
 class FixedItems:
@@ -70,10 +72,11 @@ class ItemFollower:
         return self._follower.state
 
     def close(self) -> None:
-        """Stop following."""
+        """Stop following. A thread that hangs in its last look is left to itself, with the log that it has open."""
         self._closing.set()
-        self._thread.join()
-        self._reader.close()
+        self._thread.join(PATIENCE_SECONDS)
+        if not self._thread.is_alive():
+            self._reader.close()
 
     def _follow(self) -> None:
         pause = PERIOD_SECONDS

@@ -8,9 +8,11 @@ same version, or their ONNX graphs run in here.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,13 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
 from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
-from request_log import Refused, RequestLog, traceback_without_features, without_features  # noqa: E402
+from request_log import (  # noqa: E402
+    Refused,
+    RequestLog,
+    text_of,
+    traceback_without_features,
+    without_features,
+)
 from request_spans import Parent, SpanExporter, Spans, Stage  # noqa: E402
 from retriever import Found, Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
@@ -47,6 +55,9 @@ from hsnn_core.errors import (  # noqa: E402
 from hsnn_core.manifest import read_manifest  # noqa: E402
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
 from hsnn_core.scorer import PAIRS_PER_MESSAGE  # noqa: E402
+
+# After this, what a version's end hangs in is given up: the process is killed, and Triton ends the unload.
+FINALIZE_SECONDS = 30
 
 
 class TritonPythonModel:
@@ -70,16 +81,26 @@ class TritonPythonModel:
                 f"config.pbtxt: parameter widths: got {list(config.widths)}, expected {layers - 1} "
                 f"numbers for an index of {layers} layers"
             )
-        self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
+        with ExitStack() as opened:  # a load that fails leaves no thread that could keep the process
+            self._open(opened, args["model_name"], version, config, bundle)
+            self._opened = opened.pop_all()
+
+    def _open(
+        self, opened: ExitStack, name: str, version: int, config: ServingConfig, bundle: Bundle
+    ) -> None:
+        """Start what follows, counts, logs and works; ``opened`` closes it in the reverse order."""
+        layers = bundle.index.layers
+        items = self._items = items_of(bundle, HERE.parent.parent / config.item_log, version)
+        opened.callback(items.close)
         failures: Mapping[str, int] = {}
         if config.mode == "bls":
             runner = BlsRunner(version, bundle.manifest["models"])
-            self._retriever = Retriever(bundle, runner, self._items, runner.within, PAIRS_PER_MESSAGE)
+            self._retriever = Retriever(bundle, runner, items, runner.within, PAIRS_PER_MESSAGE)
             failures = runner.failures
-            cold = Retriever(bundle, NoNetworks(bundle), self._items)
+            cold = Retriever(bundle, NoNetworks(bundle), items)
         else:
             onnx = _onnx_runner(version, bundle.manifest["models"])
-            cold = self._retriever = Retriever(bundle, onnx, self._items)
+            cold = self._retriever = Retriever(bundle, onnx, items)
         self._schema = bundle.schema
         self._max_k = int(bundle.manifest["max_k"])
         # All versions share one config.pbtxt, whose k may be one that only a later snapshot allows.
@@ -87,32 +108,41 @@ class TritonPythonModel:
         warm_up(bundle, cold, self._default)
         created = datetime.fromisoformat(bundle.manifest["created"]).timestamp()
         self._metrics = ServingMetrics(
-            Snapshot(version, layers, created, config.workers, list(failures)), self._items, failures
+            Snapshot(version, layers, created, config.workers, list(failures)), items, failures
         )
-        self._log = RequestLog(args["model_name"], version)
+        opened.callback(self._metrics.close)
+        self._log = RequestLog(name, version)
+        opened.callback(self._log.close)
         self._spans = SpanExporter.from_environment(version)
-        self._pool = WorkerPool(config.workers, config.queue)
+        if self._spans is not None:
+            opened.callback(self._spans.close)
+        self._pool = WorkerPool(config.workers, config.queue, report=_report)
+        opened.callback(self._pool.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
-            call = _Call(request, traced=self._spans is not None)
-            self._metrics.started()
-            if call.unreadable is not None:
-                self._fail(call, call.unreadable)
-                continue
-            job = Job(call.users, call.deadline, partial(self._answer, call), partial(self._fail, call))
             try:
-                self._pool.submit(job)
-            except HsnnError as error:
-                self._fail(call, error)
+                self._accept(request)
+            except Exception as error:  # or Triton would drop the answers to all that it handed over together
+                _report(error)
 
     def finalize(self) -> None:
-        self._pool.drain()
-        self._items.close()
-        self._metrics.close()
-        self._log.close()
-        if self._spans is not None:
-            self._spans.close()
+        # Triton waits for the end of this process without bound, and with it whoever promotes the next snapshot. The
+        # alarm's default action needs no Python, so it also ends an interpreter that hangs as it shuts down.
+        signal.alarm(FINALIZE_SECONDS)
+        self._opened.close()
+
+    def _accept(self, request: Any) -> None:
+        call = _Call(request, traced=self._spans is not None)
+        self._metrics.started()
+        if call.unreadable is not None:
+            self._fail(call, call.unreadable)
+            return
+        job = Job(call.users, call.deadline, partial(self._answer, call), partial(self._fail, call))
+        try:
+            self._pool.submit(job)
+        except Exception as error:
+            self._fail(call, error)
 
     def _answer(self, call: _Call) -> float | None:
         began, call.began = time.perf_counter(), time.time_ns()
@@ -141,7 +171,7 @@ class TritonPythonModel:
 
     def _fail(self, call: _Call, error: Exception) -> None:
         outcome, code = _meaning(error)
-        call.fail(f"{type(error).__name__}: {error}", code)
+        call.fail(error, code)
         seconds = call.deadline.seconds_since_start()
         self._metrics.finished(outcome, seconds)
         trace = None if call.parent is None else call.parent.trace
@@ -149,7 +179,7 @@ class TritonPythonModel:
             outcome, _NAMES[outcome], error, call.users, call.asked_k(), call.request_id, trace, seconds
         )
         if self._log.add(refused) and not isinstance(error, HsnnError):
-            pb_utils.Logger.log_error("hsnn_retrieve: " + traceback_without_features(error))
+            _report(error)
         if self._spans is not None and call.parent is not None:
             text = f"{type(error).__name__}: {without_features(error)}"
             self._spans.add(Spans(call.parent, call.whole(outcome), call.waited(), text))
@@ -158,15 +188,14 @@ class TritonPythonModel:
 class _Call:
     """One request: what ``execute`` must copy out of it, and where its answer goes.
 
-    ``unreadable``: why it could not be copied. Triton fails all requests that it handed over together when ``execute``
-    raises, so one of them must not make it.
+    ``unreadable``: why it could not be copied; then it is answered with that.
     """
 
     def __init__(self, request: Any, traced: bool) -> None:
         self.arrived = time.time_ns()
         self.began = 0  # unix nanoseconds at which a worker took it
-        self.deadline = Deadline(request.timeout())
         self._sender = request.get_response_sender()
+        self.deadline = Deadline(0)
         self.users, self.parameters, self.request_id = 1, "", ""
         self.parent: Parent | None = None
         self.unreadable: Exception | None = None
@@ -181,6 +210,7 @@ class _Call:
             self.unreadable = error
 
     def _read(self, request: Any, traced: bool) -> None:
+        self.deadline = Deadline(request.timeout())
         # Triton's memory behind the inputs is only promised while ``execute`` runs.
         self.inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
         self.users = max((len(values) for values in self.inputs.values()), default=1)
@@ -199,7 +229,7 @@ class _Call:
         """The k that it asks for, whatever that is; None for the default, or where its parameters can't be read."""
         try:
             return json.loads(self.parameters or "{}").get("k")
-        except (ValueError, AttributeError):
+        except Exception:  # nested too deeply, for one
             return None
 
     def whole(self, outcome: str) -> Stage:
@@ -212,12 +242,16 @@ class _Call:
         """Its time before a worker took it, if one did."""
         return [Stage("hsnn.wait", self.arrived, self.began, {})] if self.began else []
 
-    def fail(self, message: str, code: int) -> None:
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    def fail(self, error: Exception, code: int) -> None:
+        try:
+            text = f"{type(error).__name__}: {text_of(error)}"
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))
+        except Exception:
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError("internal error"))
         try:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as error:  # the client is gone, or the answer was already sent
-            pb_utils.Logger.log_warn(f"hsnn_retrieve: an answer could not be sent: {error}")
+        except Exception as reason:  # the client is gone, or the answer was already sent
+            pb_utils.Logger.log_warn(f"hsnn_retrieve: an answer could not be sent: {text_of(reason)}")
 
 
 # The gRPC statuses of `_meaning`, by outcome.
@@ -264,6 +298,11 @@ def _meaning(error: Exception) -> tuple[str, int]:
     if isinstance(error, FeatureError | RequestError | SchemaMismatch):
         return "invalid", codes.INVALID_ARG
     return "error", codes.INTERNAL
+
+
+def _report(error: Exception) -> None:
+    """Into the server's log, what should not happen."""
+    pb_utils.Logger.log_error("hsnn_retrieve: " + traceback_without_features(error))
 
 
 def _check_own_core() -> None:

@@ -8,8 +8,8 @@ numbers are left out of every text but those of errors that are known to speak o
 from __future__ import annotations
 
 import json
+import os
 import re
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +23,7 @@ from hsnn_core.errors import DeadlineExceeded, Overloaded, RequestError, SchemaM
 PERIOD = 1.0  # seconds
 LINES = 10  # per period and outcome; the others are counted
 _PATIENCE = 2.0  # seconds that an unload waits for the last lines
+_STANDARD_OUTPUT = 1
 _LONGEST = 500  # characters of a text that a client may have chosen
 _OF_THE_REQUEST = (RequestError, SchemaMismatch, Overloaded, DeadlineExceeded)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\w.+-]*|inf\b)")
@@ -45,8 +46,10 @@ class Refused:
 
 
 def _to_standard_output(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    # Past Python's buffer: what stood there would be flushed when the process ends, to a reader who may not read.
+    left = text.encode()
+    while left:
+        left = left[os.write(_STANDARD_OUTPUT, left) :]
 
 
 class RequestLog:
@@ -124,9 +127,17 @@ class RequestLog:
                     self._write("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def text_of(error: Exception) -> str:
+    """What an error says, as text that can be encoded; never raises. A client's half of a surrogate pair cannot."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception:
+        return "internal error"
+
+
 def without_features(error: Exception) -> str:
     """The text of an error as a log may hold it."""
-    text = str(error)
+    text = text_of(error)
     return (text if isinstance(error, _OF_THE_REQUEST) else _NUMBER.sub("#", text))[:_LONGEST]
 
 

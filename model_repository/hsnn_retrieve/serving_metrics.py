@@ -21,6 +21,7 @@ OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
 PERIOD = 0.25  # seconds between reports
 TIMED = 500  # answers per period whose times are reported, the first: more would keep the reporter busy
 SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+_PATIENCE = 3.0  # seconds that an unload waits for the last report
 SHARES = [0.0, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9, 1.0]
 
 
@@ -151,9 +152,9 @@ class ServingMetrics:
                 period.eligible.extend(answered.eligible)
 
     def close(self) -> None:
-        """Report what is left and stop."""
+        """Report what is left and stop; a server that takes no reports is not waited for."""
         self._closing.set()
-        self._reporter.join()
+        self._reporter.join(_PATIENCE)
 
     def _family(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=name, description=description, kind=kind)

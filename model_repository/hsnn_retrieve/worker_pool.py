@@ -4,6 +4,7 @@ work on requests whose time will be over before their answer."""
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Job:
     """One request.
 
     ``run`` answers it and returns the seconds of worker time that it took, None when they say nothing of others
-    (an invalid request); ``refuse`` answers it with an error. Neither may raise.
+    (an invalid request); ``refuse`` answers it with an error. What one of them raises is reported, and ends nothing.
     """
 
     users: int
@@ -54,8 +55,14 @@ class WorkerPool:
     only place where load is held back.
     """
 
-    def __init__(self, workers: int, queue: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._workers, self._room, self._clock = workers, queue, clock
+    def __init__(
+        self,
+        workers: int,
+        queue: int,
+        clock: Callable[[], float] = time.perf_counter,
+        report: Callable[[Exception], None] = traceback.print_exception,
+    ) -> None:
+        self._workers, self._room, self._clock, self._report = workers, queue, clock, report
         self._times = ServiceTime(workers)
         self._busy = 0
         self._waiting: deque[Job] = deque()
@@ -80,13 +87,15 @@ class WorkerPool:
         if refusal is not None:
             raise refusal
 
-    def drain(self) -> None:
-        """Finish everything that was accepted, then stop the workers."""
+    def drain(self, patience: float = 10.0) -> None:
+        """Finish everything that was accepted, then stop the workers; one that takes longer than ``patience`` seconds
+        is left to itself."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        until = time.monotonic() + patience
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
         while True:
@@ -99,9 +108,17 @@ class WorkerPool:
                 self._busy += job is not None
                 busy = self._busy
             self._refuse(lost)
-            if job is None:
-                continue
+            if job is not None:
+                self._run(job, busy)
+            del job, lost  # an idle worker keeps no request's inputs
+
+    def _run(self, job: Job, busy: int) -> None:
+        seconds = None
+        try:
             seconds = job.run()
+        except Exception as error:  # a worker lives on
+            self._report(error)
+        finally:
             with self._changed:
                 self._busy -= 1
                 if seconds is not None:
@@ -163,7 +180,9 @@ class WorkerPool:
         running = min(self._workers, taken)
         return running, taken - running
 
-    @staticmethod
-    def _refuse(lost: list[tuple[Job, HsnnError]]) -> None:
+    def _refuse(self, lost: list[tuple[Job, HsnnError]]) -> None:
         for job, error in lost:
-            job.refuse(error)
+            try:
+                job.refuse(error)
+            except Exception as unexpected:  # the others are to be told, too
+                self._report(unexpected)

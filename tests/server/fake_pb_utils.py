@@ -30,6 +30,7 @@ class TritonError:
     UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
 
     def __init__(self, message: str, code: int = 1) -> None:
+        message.encode()  # the real one raises, too, for what no UTF-8 text can hold
         self._message, self._code = message, code
 
     def message(self) -> str:

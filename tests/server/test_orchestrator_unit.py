@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from threading import Event
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import fake_pb_utils
@@ -47,6 +49,7 @@ class Orchestrator:
     def __init__(self, snapshot: TinySnapshot, module: ModuleType, pb_utils: ModuleType) -> None:
         self.snapshot, self.pb_utils = snapshot, pb_utils
         self.model = module.TritonPythonModel()
+        self.alarms: list[int] = []
 
     def start(self, **parameters: Any) -> Orchestrator:
         facts = orchestrator_parameters(self.snapshot.schema) | {k: str(v) for k, v in parameters.items()}
@@ -99,8 +102,9 @@ def orchestrator(
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     loaded = Orchestrator(snapshot, importlib.import_module("model"), pb_utils)
+    monkeypatch.setattr(signal, "alarm", loaded.alarms.append)  # it is for a process of its own
     yield loaded
-    if hasattr(loaded.model, "_pool"):
+    if hasattr(loaded.model, "_opened"):
         loaded.model.finalize()
     for name in names:
         sys.modules.pop(name, None)
@@ -335,12 +339,35 @@ def test_a_trace_context_that_cannot_be_read_is_no_trace(orchestrator: Orchestra
 def test_parameters_that_cannot_be_read_fail_their_request_alone(orchestrator: Orchestrator) -> None:
     orchestrator.start(workers=1)
     users = {name: value[:1] for name, value in orchestrator.snapshot.users.items()}
-    for text in ("{", "[1]"):
+    for text in ("{", "[1]", "[" * 100_000):
         request = Request(users)
         request.parameters = lambda text=text: text  # type: ignore[method-assign]
         orchestrator.model.execute([request])
         assert request.sender.wait().has_error()
     assert not orchestrator.ask().sender.wait().has_error(), "the one worker goes on"
+
+
+def test_an_error_that_is_no_utf_8_is_answered_with_escapes(orchestrator: Orchestrator) -> None:
+    orchestrator.start(workers=1)
+    message, code = orchestrator.error(schema_hash="\ud800")
+    assert message.startswith("SchemaMismatch: the client encodes by schema \\ud800, this snapshot serves")
+    assert code == TritonError.INVALID_ARG
+    assert not orchestrator.ask().sender.wait().has_error(), "the one worker goes on"
+
+
+def test_an_error_that_cannot_be_built_is_answered_all_the_same(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(TritonError):
+        def __init__(self, message: str, code: int = 1) -> None:
+            if message != "internal error":
+                raise MemoryError("no room")
+            super().__init__(message, code)
+
+    orchestrator.start(workers=1)
+    monkeypatch.setattr(orchestrator.pb_utils, "TritonError", Narrow)
+    assert orchestrator.error(k=0) == ("internal error", TritonError.INTERNAL)
+    assert not orchestrator.ask().sender.wait().has_error()
 
 
 def test_an_error_of_a_network_names_model_and_version(
@@ -383,6 +410,82 @@ def test_a_request_that_cannot_be_read_fails_alone(orchestrator: Orchestrator) -
         .message()
         .startswith("RequestError: the request's id or the name or text of a parameter is not")
     )
+
+
+def test_execute_does_not_raise(orchestrator: Orchestrator) -> None:
+    """Triton would drop the answers to all requests that it handed over together."""
+
+    def gone() -> Any:
+        raise RuntimeError("user 31 is gone")
+
+    orchestrator.start()
+    users = {name: value[:1] for name, value in orchestrator.snapshot.users.items()}
+    requests = [Request(users) for _ in range(4)]
+    requests[1].timeout = requests[2].get_response_sender = gone  # type: ignore[method-assign]
+    assert orchestrator.model.execute(requests) is None
+    assert not requests[0].sender.wait().has_error() and not requests[3].sender.wait().has_error()
+    assert requests[1].sender.wait().error().message() == "RuntimeError: user 31 is gone"
+    assert "RuntimeError: user # is gone" in "".join(orchestrator.pb_utils.Logger.lines)
+
+
+def test_a_load_that_fails_leaves_no_thread(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = threading.active_count()
+    monkeypatch.setattr(sys.modules["model"], "WorkerPool", no_room)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        orchestrator.start()
+    assert threading.active_count() == before
+    assert orchestrator.alarms == []
+
+
+def test_finalize_waits_for_nobody_for_ever(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton waits for the end of the process, and whoever promotes the next snapshot waits for Triton."""
+    orchestrator.start()
+    entered, go = Event(), Event()
+
+    def hang(value: float) -> None:
+        entered.set()
+        go.wait(20)
+
+    monkeypatch.setattr(sys.modules["serving_metrics"], "_PATIENCE", 0.05)
+    monkeypatch.setattr(orchestrator.model._metrics._gauges["hsnn_items"], "set", hang)
+    assert entered.wait(20)
+    began = time.monotonic()
+    orchestrator.model.finalize()
+    assert time.monotonic() - began < 5
+    assert orchestrator.alarms == [30]
+    go.set()
+
+
+def test_a_follower_that_hangs_is_left_behind(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, entered, go, closed = sys.modules["item_follower"], Event(), Event(), Event()
+
+    def hang() -> int:
+        entered.set()
+        assert go.wait(20)
+        return 0
+
+    follower = SimpleNamespace(catch_up=lambda: 0, unusable=[], behind=hang)
+    monkeypatch.setattr(module, "LogReader", lambda *_: SimpleNamespace(close=closed.set))
+    monkeypatch.setattr(module, "LogFollower", lambda *_: follower)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    items = module.ItemFollower(
+        SimpleNamespace(schema=SimpleNamespace(hash=""), path=tmp_path), tmp_path / "log.db", VERSION
+    )
+    assert entered.wait(20)
+    items.close()
+    assert not closed.is_set(), "it may be reading"
+    go.set()
+    items.close()
+    assert closed.is_set()
 
 
 def test_finalize_finishes_what_was_accepted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -158,3 +159,34 @@ def test_a_log_that_cannot_be_written_holds_nobody_up(request_log: ModuleType) -
         assert log.add(request_log.Refused("error", "INTERNAL", ServerError("x"), 1, None, "", None, 0.1))
     log.close()
     assert not log._writer.is_alive(), "it ends all the same"
+
+
+def test_lines_go_past_pythons_buffer(request_log: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stood in a buffer would be flushed when the process ends, to a reader who may not read; and a write may take
+    a part of it."""
+    taken: list[bytes] = []
+
+    def seven(descriptor: int, data: bytes) -> int:
+        assert descriptor == 1
+        taken.append(data[:7])
+        return len(taken[-1])
+
+    monkeypatch.setattr(os, "write", seven)
+    request_log._to_standard_output("one line\nand another\n")
+    assert b"".join(taken) == b"one line\nand another\n"
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(RequestError("tasks: \ud800"), "tasks: \\ud800"), (Wordless(), "internal error")],
+)
+def test_every_error_has_a_text_that_can_be_sent(
+    request_log: ModuleType, error: Exception, text: str
+) -> None:
+    assert request_log.text_of(error) == request_log.without_features(error) == text
+    assert request_log.traceback_without_features(error).endswith(text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from threading import Event
 from types import SimpleNamespace
@@ -219,3 +222,79 @@ def test_the_estimate_follows_the_load(code: SimpleNamespace) -> None:
     for step in range(100):
         times.add(1, 1, 0.010 if step % 2 else 0.030)
     assert times.seconds(1, 1, 1.0) > times.seconds(1, 1) * 1.3, "unsteady times need more room"
+
+
+def test_a_worker_outlives_what_its_job_raises(code: SimpleNamespace) -> None:
+    reported: list[Exception] = []
+    pool = code.worker_pool.WorkerPool(1, 5, report=reported.append)
+    deadline, done = code.request_decoding.Deadline(0), Event()
+
+    def fails() -> float:
+        raise RuntimeError("no answer could be built")
+
+    def refuse(error: HsnnError) -> None:
+        raise AssertionError(error)
+
+    for run in (fails, fails, lambda: done.set()):
+        pool.submit(code.worker_pool.Job(1, deadline, run, refuse))
+    assert done.wait(20), "the one worker goes on"
+    pool.drain()
+    assert [str(error) for error in reported] == ["no answer could be built"] * 2
+    assert pool._busy == 0
+
+
+def test_a_refusal_that_fails_keeps_nobody_from_theirs(code: SimpleNamespace) -> None:
+    reported: list[Exception] = []
+    clock, told = Clock(), []
+    pool = code.worker_pool.WorkerPool(1, 5, clock, reported.append)
+    running = Request(code, clock, None)
+    pool.submit(running.job)
+    assert running.entered.wait(20)
+
+    def gone(error: HsnnError) -> None:
+        raise RuntimeError("the client is gone")
+
+    for refuse in (gone, told.append):
+        deadline = code.request_decoding.Deadline(100_000, clock)
+        pool.submit(code.worker_pool.Job(1, deadline, lambda: None, refuse))
+    clock.now += 1
+    running.finish(0.1)
+    pool.drain()
+    assert [type(error) for error in told] == [DeadlineExceeded]
+    assert [str(error) for error in reported] == ["the client is gone"]
+
+
+def test_an_idle_worker_keeps_no_inputs(code: SimpleNamespace) -> None:
+    class Inputs:
+        def run(self) -> None:
+            done.set()
+
+        def refuse(self, error: HsnnError) -> None:
+            raise AssertionError(error)
+
+    done = Event()
+    pool = code.worker_pool.WorkerPool(1, 5)
+    inputs = Inputs()
+    kept = weakref.ref(inputs)
+    pool.submit(code.worker_pool.Job(1, code.request_decoding.Deadline(0), inputs.run, inputs.refuse))
+    del inputs
+    assert done.wait(20)
+    until = time.monotonic() + 5
+    while kept() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.001)
+    assert kept() is None
+    pool.drain()
+
+
+def test_a_worker_that_hangs_is_left_behind(code: SimpleNamespace) -> None:
+    pool, clock = code.worker_pool.WorkerPool(2, 5), Clock()
+    hanging = Request(code, clock, None)
+    pool.submit(hanging.job)
+    assert hanging.entered.wait(20)
+    began = time.monotonic()
+    pool.drain(patience=0.05)
+    assert 0.04 < time.monotonic() - began < 5
+    hanging.go.set()
+    pool.drain()
+    assert not any(thread.is_alive() for thread in pool._threads)
