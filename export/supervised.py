@@ -14,6 +14,7 @@ from export.repository import model_versions, snapshot_models, versions
 from export.rollout import promote
 from hsnn_core.errors import ServerError
 from hsnn_server.probe import Verdict, probe
+from hsnn_server.stubs import Dead
 from hsnn_server.supervisor import PATIENCE, Patience, Supervisor
 from hsnn_server.triton import TritonServer
 
@@ -38,7 +39,7 @@ class Served:
     def alive(self) -> bool:
         return self.server.alive()
 
-    def dead_models(self) -> list[tuple[str, int]]:
+    def dead_models(self) -> list[Dead]:
         return self.server.dead_models()
 
     def revive(self, model: str, version: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from clients.admin import ModelVersion
 from hsnn_core.errors import ServerError
@@ -21,22 +23,41 @@ def model_of(pid: int) -> tuple[str, int] | None:
         return None
 
 
-def dead(
-    index: Callable[[], Iterable[ModelVersion]], living: Callable[[], Iterable[int]]
-) -> list[tuple[str, int]]:
-    """The versions that Triton calls ready (``index``) and none of the ``living`` processes runs.
+class Dead(NamedTuple):
+    """A version of a model one of whose stubs has died, or, while it was ``unloading``, all of them."""
 
-    A rollout may go on meanwhile. What is ready before the look at the processes had its stub by then, and what was
-    unloaded during it is not ready after it."""
-    before = _ready(index())
-    running = {model_of(pid) for pid in living()}
-    missing = [one for one in before if one not in running]
-    after = _ready(index()) if missing else []
+    model: str
+    version: int
+    unloading: bool = False
+
+
+def dead(
+    index: Callable[[], Iterable[ModelVersion]],
+    living: Callable[[], Iterable[int]],
+    instances: Callable[[str, int], int],
+) -> list[Dead]:
+    """The versions that Triton calls ready (``index``) and that fewer of the ``living`` processes run than they have
+    ``instances``, and those that it calls unloading and that none runs.
+
+    A rollout may go on meanwhile. What is ready before the look at the processes had its stubs by then, and what was
+    unloaded during it is not ready after it. What is unloading may just have ended: only time tells."""
+    before = _versions(index())
+    running = Counter(model_of(pid) for pid in living())
+    missing = [
+        one
+        for one in before
+        if running[one[:2]] < (1 if one.unloading else instances(one.model, one.version))
+    ]
+    after = _versions(index()) if missing else []
     return [one for one in missing if one in after]
 
 
-def _ready(entries: Iterable[ModelVersion]) -> list[tuple[str, int]]:
-    return [(entry.model, entry.version) for entry in entries if entry.state == "READY" and entry.version]
+def _versions(entries: Iterable[ModelVersion]) -> list[Dead]:
+    return [
+        Dead(entry.model, entry.version, entry.state == "UNLOADING")
+        for entry in entries
+        if entry.state in ("READY", "UNLOADING") and entry.version
+    ]
 
 
 def make_newer(directory: Path) -> None:

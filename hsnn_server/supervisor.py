@@ -5,6 +5,7 @@ What it looks at, and what it does about it:
     the server's process has ended                         start it again
     a version is ready by Triton's word, its stub is dead   load that version once more: 0.3 s, all else goes on
     a load would bring up another version than that one     start it again, with what is newest
+    a stub died while its version was unloaded              start it again: Triton never ends that unload
     the probe found it dead several times in a row          start it again (it hangs, or was stopped)
     the probe was refused for want of room or time          nothing: it is busy, and busier still after a restart
     it answers wrongly                                      nothing but saying so: the same files would be loaded
@@ -22,6 +23,7 @@ from typing import Protocol
 from hsnn_core.errors import HsnnError, ServerError
 
 from .probe import DEAD, HEALTHY, WRONG, Verdict
+from .stubs import Dead
 
 
 class Supervised(Protocol):
@@ -29,7 +31,7 @@ class Supervised(Protocol):
 
     def alive(self) -> bool: ...
 
-    def dead_models(self) -> list[tuple[str, int]]: ...
+    def dead_models(self) -> list[Dead]: ...
 
     def revive(self, model: str, version: int) -> None: ...
 
@@ -37,13 +39,15 @@ class Supervised(Protocol):
 @dataclass(frozen=True)
 class Patience:
     """Seconds: ``look`` between looks at the processes, ``probe`` between probes; ``failures``: probes in a row that
-    must fail; ``settled``: healthy for so long, an attempt has held; ``attempts``: that may fail in a row, after
-    ``pause``, twice, four times ... seconds, at most ``longest``; ``revivals``: stubs brought back in one life of the
-    server, which keeps the shared memory and the threads of those that died at work (4 MiB each, Triton 2.51)."""
+    must fail; ``unloading``: after which a version that unloads without a stub never ends; ``settled``: healthy for so
+    long, an attempt has held; ``attempts``: that may fail in a row, after ``pause``, twice, four times ... seconds, at
+    most ``longest``; ``revivals``: stubs brought back in one life of the server, which keeps the shared memory and the
+    threads of those that died at work (4 MiB each, Triton 2.51)."""
 
     look: float = 0.2
     probe: float = 1.0
     failures: int = 3
+    unloading: float = 10.0
     settled: float = 20.0
     attempts: int = 6
     pause: float = 1.0
@@ -81,9 +85,12 @@ class Supervisor:
         self._wrong = False
         self._healthy_since: float | None = None
         self._next_probe = clock()
+        self._unloading: dict[Dead, float] = {}  # since when it has been seen so
+        self._stopped: Callable[[], bool] = lambda: False
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Watch until ``stopped``; ServerError, with the last reason, when too many attempts in a row did not hold."""
+        self._stopped = stopped
         while not stopped():
             self.step()
             self._sleep(self._patience.look)
@@ -93,16 +100,27 @@ class Supervisor:
         if not self._server.alive():
             self._start_again("its process has ended")
             return
-        if dead := self._dead_models():
+        found = self._dead_models()
+        if dead := [one for one in found if not one.unloading]:
             self._revive(dead)
+        elif stuck := self._never_unloaded(found):
+            self._start_again(f"the stub of {stuck} died while it was unloaded, which Triton never ends")
         if dead or self._clock() >= self._next_probe:
             self._probe_it()
 
-    def _dead_models(self) -> list[tuple[str, int]]:
+    def _dead_models(self) -> list[Dead]:
         try:
             return self._server.dead_models()
         except ServerError:  # it does not answer: the probes will tell
             return []
+
+    def _never_unloaded(self, found: list[Dead]) -> str:
+        """Versions that have been unloading without a stub for too long, named; "" when there is none."""
+        now = self._clock()
+        self._unloading = {one: self._unloading.get(one, now) for one in found if one.unloading}
+        return _named(
+            [one for one, since in self._unloading.items() if now - since >= self._patience.unloading]
+        )
 
     def _probe_it(self) -> None:
         verdict = self._probe()
@@ -123,9 +141,8 @@ class Supervisor:
             if now - self._healthy_since >= self._patience.settled:
                 self._attempts = 0
 
-    def _revive(self, dead: list[tuple[str, int]]) -> None:
-        named = ", ".join(f"{model} version {version}" for model, version in dead)
-        what = f"the stub{'s' * (len(dead) > 1)} of {named} {'have' if len(dead) > 1 else 'has'} died"
+    def _revive(self, dead: list[Dead]) -> None:
+        what = f"the stub{'s' * (len(dead) > 1)} of {_named(dead)} {'have' if len(dead) > 1 else 'has'} died"
         if self._attempts:  # it was tried, and did not hold
             self._start_again(what)
             return
@@ -134,8 +151,8 @@ class Supervisor:
             return
         began = self._clock()
         try:
-            for model, version in dead:
-                self._server.revive(model, version)
+            for one in dead:
+                self._server.revive(one.model, one.version)
         except (HsnnError, OSError) as error:
             self._start_again(f"{what} and could not be loaded again: {first_line(error)}")
             return
@@ -145,8 +162,8 @@ class Supervisor:
         self._say(f"supervisor: {what}; loaded again in {self._clock() - began:.1f} s")
 
     def _start_again(self, reason: str) -> None:
-        """Until it comes up, or too many attempts have failed."""
-        while True:
+        """Until it comes up, too many attempts have failed, or nobody wants it any more."""
+        while not self._stopped():
             self._attempts += 1
             if self._attempts > self._patience.attempts:
                 raise ServerError(
@@ -156,8 +173,10 @@ class Supervisor:
             pause = self._patience.before(self._attempts)
             said = f", after {pause:g} s" if pause else ""
             self._say(f"supervisor: {reason}; starting the server again{said} (attempt {self._attempts})")
-            self._sleep(pause)
+            if not self._pause(pause):
+                return
             began = self._clock()
+            self._unloading = {}
             self._failures, self._revived, self._healthy_since = 0, 0, None
             try:
                 version = self._restart()
@@ -169,6 +188,17 @@ class Supervisor:
                 f"supervisor: version {version} serves again, {self._clock() - began:.1f} s after the start"
             )
             return
+
+    def _pause(self, seconds: float) -> bool:
+        """Sleep; False when it was stopped meanwhile."""
+        until = self._clock() + seconds
+        while (left := until - self._clock()) > 0 and not self._stopped():
+            self._sleep(min(left, self._patience.look))
+        return not self._stopped()
+
+
+def _named(dead: list[Dead]) -> str:
+    return ", ".join(f"{one.model} version {one.version}" for one in dead)
 
 
 def first_line(error: Exception) -> str:

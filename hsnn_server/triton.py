@@ -28,7 +28,7 @@ from .processes import (
     wait_until,
 )
 from .state import ServerState, Urls, write_private
-from .stubs import dead, make_newer
+from .stubs import Dead, dead, make_newer
 from .tls import ServerTls, own_tls
 from .tracing import Tracing
 
@@ -238,8 +238,9 @@ class TritonServer:
         make_newer(self._repository / model / str(version))
         self.load(model)
 
-    def dead_models(self) -> list[tuple[str, int]]:
-        """The versions that Triton calls ready while their Python stub has died: every call of them fails.
+    def dead_models(self) -> list[Dead]:
+        """The versions that Triton calls ready while a Python stub of theirs has died: calls of them fails.
+        Those that are unloading without any: most have just ended, but of one that died it never says so.
 
         Costs next to nothing as long as no stub has come or gone since the last look. ServerError when the server
         does not answer."""
@@ -247,7 +248,7 @@ class TritonServer:
         if living == self._looked_at:
             return []
         with RepositoryAdmin(self.urls.grpc, self.admin_key, _LOOK_SECONDS, self.tls) as admin:
-            found = dead(admin.index, self._running().process.children)
+            found = dead(admin.index, self._running().process.children, admin.instances)
         self._looked_at = None if found else living
         return found
 

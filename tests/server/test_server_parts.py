@@ -19,7 +19,7 @@ from hsnn_server import TritonServer, binaries, processes
 from hsnn_server.binaries import Wheel, environment, lay_out, wheel_at
 from hsnn_server.processes import ServerProcess, check_port_free, free_ports, launch
 from hsnn_server.state import ServerState, Urls, write_private
-from hsnn_server.stubs import dead
+from hsnn_server.stubs import Dead, dead
 
 
 @pytest.fixture
@@ -228,6 +228,10 @@ def test_an_admin_call_to_nobody_says_so() -> None:
         admin.load("m")
 
 
+def one_instance(model: str, version: int) -> int:
+    return 1
+
+
 def test_what_a_rollout_loads_and_unloads_meanwhile_is_not_dead(tmp_path: Path) -> None:
     """The looks at Triton's index and at the processes are not at one moment."""
     looks = [
@@ -235,9 +239,29 @@ def test_what_a_rollout_loads_and_unloads_meanwhile_is_not_dead(tmp_path: Path) 
         [ModelVersion("old", 1, "UNLOADING", ""), ModelVersion("died", 2, "READY", ""),
          ModelVersion("new", 3, "READY", "")],
     ]  # fmt: skip
-    assert dead(lambda: looks.pop(0), list) == [("died", 2)]
+    assert dead(lambda: looks.pop(0), list, one_instance) == [Dead("died", 2)]
 
 
 def test_one_look_is_enough_where_every_stub_lives() -> None:
     looks = [[ModelVersion("absent", None, "", ""), ModelVersion("failed", 1, "UNAVAILABLE", "why")]]
-    assert dead(lambda: looks.pop(0), list) == []
+    assert dead(lambda: looks.pop(0), list, one_instance) == []
+
+
+def test_each_instance_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs = {1: ("tower", 4), 2: ("tower", 4), 3: ("scorer", 4), 4: None}
+    monkeypatch.setattr("hsnn_server.stubs.model_of", stubs.get)
+    entries = [ModelVersion("tower", 4, "READY", ""), ModelVersion("scorer", 4, "READY", "")]
+    two = {"tower": 2, "scorer": 2}
+    found = dead(lambda: entries, lambda: stubs, lambda model, version: two[model])
+    assert found == [Dead("scorer", 4)]
+
+
+def test_what_is_unloading_without_a_stub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several instances may have ended already, and what has ended in the second look was only about to."""
+    monkeypatch.setattr("hsnn_server.stubs.model_of", {1: ("drains", 2)}.get)
+    looks = [
+        [ModelVersion(name, 2, "UNLOADING", "") for name in ("drains", "ends", "died")],
+        [ModelVersion("drains", 2, "UNLOADING", ""), ModelVersion("ends", 2, "UNAVAILABLE", "unloaded"),
+         ModelVersion("died", 2, "UNLOADING", "")],
+    ]  # fmt: skip
+    assert dead(lambda: looks.pop(0), lambda: [1], one_instance) == [Dead("died", 2, unloading=True)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from hsnn_core.errors import PublishError, ServerError
 from hsnn_server.probe import BUSY, DEAD, HEALTHY, WRONG, Verdict
+from hsnn_server.stubs import Dead
 from hsnn_server.supervisor import Patience, Supervisor
 
 
@@ -15,7 +18,7 @@ class World:
     def __init__(self, **patience: float) -> None:
         self.now = 0.0
         self.running, self.state = True, HEALTHY
-        self.dead: list[tuple[str, int]] = []
+        self.dead: list[tuple[Any, ...]] = []
         self.starts = True
         self.unrevived: Exception | None = None
         self.unanswered = False
@@ -28,10 +31,10 @@ class World:
     def alive(self) -> bool:
         return self.running
 
-    def dead_models(self) -> list[tuple[str, int]]:
+    def dead_models(self) -> list[Dead]:
         if self.unanswered:
             raise ServerError("no answer")
-        return self.dead
+        return [Dead(*one) for one in self.dead]
 
     def revive(self, model: str, version: int) -> None:
         self.did.append(f"{self.now:.1f} revive {model} {version}")
@@ -175,3 +178,34 @@ def test_a_server_that_ends_over_and_over_is_given_up() -> None:
     with pytest.raises(ServerError, match="did not stay up"):
         world.run(5)
     assert len(world.did) == 3
+
+
+def test_what_never_ends_unloading_takes_a_new_server() -> None:
+    world = World(unloading=10).run(1)
+    for _ in range(3):
+        world.dead = [("hsnn_retrieve", 2, True)]  # it ends a little later than its process
+        world.run(5).dead = []
+        world.run(5)
+    assert not world.did
+    world.dead = [("hsnn_retrieve", 2, True)]
+    world.run(20)
+    assert [text.split()[1] for text in world.did] == ["start"]
+    assert (
+        "the stub of hsnn_retrieve version 2 died while it was unloaded, which Triton never ends; starting"
+        in world.said[0]
+    )
+
+
+def test_what_is_unloading_is_not_loaded_again_with_the_dead() -> None:
+    world = World().run(1)
+    world.dead = [("old", 2, True), ("new", 3)]
+    world.run(1)
+    assert [text.split()[1:] for text in world.did] == [["revive", "new", "3"]]
+
+
+def test_who_stops_it_does_not_wait_for_the_next_attempt() -> None:
+    world = World(pause=10)
+    world.running, world.starts = False, False
+    world.run(1)
+    assert world.now < 2
+    assert [text.split()[1] for text in world.did] == ["start"]
