@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from hsnn_bench import failures
+from hsnn_bench import endurance, failures
 from hsnn_bench.client_load import Call, Calls, by_status
 from hsnn_bench.endurance import Incident, paths
 from hsnn_bench.endurance_report import BLOCKS, Trend, summary, write_report
@@ -45,6 +46,33 @@ def test_failed_calls_belong_to_the_kill_before_them():
     assert (found["failed_after_kills"], found["failed_otherwise"]) == (1, 1)
     assert (found["kills"], found["rollouts"], found["rollouts_failed"]) == (1, 2, 1)
     assert found["by_status"] == {"UNAVAILABLE ServerError": 2}
+
+
+def test_a_rollout_that_fails_is_not_in_the_way_of_the_next(tmp_path, monkeypatch):
+    waiting, outcomes = [], [ServerError("gone"), ServerError("gone"), None]
+    away = [False, True]  # as the second is to be withdrawn
+
+    def publish(*_):
+        assert not waiting, "candidate waits there"
+        waiting.append(1)
+
+    def promote(*_):
+        if (failure := outcomes.pop(0)) is not None:
+            raise failure
+        return waiting.pop()
+
+    def withdraw(*_):
+        if away and away.pop(0):
+            raise ServerError("still gone")
+        waiting.clear()
+
+    names = {"publish_candidate": publish, "promote_candidate": promote, "withdraw": withdraw}
+    names |= {"candidate": lambda _: next(iter(waiting), None), "retire": lambda *_: []}
+    for name, fake in names.items():
+        monkeypatch.setattr(endurance, name, fake)
+    served = SimpleNamespace(run_dir=tmp_path, repository=tmp_path, server=SimpleNamespace(admin=None))
+    seen = [endurance._rollout(served).split(" after")[0] for _ in range(3)]
+    assert seen == ["failed", "failed", "version 1"]
 
 
 def test_calls_are_read_as_they_are_written(tmp_path):
