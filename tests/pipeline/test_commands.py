@@ -11,6 +11,7 @@ import pytest
 from own_logs import OWN_LOGS, write_logs
 
 from hsnn_cli.main import main, parser
+from hsnn_core.errors import PublishError
 from hsnn_train import evaluate
 from hsnn_train.trainer import Trainer
 
@@ -117,6 +118,18 @@ def test_an_edited_export_cannot_be_published(shop, tmp_path, capsys):
     assert main(["publish", str(run), "--repository", str(tmp_path / "repo")]) == 1
     assert "scorer_l2.onnx" in capsys.readouterr().err
     assert not (tmp_path / "repo" / "hsnn_retrieve" / "1").exists()
+
+
+def test_notes_of_an_error_are_printed(capsys, monkeypatch):
+    error = PublishError("candidate 2: no")
+    error.add_note("and then: nobody answers")
+
+    def fails(options):
+        raise error
+
+    monkeypatch.setattr("hsnn_cli.commands_training.run_info", fails)
+    assert main(["info", "run"]) == 1
+    assert capsys.readouterr().err == "hsnn: candidate 2: no\nhsnn: and then: nobody answers\n"
 
 
 def test_query_without_a_server_says_what_to_do(capsys):
