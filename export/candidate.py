@@ -143,7 +143,7 @@ def withdraw(repository: str | Path, admin: Admin | None = None) -> int:
         # Not by its manifest: a damaged candidate can be withdrawn, too.
         (models,) = (snapshot.models for snapshot in snapshots(repository) if snapshot.version == version)
         networks = [model for model in models if model != CANARY]
-        quiet = set() if admin is None else _unload(admin)
+        quiet: set[int] = set() if admin is None else _unload(admin)
         retire_candidate(repository, version)
         retire_leftovers(repository, admin, quiet)
         # Snapshots that were published and never served may stand in the way of a reload; then it can wait.

@@ -87,7 +87,8 @@ def await_drained(admin: Admin) -> set[int]:
     a warning; returns those versions. PublishError when networks are still called after DRAIN_SECONDS. Networks of
     a version that also serves are not waited for: they stay."""
     began = since = time.monotonic()
-    poll, before = _POLL, None
+    poll = _POLL
+    before: dict[int, dict[str, int]] | None = None
     while True:
         states = [(model, admin.states(model)) for model in (ORCHESTRATOR, CANARY)]
         ready = {version for _, of in states for version, state in of.items() if state == READY}

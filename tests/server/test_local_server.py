@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 from clients.admin import RepositoryAdmin
 from hsnn_core.errors import ServerError
 from hsnn_server import TritonServer
-from hsnn_server.processes import free_ports
+from hsnn_server.processes import free_ports, wait_until
 
 pytestmark = pytest.mark.triton
 
@@ -45,6 +46,20 @@ class TritonPythonModel:
         raise pb_utils.TritonModelException(json.dumps(facts))
 """
 
+# As the orchestrator's: what hangs in it is killed.
+HANGS = """
+import signal, time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return []
+
+    def finalize(self):
+        signal.alarm(1)
+        time.sleep(1000)
+"""
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,9 +68,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root, "batched", more=BATCHING + WARMUP)
     write_model(root, "broken").write_text("no graph")
     write_model(root, "disagreeing", datatype="TYPE_INT32")
-    write_config(root, "peek", CONFIG.format(name="peek", backend="python", datatype="TYPE_FP32"))
-    (root / "peek" / "1").mkdir()
-    (root / "peek" / "1" / "model.py").write_text(PEEK)
+    for name, code in (("peek", PEEK), ("hangs", HANGS)):
+        write_config(root, name, CONFIG.format(name=name, backend="python", datatype="TYPE_FP32"))
+        (root / name / "1").mkdir()
+        (root / name / "1" / "model.py").write_text(code)
     return root
 
 
@@ -148,6 +164,23 @@ def test_unload_returns_when_the_model_is_gone(server: TritonServer) -> None:
     }
     assert states == {1: ("UNAVAILABLE", "unloaded")}
     assert not server.ready("peek")
+
+
+def test_a_process_that_is_killed_as_it_ends_ends_the_unload(server: TritonServer) -> None:
+    server.load("hangs")
+    began = time.monotonic()
+    server.unload("hangs")
+    assert 0.9 < time.monotonic() - began < 20
+    assert server.admin.states("hangs") == {1: "UNAVAILABLE"}
+
+
+def test_calls_and_instances_are_counted(server: TritonServer, client: grpc.InferenceServerClient) -> None:
+    before = server.admin.calls_of(1)
+    infer(client, "batched", values(2, 3), "y", version=1)
+    expected = before | {"batched": before["batched"] + 1}  # rows are no calls
+    assert wait_until(lambda: server.admin.calls_of(1) == expected, 5)
+    assert server.admin.calls_of(99) == {}
+    assert server.admin.instances("batched", 1) == 1
 
 
 def test_a_load_that_fails_says_why_and_shows_the_log(server: TritonServer) -> None:
