@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 
 from clients.load import EXPIRED, FAILED, OK, REFUSED, Fates
-from hsnn_bench import perf_analyzer
-from hsnn_bench.capacity import difference, medians, outcomes, run_capacity, scrape, steady, summary
+from hsnn_bench import capacity, perf_analyzer
+from hsnn_bench.capacity import (
+    Asked,
+    Served,
+    difference,
+    medians,
+    outcomes,
+    overload,
+    real_requests,
+    run_capacity,
+    scrape,
+    steady,
+    summary,
+)
 from hsnn_bench.capacity_report import write_report
 from hsnn_bench.capacity_search import CapacitySearch, Closed
 from hsnn_bench.perf_analyzer import Level, find, read_level, request_texts
@@ -263,6 +275,38 @@ def test_an_overload_in_figures():
     assert told["rate"] == pytest.approx(70)
     others = [summary(fates, capacity) for capacity in (50.0, 12.5)]
     assert medians([told, *others])["answered_in_time_over_capacity"] == pytest.approx(0.8)
+
+
+def test_an_overload_has_three_seeds_and_a_thousand_requests(monkeypatch: pytest.MonkeyPatch):
+    asked = Asked(
+        {"age": np.zeros((2, 1), np.float32)}, 5, latency_ms=20.0, percentile=99, seconds=6.0, arrivals=1000
+    )
+    served = Served("h:1", None, SimpleNamespace())
+    sent = []
+
+    def load(url, messages, rate, seconds, deadline, *, seed, tls):
+        sent.append((rate, seconds, deadline, seed))
+        in_time = {1: 700, 2: 200, 3: 500}[seed]
+        outcome = np.array([OK] * in_time + [REFUSED] * (1000 - in_time), np.int8)
+        return Fates(seconds, np.zeros(1000), np.full(1000, 0.01), outcome, deadline, ())
+
+    monkeypatch.setattr(capacity, "serialise", lambda *_, **__: [b""])
+    monkeypatch.setattr(capacity, "poisson_load", load)
+    monkeypatch.setattr(capacity, "_REPORTED", 0)
+    told = overload(served, asked, 10.0, 5.0, str)
+    assert sent == [(30.0, pytest.approx(1000 / 30), 0.02, seed) for seed in (1, 2, 3)]
+    assert told["base"] == 10 and len(told["runs"]) == 3
+    assert told["median"]["answered_in_time"] == 500
+    assert told["median"]["answered_in_time_over_capacity"] == pytest.approx(500 / (1000 / 30) / 5)
+    overload(served, asked, 100.0, 5.0, str)
+    assert sent[3][1] == 6.0, "as long as asked for, where that is more"
+
+
+def test_requests_are_not_in_the_order_of_the_log():
+    dataset = SimpleNamespace(test=range(100), raw_users=lambda split, rows: {"row": rows})
+    rows = real_requests(dataset, 20)["row"]
+    assert len(set(rows.tolist())) == 20 and (np.diff(rows) < 0).any()
+    np.testing.assert_array_equal(rows, real_requests(dataset, 20)["row"])
 
 
 def test_metrics_before_and_after():
