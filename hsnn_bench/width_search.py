@@ -91,11 +91,11 @@ def measure(
     points: Sequence[tuple[int, ...]],
     progress: bool = True,
 ) -> list[Point]:
-    """Every point on every user, the points of one user after each other, after a search of each that is not timed."""
+    """Every point on every user, the points of one user after each other."""
     recall = np.empty((len(points), len(users)))
     seconds = np.empty_like(recall)
     candidates = np.empty((len(points), len(users), index.layers))
-    for widths in points:
+    for widths in points:  # the first search of a kind is slower than the others
         search(index, scorer, _one(users, 0), widths, k, rank)
     for row in tqdm(range(len(users)), desc="widths", unit="request", disable=not progress):
         user = _one(users, row)

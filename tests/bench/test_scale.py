@@ -91,6 +91,17 @@ def test_the_cheapest_widths_of_the_wanted_recall_are_found():
     assert len(one_user(users, 0)) == 1
 
 
+def test_targets_that_nothing_reaches():
+    index, scorer, users = tree()
+    with pytest.raises(SearchError, match=r"no widths reach recall 0\.5 in 1e-06 ms; nearest: widths \["):
+        find(index, scorer, users, 20, RANK, 0.5, target_ms=1e-6, progress=False)
+    with pytest.raises(SearchError, match=r"target recall 1\.5, expected above 0 and at most 1"):
+        find(index, scorer, users, 20, RANK, 1.5, progress=False)
+    flat = tree(layers=1)
+    with pytest.raises(SearchError, match="a flat index has no widths to tune"):
+        find(*flat, 20, RANK, 0.9, progress=False)
+
+
 def test_what_is_timed_is_no_first_search(monkeypatch):
     index, scorer, users = tree()
     seen = []
@@ -104,17 +115,6 @@ def test_what_is_timed_is_no_first_search(monkeypatch):
     few = Encoded(users.dense[:2], users.ids[:2])
     width_search.measure(index, scorer, few, [np.arange(20)] * 2, 20, RANK, points, progress=False)
     assert seen == points * 3, "once untimed, then for both users"
-
-
-def test_targets_that_nothing_reaches():
-    index, scorer, users = tree()
-    with pytest.raises(SearchError, match=r"no widths reach recall 0\.5 in 1e-06 ms; nearest: widths \["):
-        find(index, scorer, users, 20, RANK, 0.5, target_ms=1e-6, progress=False)
-    with pytest.raises(SearchError, match=r"target recall 1\.5, expected above 0 and at most 1"):
-        find(index, scorer, users, 20, RANK, 1.5, progress=False)
-    flat = tree(layers=1)
-    with pytest.raises(SearchError, match="a flat index has no widths to tune"):
-        find(*flat, 20, RANK, 0.9, progress=False)
 
 
 def test_the_front_is_what_nothing_beats():
