@@ -37,7 +37,8 @@ class Fates:
     Attributes:
         seconds: how long requests were sent for.
         slip: (n,) float64, seconds between when a request was due and when it was sent.
-        latency: (n,) float64, seconds from the sending to the answer, whatever it was.
+        latency: (n,) float64, seconds from the sending, since when its deadline counts, to the answer, whatever it
+            was.
         outcome: (n,) int8: OK; REFUSED (at once, for want of room or time); EXPIRED (the server gave it up when
             its time was over); FAILED (anything else, no answer included).
         deadline: seconds that each was allowed.
@@ -59,9 +60,13 @@ class Fates:
         return int(((self.outcome == OK) & self.in_time).sum())
 
     @property
+    def answered_late(self) -> int:
+        return int(((self.outcome == OK) & ~self.in_time).sum())
+
+    @property
     def refused_in_time(self) -> int:
-        """Refused or given up, and told so before the deadline."""
-        return int((np.isin(self.outcome, (REFUSED, EXPIRED)) & self.in_time).sum())
+        """Refused, and told so before the deadline."""
+        return int(((self.outcome == REFUSED) & self.in_time).sum())
 
     @property
     def in_time(self) -> np.ndarray:
@@ -125,15 +130,16 @@ def poisson_load(
     deadline: float,
     seed: int = 1,
     stop: Callable[[], bool] = lambda: False,
-    answered: Callable[[int, bytes], None] = lambda number, answer: None,
+    answered: Callable[[int, bytes], None] = lambda which, answer: None,
     tls: Tls | None = None,
 ) -> Fates:
-    """Send messages in turn for ``seconds``, or until ``stop`` says so, at ``rate`` a second with exponential gaps, and
-    wait for the last answer. ``answered`` is given every answer with the number of its request, from 0; ``tls``:
-    None for plain text.
+    """Send messages in turn, in a random order, for ``seconds``, or until ``stop`` says so, as ``rate`` Poisson
+    arrivals a second, and wait for the last answer. ``answered`` is given every answer with the place of its message in
+    ``messages``; ``tls``: None for plain text.
 
-    The gaps depend on ``seed`` alone. Raises RequestError for a rate, a time or a deadline that is not above 0, and
-    ServerError when nobody listens at ``url``.
+    ``rate`` * ``seconds`` requests are sent, at least one, so the rate is exact; ``seed`` decides when, and the order
+    of the messages. Raises RequestError for a rate, a time or a deadline that is not above 0, and ServerError when
+    nobody listens at ``url``.
     """
     for name, value in (("rate", rate), ("seconds", seconds), ("deadline", deadline)):
         if not value > 0:
@@ -141,10 +147,16 @@ def poisson_load(
     if not messages:
         raise RequestError("messages: got none, expected at least one request to send")
     rng = np.random.default_rng(seed)
-    gaps = rng.exponential(1 / rate, max(16, int(rate * seconds * 1.5) + 64))
-    due = gaps.cumsum()
-    load = _Load(url, messages, due[due < seconds], deadline, answered, tls)
+    load = _Load(url, messages, arrivals(rng, rate, seconds), rng, deadline, answered, tls)
     return asyncio.run(load.run(seconds, stop))
+
+
+def arrivals(rng: np.random.Generator, rate: float, seconds: float) -> np.ndarray:
+    """(n,) float64: the times of n = ``rate`` * ``seconds`` Poisson arrivals (at least one) within ``seconds``."""
+    # Given how many there are, gaps between Poisson arrivals are exponential ones scaled to fill the time.
+    gaps = rng.exponential(size=max(1, round(rate * seconds)) + 1)
+    times: np.ndarray = gaps.cumsum()[:-1] * (seconds / gaps.sum())
+    return times
 
 
 def _channel(url: str, tls: Tls | None) -> grpc.aio.Channel:
@@ -160,12 +172,14 @@ class _Load:
         url: str,
         messages: Sequence[bytes],
         due: np.ndarray,
+        rng: np.random.Generator,
         deadline: float,
         answered: Callable[[int, bytes], None],
         tls: Tls | None,
     ) -> None:
         self._tls = tls
         self._url, self._messages, self._due, self._deadline = url, messages, due, deadline
+        self._order = rng.permutation(len(messages))
         self._answered = answered
         self._slip, self._latency = np.zeros(len(due)), np.zeros(len(due))
         self._outcome = np.full(len(due), FAILED, np.int8)
@@ -190,8 +204,7 @@ class _Load:
                     seconds = time.perf_counter() - began
                     break
                 sent += 1
-                self._slip[number] = time.perf_counter() - began - due
-                task = asyncio.create_task(self._send(call, number))
+                task = asyncio.create_task(self._send(call, number, began + due))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             if tasks:
@@ -199,13 +212,15 @@ class _Load:
         slip, latency, outcome = (kept[:sent] for kept in (self._slip, self._latency, self._outcome))
         return Fates(seconds, slip, latency, outcome, self._deadline, tuple(self._failures))
 
-    async def _send(self, call: grpc.aio.UnaryUnaryMultiCallable, number: int) -> None:
+    async def _send(self, call: grpc.aio.UnaryUnaryMultiCallable, number: int, due: float) -> None:
         patience = max(1.0, _PATIENCE * self._deadline)
+        which = int(self._order[number % len(self._order)])
         sent = time.perf_counter()
+        self._slip[number] = sent - due
         try:
-            answer = await call(self._messages[number % len(self._messages)], timeout=patience)
+            answer = await call(self._messages[which], timeout=patience)
             outcome = OK
-            self._answered(number, answer)
+            self._answered(which, answer)
         except grpc.aio.AioRpcError as error:
             outcome = self._meaning(error)
         self._latency[number] = time.perf_counter() - sent

@@ -7,12 +7,14 @@ first refusal, so what becomes of each request at overload is measured by `clien
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,17 @@ from clients.wire import ServedModel
 from export.rollout import promote
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
-from hsnn_core.errors import DataError, RequestError, ServerError
+from hsnn_core.errors import DataError, RequestError
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import Run, load_run
 from hsnn_train.data.dataset import Dataset
 
-from .perf_analyzer import Level, Target, Tool, measure, write_inputs
+from .capacity_search import CapacitySearch
+from .perf_analyzer import Level, Target, Tool, measure, request_texts
 
 PERCENTILES = (50, 90, 95, 99)  # those that perf_analyzer's table has
-CLOSED_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 OVERLOAD, STEADY = 3.0, 0.7  # times the capacity
-REPEATS = 3
-_SLOWEST = 1.0  # a second: below it there is no percentile to speak of
-_PRECISION = 1.05  # the search ends when the least rate that fails is this much above the greatest that holds
-_CONFIRMATIONS, _STEP_BACK = 6, 0.9  # how often a rate that is not confirmed gives way to a lower one
+SEEDS = (1, 2, 3)  # of an overload's arrivals
 _WARM_UP = 50
 _REPORTED = 0.6  # seconds after which the orchestrator's counts are in Triton's metrics
 
@@ -57,17 +56,14 @@ class Served:
 @dataclass(frozen=True)
 class Asked:
     """What is asked of it: ``wire`` tensors (R, ...) of distinct requests, ``k`` items each, answered by
-    ``percentile`` of them within ``latency_ms``; ``seconds``: how long a level is measured."""
+    ``percentile`` of them within ``latency_ms``; a level lasts ``seconds``, and longer for ``arrivals`` requests."""
 
     wire: Mapping[str, np.ndarray]
     k: int
     latency_ms: float
     percentile: int
     seconds: float
-
-    @property
-    def name(self) -> str:
-        return f"p{self.percentile}"
+    arrivals: int
 
 
 @contextmanager
@@ -85,11 +81,12 @@ def connect(run: Run, url: str, metrics: str | None, tls: Tls | None = None) -> 
 
 
 def real_requests(dataset: Dataset, count: int, seed: int = 1) -> dict[str, np.ndarray]:
-    """Wire tensors of at most ``count`` test impressions, each a request as it was made: its user, then."""
+    """Wire tensors of at most ``count`` test impressions in random order, each a request as it was made: its user,
+    then."""
     rows = np.random.default_rng(seed).permutation(len(dataset.test))[:count]
     if not len(rows):
         raise DataError("the split leaves no impressions for test, so there are no requests to send")
-    return dataset.raw_users("test", np.sort(rows))
+    return dataset.raw_users("test", rows)
 
 
 def run_capacity(
@@ -102,6 +99,7 @@ def run_capacity(
     percentile: int,
     requests: int,
     seconds: float,
+    arrivals: int,
     command: str,
     say: Callable[[str], None] = print,
     tls: Tls | None = None,
@@ -118,124 +116,105 @@ def run_capacity(
     dataset = load_data(run.recipe)
     wire = real_requests(dataset, requests)
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
-    asked = Asked(wire, k, latency_ms, percentile, seconds)
-    with server() as (url, metrics), tempfile.TemporaryDirectory(prefix="hsnn-capacity-") as folder:
+    asked = Asked(wire, k, latency_ms, percentile, seconds, arrivals)
+    with server() as (url, metrics):
         served = connect(run, url, metrics, tls)
-        inputs = Path(folder) / "requests.json"
-        write_inputs(inputs, each_user(wire))
-        target = Target(url, served.model.name, inputs, k, run.schema.hash, tls)
+        target = Target(url, served.model.name, request_texts(each_user(wire)), k, run.schema.hash, tls)
         distinct = len(set(serialise(served.model, each_user(wire), k=k)))
         say(f"{distinct:,} distinct requests of {run_dir}, k {k}, to {served.model.name} at {url}")
-        warm_up(served, wire, k)
+        search = CapacitySearch(
+            partial(measure, tool, target), f"p{percentile}", latency_ms,
+            seconds=seconds, arrivals=arrivals, alone=warm_up(served, wire, k), say=say,
+        )  # fmt: skip
         before = scrape(metrics)
-        closed = search_closed(tool, target, asked, say)
-        open_levels, capacity = search_open(tool, target, asked, closed, say)
+        closed = search.closed()
+        capacity = search.open(closed.saturation / 2)  # arrivals that queue cannot reach all of it
         report = {
             "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
             "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
             "mode": served.model.mode, "widths": list(served.model.widths), "latency_ms": latency_ms,
-            "percentile": percentile, "requests": distinct, "seconds": seconds,
-            "levels": [asdict(level) for level in (*closed, *open_levels)],
-            "closed": _best(closed, asked), "capacity": capacity,
-            "steady": None if capacity is None else steady(tool, target, asked, capacity, say),
-            "overload": None if capacity is None else overload(served, asked, capacity, say),
+            "percentile": percentile, "requests": distinct, "seconds": seconds, "arrivals": arrivals,
+            "closed": asdict(closed), "capacity": capacity,
+            "capacity_requests": 0 if capacity is None else search.requests(capacity),
+            "steady": None if capacity is None else steady(search, capacity),
+            "overload": [] if capacity is None else [
+                overload(served, asked, base, capacity, say)
+                for base in sorted({capacity, max(capacity, closed.saturation)})
+            ],
+            "levels": [asdict(level) for level in search.levels],
         }  # fmt: skip
         report["metrics"] = difference(before, scrape(metrics))
     return report
 
 
-def search_closed(tool: Tool, target: Target, asked: Asked, say: Callable[[str], None]) -> list[Level]:
-    """Levels of more and more requests under way, until the percentile fails."""
-    levels: list[Level] = []
-    for concurrency in CLOSED_LADDER:
-        level = measure(tool, target, "closed", concurrency, asked.seconds, seed=0)
-        levels.append(_say(say, asked, level))
-        if not levels[-1].within(asked.name, asked.latency_ms):
-            break
-    return levels
-
-
-def search_open(
-    tool: Tool, target: Target, asked: Asked, closed: list[Level], say: Callable[[str], None]
-) -> tuple[list[Level], float | None]:
-    """Levels of Poisson arrivals, and the greatest rate that holds: bisected between one that does and one that does
-    not, then confirmed by the median of `REPEATS` more; None when none holds.
-
-    It starts from half of the greatest closed-loop throughput, which arrivals that queue cannot reach."""
-    levels: list[Level] = []
-
-    def holds(rate: float) -> bool:
-        level = measure(tool, target, "open", rate, asked.seconds, seed=len(levels))
-        levels.append(_say(say, asked, level))
-        return levels[-1].within(asked.name, asked.latency_ms)
-
-    rate = max(_SLOWEST, max(level.throughput for level in closed) / 2)
-    low, high = 0.0, 0.0
-    while not (low and high):
-        if holds(rate):
-            low = rate
-            rate *= 1.4
-        else:
-            high = rate
-            rate /= 1.4
-        if rate < _SLOWEST:
-            return levels, None
-    while high / low > _PRECISION:
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    for _ in range(_CONFIRMATIONS):
-        if sum(holds(low) for _ in range(REPEATS)) * 2 > REPEATS:
-            return levels, low
-        low *= _STEP_BACK
-    return levels, None
-
-
-def steady(
-    tool: Tool, target: Target, asked: Asked, capacity: float, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """p99 over p50 at `STEADY` of the capacity, the median of `REPEATS`."""
-    rate = STEADY * capacity
-    measured = [measure(tool, target, "open", rate, asked.seconds, seed=number) for number in range(REPEATS)]
-    levels = [level for level in measured if _say(say, asked, level).failure is None]
-    if not levels:
-        raise ServerError(f"all {REPEATS} measurements at {rate:.1f} requests a second were refused requests")
-    ratios = [level.latency_ms["p99"] / level.latency_ms["p50"] for level in levels]
+def steady(search: CapacitySearch, capacity: float) -> dict[str, Any]:
+    """p99 over p50 at `STEADY` of the capacity, the median of three; infinite for one that was refused requests."""
+    levels = search.at(STEADY * capacity)
+    ratios = [_percentile(level, "p99") / _percentile(level, "p50", 1.0) for level in levels]
     return {
-        "rate": rate, "p99_over_p50": float(np.median(ratios)), "ratios": ratios,
-        "p50_ms": float(np.median([level.latency_ms["p50"] for level in levels])),
-        "p99_ms": float(np.median([level.latency_ms["p99"] for level in levels])),
+        "rate": STEADY * capacity, "p99_over_p50": float(np.median(ratios)), "ratios": ratios,
+        "p50_ms": float(np.median([_percentile(level, "p50") for level in levels])),
+        "p99_ms": float(np.median([_percentile(level, "p99") for level in levels])),
         "delayed": float(np.median([level.delayed for level in levels])),
+        "requests": sum(level.requests for level in levels),
     }  # fmt: skip
 
 
-def overload(served: Served, asked: Asked, capacity: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """What becomes of the requests at `OVERLOAD` times the capacity, each told its deadline: the latency limit."""
-    deadline = asked.latency_ms / 1000
+def _percentile(level: Level, name: str, refused: float = math.inf) -> float:
+    return refused if level.failure is not None else level.latency_ms[name]
+
+
+def overload(
+    served: Served, asked: Asked, base: float, capacity: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What becomes of the requests at `OVERLOAD` times ``base`` requests a second, each told its deadline: the latency
+    limit. `SEEDS` runs of at least ``asked.arrivals`` requests each, and the medians of their figures."""
+    deadline, rate = asked.latency_ms / 1000, OVERLOAD * base
     messages = serialise(served.model, each_user(asked.wire), k=asked.k, deadline=deadline)
+    seconds = max(asked.seconds, asked.arrivals / rate)
     before = scrape(served.metrics)
-    fates = poisson_load(served.url, messages, OVERLOAD * capacity, asked.seconds, deadline, tls=served.tls)
+    runs = []
+    for seed in SEEDS:
+        fates = poisson_load(served.url, messages, rate, seconds, deadline, seed=seed, tls=served.tls)
+        runs.append(summary(fates, capacity))
+        say(
+            f"overload {runs[-1]['rate']:.1f}/s, {len(fates):,} requests: answered in time / capacity "
+            f"{runs[-1]['answered_in_time_over_capacity']:.3f}, the others refused in time "
+            f"{runs[-1]['others_refused_in_time']:.4f}"
+        )
     time.sleep(_REPORTED)
-    told = summary(fates, capacity) | {"outcomes": outcomes(difference(before, scrape(served.metrics)))}
-    say(
-        f"overload: {told['rate']:.1f}/s for {asked.seconds:g} s: answered in time / capacity "
-        f"{told['answered_in_time_over_capacity']:.3f}, others refused in time {told['others_refused_in_time']:.4f}"
-    )
-    return told
+    return {
+        "base": base, "median": medians(runs), "runs": runs,
+        "outcomes": outcomes(difference(before, scrape(served.metrics))),
+    }  # fmt: skip
 
 
 def summary(fates: Fates, capacity: float) -> dict[str, Any]:
-    """An overload in figures; rates are per second."""
-    others = len(fates) - fates.counts()["answered"]
-    late = fates.counts()["answered"] - fates.answered_in_time
+    """An overload in figures; rates are per second. What is 'in time' counts from the sending, as the deadline does."""
+    counts = fates.counts()
     return {
         "rate": len(fates) / fates.seconds, "deadline_ms": 1000 * fates.deadline, "sent": len(fates),
-        **fates.counts(), "answered_in_time": fates.answered_in_time, "refused_in_time": fates.refused_in_time,
+        **counts, "answered_in_time": fates.answered_in_time, "answered_late": fates.answered_late,
+        "refused_in_time": fates.refused_in_time,
         "answered_in_time_over_capacity": fates.answered_in_time / (fates.seconds * capacity),
-        # Who was answered too late was not refused either.
-        "others_refused_in_time": fates.refused_in_time / max(1, others + late),
+        "answered_in_time_over_sent": fates.answered_in_time / max(1, len(fates)),
+        "refused_in_time_over_refused": fates.refused_in_time / counts["refused"] if counts["refused"] else 1.0,
+        # Who is answered too late or given up when the time is over was not refused either.
+        "others_refused_in_time": fates.refused_in_time / max(1, len(fates) - fates.answered_in_time),
         "slip_ms": {f"p{q}": float(1000 * np.percentile(fates.slip, q)) for q in (50, 99)},
         "failures": list(fates.failures),
     }  # fmt: skip
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The median of every number of `summary` over runs."""
+    found: dict[str, Any] = {
+        name: float(np.median([run[name] for run in runs]))
+        for name, value in runs[0].items()
+        if isinstance(value, int | float)
+    }
+    slips = [run["slip_ms"] for run in runs]
+    return found | {"slip_ms": {q: float(np.median([slip[q] for slip in slips])) for q in slips[0]}}
 
 
 def difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
@@ -257,32 +236,13 @@ def outcomes(changes: Mapping[str, float]) -> dict[str, int]:
     return found
 
 
-def _best(closed: list[Level], asked: Asked) -> dict[str, Any]:
-    """The closed-loop level of most throughput within the limit (None), and of most at all (saturation)."""
-    good = [level for level in closed if level.within(asked.name, asked.latency_ms)]
-    best = max(good, key=lambda level: level.throughput, default=None)
-    return {
-        "within": None if best is None else asdict(best),
-        "saturation": max(level.throughput for level in closed),
-    }
-
-
-def warm_up(served: Served, wire: Mapping[str, np.ndarray], k: int) -> None:
-    """Ask some requests that are not counted."""
+def warm_up(served: Served, wire: Mapping[str, np.ndarray], k: int) -> float:
+    """Ask some requests that are not counted, one after another; returns how many a second the later half were."""
+    users = list(islice(each_user(wire), _WARM_UP))
     with RetrievalClient(served.url, timeout=60.0, model=served.model.name, tls=served.tls) as client:
-        for number, user in enumerate(each_user(wire)):
-            if number == _WARM_UP:
-                return
+        took = []
+        for user in users:
+            began = time.perf_counter()
             client.retrieve(WireUsers(user), k=k)
-
-
-def _say(say: Callable[[str], None], asked: Asked, level: Level) -> Level:
-    what = f"{level.load:g} under way" if level.kind == "closed" else f"{level.load:.1f} arrivals/s"
-    if level.failure is not None:
-        say(f"{level.kind:6} {what}: refused: {level.failure}")
-    else:
-        say(
-            f"{level.kind:6} {what}: {level.throughput:.1f}/s, p50 {level.latency_ms['p50']:.1f} ms, "
-            f"{asked.name} {level.latency_ms[asked.name]:.1f} ms, sent late {100 * level.delayed:.1f}%"
-        )
-    return level
+            took.append(time.perf_counter() - began)
+    return 1 / float(np.mean(took[len(took) // 2 :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hsnn_train.checkpoint import write_json
 
 from .plots import FLAT, PRUNED, plt, save
 
-COLUMNS = ("kind", "load", "requests", "throughput", "p50", "p90", "p95", "p99", "delayed", "failure")
+COLUMNS = (
+    "kind", "load", "seconds", "requests", "throughput", "p50", "p90", "p95", "p99", "delayed", "disturbed", "failure",
+)  # fmt: skip
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -46,7 +49,8 @@ def levels_csv(report: Mapping[str, Any]) -> str:
 def render(report: Mapping[str, Any]) -> str:
     """The Markdown page."""
     limit = f"p{report['percentile']} ≤ {report['latency_ms']:g} ms"
-    within, saturation = report["closed"]["within"], report["closed"]["saturation"]
+    closed, capacity, steady = report["closed"], report["capacity"], report["steady"]
+    again = sum(level["disturbed"] for level in report["levels"])
     lines = [
         f"# Capacity: {report['recipe']}, V = {report['items']:,}, K = {report['k']:,}, {report['mode']}",
         "",
@@ -56,45 +60,102 @@ def render(report: Mapping[str, Any]) -> str:
         f"{report['commit']}; {report['machine']} (client and server share it when the server is this command's own); "
         f"{report['date']}.{' **The data are simulated.**' if report['simulated'] else ''}",
         "",
-        "| figure | value |",
-        "|---|---|",
+        "| figure | value | requests |",
+        "|---|---|---|",
         f"| closed loop, {limit} | "
         + (
-            "no level"
-            if within is None
-            else f"{within['throughput']:.1f} requests/s with {within['load']:g} under way"
+            f"{closed['throughput']:.1f} requests/s with {closed['load']:g} under way"
+            if closed["load"]
+            else "no number under way"
         )
-        + " |",
-        f"| closed loop, saturation | {saturation:.1f} requests/s |",
-        f"| open loop (Poisson), {limit} | "
-        + ("no rate" if report["capacity"] is None else f"{report['capacity']:.1f} requests/s")
-        + " |",
+        + f" | {closed['requests']:,} |",
+        f"| closed loop, saturation | {closed['saturation']:.1f} requests/s | |",
+        f"| open loop (Poisson), {limit}: the capacity | "
+        + ("no rate" if capacity is None else f"{capacity:.1f} requests/s")
+        + f" | {report['capacity_requests']:,} |",
     ]
-    if (steady := report["steady"]) is not None:
-        lines += [
-            f"| p99 / p50 at 70% of that | {steady['p99_over_p50']:.2f} ({steady['p99_ms']:.2f} / "
-            f"{steady['p50_ms']:.2f} ms; {', '.join(f'{ratio:.2f}' for ratio in steady['ratios'])}) |",
-        ]
-    if (over := report["overload"]) is not None:
-        lines += [
-            f"| at three times that, deadline {over['deadline_ms']:g} ms: answered in time / capacity | "
-            f"{over['answered_in_time_over_capacity']:.3f} |",
-            f"| others refused within their deadline | {100 * over['others_refused_in_time']:.2f}% |",
-            f"| sent; answered, refused, expired, failed | {over['sent']:,}; {over['answered']:,}, "
-            f"{over['refused']:,}, {over['expired']:,}, {over['failed']:,} |",
-            f"| by the server's own count | {', '.join(f'{k} {v:,}' for k, v in over['outcomes'].items()) or '–'} |",
-            f"| schedule slip of the generator, p50 / p99 | {over['slip_ms']['p50']:.2f} / "
-            f"{over['slip_ms']['p99']:.2f} ms |",
-        ]
+    if steady is not None:
+        ratios = ", ".join(map(_ratio, steady["ratios"]))
+        lines.append(
+            f"| p99 / p50 at 70% of the capacity | {_ratio(steady['p99_over_p50'])} ({steady['p99_ms']:.2f} / "
+            f"{steady['p50_ms']:.2f} ms; {ratios}) | {steady['requests']:,} |"
+        )
+    if report["overload"]:
+        lines += _overload(report)
     lines += [
         "",
-        "Levels by perf_analyzer (every one in the CSV); the overload by `clients.load`, since perf_analyzer ends at "
-        "the first refusal. Slip is how much later than due a request was sent; perf_analyzer reports it as the share "
-        "of requests sent late. [How to read this](../serving.md).",
+        "Levels by perf_analyzer (every one in the CSV), each "
+        f"{report['seconds']:g} s or longer, for about {report['arrivals']:,} requests; one holds when two of three "
+        f"measurements do. {again} of {len(report['levels'])} were measured again, since the machine was busy. The "
+        "overload by `clients.load`, since perf_analyzer ends at the first refusal. Slip is how much later than due a "
+        "request was sent; perf_analyzer reports the share of requests sent late, and a level with more than 1% does "
+        "not hold. [How to read this](../serving.md).",
         "",
         f"![latency against load]({_stem(report)}.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ratio(value: float) -> str:
+    return "refused" if math.isinf(value) else f"{value:.2f}"
+
+
+def _overload(report: Mapping[str, Any]) -> list[str]:
+    """Three times the capacity, and three times the closed loop's saturation where that is more, side by side."""
+    capacity, overloads = report["capacity"], report["overload"]
+    names = ["capacity" if over["base"] == capacity else "saturation" for over in overloads]
+    middle = [over["median"] for over in overloads]
+    rows: list[tuple[str, str, list[str]]] = [
+        ("arrivals/s; requests of a run", "", [f"{m['rate']:.1f}; {m['sent']:,.0f}" for m in middle]),
+        (
+            "answered in time / capacity",
+            "≥ 0.9",
+            [f"{m['answered_in_time_over_capacity']:.3f}" for m in middle],
+        ),
+        (
+            "answered in time / what it is three times of",
+            "",
+            [
+                f"{m['answered_in_time_over_capacity'] * capacity / o['base']:.3f}"
+                for m, o in zip(middle, overloads)
+            ],
+        ),
+        ("answered in time / sent", "", [f"{m['answered_in_time_over_sent']:.3f}" for m in middle]),
+        (
+            "every other request refused within its deadline",
+            "100%",
+            [f"{100 * m['others_refused_in_time']:.2f}%" for m in middle],
+        ),
+        (
+            "– refused in time / refused",
+            "",
+            [f"{100 * m['refused_in_time_over_refused']:.2f}% of {m['refused']:,.0f}" for m in middle],
+        ),
+        (
+            "– answered late; expired; failed",
+            "",
+            [f"{m['answered_late']:,.0f}; {m['expired']:,.0f}; {m['failed']:,.0f}" for m in middle],
+        ),
+        (
+            "by the server's own count, all runs",
+            "",
+            [", ".join(f"{k} {v:,}" for k, v in over["outcomes"].items()) or "–" for over in overloads],
+        ),
+        (
+            "slip of the generator, p50 / p99",
+            "",
+            [f"{m['slip_ms']['p50']:.2f} / {m['slip_ms']['p99']:.2f} ms" for m in middle],
+        ),
+    ]
+    return [
+        "",
+        f"Overload, each request told its deadline of {middle[0]['deadline_ms']:g} ms; medians of "
+        f"{len(overloads[0]['runs'])} runs:",
+        "",
+        f"| figure | target | {' | '.join(f'3 × {name}' for name in names)} |",
+        "|---|---|" + "---|" * len(names),
+        *(f"| {figure} | {target} | {' | '.join(values)} |" for figure, target, values in rows),
+    ]
 
 
 def plot(report: Mapping[str, Any], path: Path) -> Path:
@@ -102,7 +163,11 @@ def plot(report: Mapping[str, Any], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(8, 5))
     name = f"p{report['percentile']}"
     for kind, colour, mark in (("closed", FLAT, "o"), ("open", PRUNED, "s")):
-        levels = [level for level in report["levels"] if level["kind"] == kind and level["failure"] is None]
+        levels = [
+            level
+            for level in report["levels"]
+            if level["kind"] == kind and level["failure"] is None and not level["disturbed"]
+        ]
         levels.sort(key=lambda level: level["load"])
         x = [level["throughput"] if kind == "closed" else level["load"] for level in levels]
         for percentile, line in ((name, "-"), ("p50", ":")):

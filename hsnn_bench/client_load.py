@@ -30,8 +30,9 @@ _FLUSH = 0.2  # seconds
 class Call:
     """What one call of a client came to.
 
-    ``sent``: of the system's monotonic clock, which its processes share; ``seconds``: until the client returned or
-    raised; ``status``: OK, or the gRPC status of the error; ``kind``: its class; ``message``: its text."""
+    ``sent``: when it was due, by the system's monotonic clock, which its processes share; ``seconds``: from then until
+    the client returned or raised, so that one that falls behind with its sending hides nothing; ``status``: OK, or the
+    gRPC status of the error; ``kind``: its class; ``message``: its text."""
 
     sent: float
     seconds: float
@@ -123,15 +124,14 @@ async def _arrivals(
     ended: list[Call] = []
     async with AsyncRetrievalClient(url, timeout=timeout) as client:
 
-        async def ask(number: int) -> None:
-            sent = time.monotonic()
+        async def ask(number: int, due: float) -> None:
             try:
                 await client.retrieve(requests[number % len(requests)], k=k)
-                ended.append(Call(sent, time.monotonic() - sent, OK))
+                ended.append(Call(due, time.monotonic() - due, OK))
             except Exception as error:  # whatever it is, it is what a client saw
                 status = error.status if isinstance(error, HsnnError) else None
-                taken = time.monotonic() - sent
-                ended.append(Call(sent, taken, status or NO_STATUS, type(error).__name__, str(error)))
+                taken = time.monotonic() - due
+                ended.append(Call(due, taken, status or NO_STATUS, type(error).__name__, str(error)))
 
         with spool.open("w") as file:
 
@@ -146,7 +146,7 @@ async def _arrivals(
                 due += rng.exponential(1 / rate)
                 # Yield even when late, or the answers of those under way would be seen late.
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                task = asyncio.create_task(ask(number))
+                task = asyncio.create_task(ask(number, due))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 number += 1

@@ -85,7 +85,8 @@ def _asker(index: HierarchicalIndex, scorer: LayerScorer, asked: Requests, recip
 
 
 def interleave(rows: Mapping[str, Ask], requests: int, progress: bool = False) -> dict[str, Cost]:
-    """Ask every row the same requests, request by request; rows over `SECONDS_PER_ROW` an even choice of them."""
+    """Ask every row the same requests, request by request, in an order of rows that rotates; rows over
+    `SECONDS_PER_ROW` an even choice of them."""
     stride = {}
     for row, ask in tqdm(rows.items(), desc="cost: warm up", unit="model", disable=not progress):
         for number in range(min(WARM_UP, requests)):
@@ -94,11 +95,13 @@ def interleave(rows: Mapping[str, Ask], requests: int, progress: bool = False) -
         stride[row] = -(-requests // count)
     times: dict[str, list[float]] = {row: [] for row in rows}
     candidates: dict[str, list[list[int]]] = {row: [] for row in rows}
+    names = list(rows)
     for number in tqdm(range(requests), desc="cost", unit="request", disable=not progress):
-        for row, ask in rows.items():
+        turn = number // max(stride.values()) % len(rows)
+        for row in names[turn:] + names[:turn]:
             if number % stride[row] == 0:
                 began = time.perf_counter()
-                result = ask(number)
+                result = rows[row](number)
                 times[row].append(1000 * (time.perf_counter() - began))
                 candidates[row].append([int(layer.candidates[0]) for layer in result.layers])
     return {row: _cost(times[row], candidates[row]) for row in rows}

@@ -71,8 +71,8 @@ class Incident:
 
 @dataclass(frozen=True)
 class Plan:
-    """``load``: share of ``capacity`` (None: measured), requests a second; ``updates``: of items a second;
-    ``rollout_every``, ``kill_every``: minutes; ``timeout``: seconds of a request."""
+    """``load``: share of ``capacity``, requests a second (None: the measured closed-loop throughput); ``updates``: of
+    items a second; ``rollout_every``, ``kill_every``: minutes; ``timeout``: seconds of a request."""
 
     minutes: float
     load: float
@@ -121,7 +121,10 @@ def run_endurance(
             url, served.users, served.k, WORKERS, _CLOSED_SECONDS, plan.timeout
         )
         rate = plan.load * capacity
-        say(f"{rate:.1f} requests a second, {plan.load:g} of {capacity:.1f}, for {plan.minutes:g} minutes")
+        say(
+            f"{rate:.1f} requests a second, {plan.load:g} of a closed-loop throughput of {capacity:.1f}, for "
+            f"{plan.minutes:g} minutes"
+        )
         facts = {
             "recipe": served.run.recipe.name, "simulated": served.simulated, "command": command, "commit": made_at,
             "machine": machine(), "date": date.today().isoformat(), "items": len(served.run.item_ids),

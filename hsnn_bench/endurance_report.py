@@ -116,8 +116,9 @@ def render(
         "",
         f"`{facts['command']}`",
         "",
-        f"{facts['minutes']:g} minutes{cut} at {facts['load']:g} of {facts['capacity']:.1f} requests/s (real clients, "
-        f"each call allowed {1000 * facts['timeout']:.0f} ms), {facts['updates']:g} item updates/s, a rollout every "
+        f"{facts['minutes']:g} minutes{cut} of Poisson arrivals at {facts['load']:g} of a closed-loop throughput of "
+        f"{facts['capacity']:.1f} requests/s (real clients, each call allowed {1000 * facts['timeout']:.0f} ms), "
+        f"{facts['updates']:g} item updates/s, a rollout every "
         f"{facts['rollout_every']:g} and a killed stub every {facts['kill_every']:g} minutes, under the supervisor of "
         f"`hsnn serve`. Load, rollouts and server share the machine. Commit {facts['commit']}; {facts['machine']}; "
         f"{facts['date']}.{' **The data are simulated.**' if facts['simulated'] else ''}",

@@ -120,7 +120,9 @@ def run_failures(
     ) as served:  # fmt: skip
         url = served.server.urls.grpc
         capacity = capacity or closed_loop(url, served.users, served.k, WORKERS, _CLOSED_SECONDS, 60.0)
-        say(f"{load * capacity:.1f} requests a second, {load:g} of {capacity:.1f}")
+        say(
+            f"{load * capacity:.1f} requests a second, {load:g} of a closed-loop throughput of {capacity:.1f}"
+        )
         with (
             client_load(work, url, served.users, served.k, load * capacity, timeout) as calls,
             ItemChanges(url, _UPDATES) as changes,

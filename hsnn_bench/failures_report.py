@@ -35,8 +35,9 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         f"`{report['command']}`",
         "",
-        f"Poisson arrivals at {report['load']:g} of {report['capacity']:.1f} requests/s through the asyncio client, "
-        f"each call allowed {1000 * report['timeout']:.0f} ms and two more attempts when a connection is lost, 20 item "
+        f"Poisson arrivals at {report['load']:g} of a closed-loop throughput of {report['capacity']:.1f} requests/s "
+        f"through the asyncio client, each call allowed {1000 * report['timeout']:.0f} ms and two more attempts when a "
+        "connection is lost, 20 item "
         f"updates/s; each failure {report['rounds']} times, under the supervisor of `hsnn serve`. Load and server "
         f"share the machine. Commit {report['commit']}; {report['machine']}; {report['date']}."
         f"{' **The data are simulated.**' if report['simulated'] else ''}",

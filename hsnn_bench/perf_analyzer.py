@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from clients.tls import Tls
 from hsnn_core.errors import ServerError
 from hsnn_core.files import write_bytes
 
-WINDOWS, TABLE = 3, "level.csv"
+WINDOWS = 3
+REQUESTS, GAPS, TABLE = "requests.json", "gaps", "level.csv"
+LATE = 0.01  # of a level's requests may be sent later than they were due
 INSTALLED = Path(sys.prefix) / "perf_analyzer"  # where `make perf_analyzer` puts it
 HOW = "make perf_analyzer gets one (docs/serving.md), or give its path with --perf-analyzer"
 _DELAYED = re.compile(r"([0-9.]+(?:e-?[0-9]+)?)% of the requests were delayed")
@@ -42,12 +44,12 @@ class Tool:
 
 @dataclass(frozen=True)
 class Target:
-    """What to load: ``model`` at ``url`` (host:port of gRPC), with ``inputs`` (a file of `write_inputs`), ``k`` items
-    per request; ``tls``: None for plain text."""
+    """What to load: ``model`` at ``url`` (host:port of gRPC), with ``requests`` (of `request_texts`) for ``k`` items
+    each; ``tls``: None for plain text."""
 
     url: str
     model: str
-    inputs: Path
+    requests: Sequence[str]
     k: int
     schema_hash: str
     tls: Tls | None = None
@@ -63,6 +65,8 @@ class Level:
         throughput: answers a second; latencies: milliseconds by percentile, "p50", "p90", "p95", "p99".
         delayed: share of the requests that were sent later than they were due, open loop only.
         failure: why the level could not be measured, the first refusal for example; the figures are 0 then.
+        seconds: for how long it was asked to measure.
+        disturbed: it does not count, the machine was busy with something else; see `capacity_search`.
     """
 
     kind: str
@@ -72,10 +76,12 @@ class Level:
     latency_ms: Mapping[str, float]
     delayed: float
     failure: str | None
+    seconds: float = 0.0
+    disturbed: bool = False
 
     def within(self, percentile: str, milliseconds: float) -> bool:
-        """Whether it was answered, and that fast."""
-        return self.failure is None and self.latency_ms[percentile] <= milliseconds
+        """Whether it was answered, that fast, and at the load that it says: a client that sends late sends less."""
+        return self.failure is None and self.delayed <= LATE and self.latency_ms[percentile] <= milliseconds
 
 
 def find(path: Path | None = None) -> Tool:
@@ -100,36 +106,41 @@ def find(path: Path | None = None) -> Tool:
     return Tool(binary, environment)
 
 
-def write_inputs(path: Path, requests: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Requests, each the wire tensors (1, ...) of one user, as perf_analyzer's JSON: it sends them in turn."""
-    data = [
-        {name: {"content": values[0].tolist(), "shape": list(values.shape[1:])} for name, values in user.items()}
+def request_texts(requests: Iterable[Mapping[str, np.ndarray]]) -> list[str]:
+    """Requests, each the wire tensors (1, ...) of one user, as perf_analyzer reads them in JSON."""
+    return [
+        json.dumps({
+            name: {"content": values[0].tolist(), "shape": list(values.shape[1:])} for name, values in user.items()
+        })
         for user in requests
     ]  # fmt: skip
-    write_bytes(path, json.dumps({"data": data}).encode())
 
 
 def measure(tool: Tool, target: Target, kind: str, load: float, seconds: float, seed: int) -> Level:
-    """Load the target for about ``seconds``, in `WINDOWS` windows (see `Level`); ``seed``: of the arrivals. A level at
-    which the server refuses is a result, with a ``failure``; ServerError when perf_analyzer itself fails."""
+    """Load the target for about ``seconds``, in `WINDOWS` windows (see `Level`); ``seed``: of the arrivals and of the
+    order of the requests. A level at which the server refuses is a result, with a ``failure``; ServerError when
+    perf_analyzer itself fails."""
     with tempfile.TemporaryDirectory(prefix="hsnn-perf-") as name:
         folder = Path(name)
-        _write_gaps(folder / "gaps", load, seconds, seed)
+        rng = np.random.default_rng(seed)
+        _write_requests(folder / REQUESTS, target.requests, rng)
+        if kind == "open":
+            _write_gaps(folder / GAPS, load, seconds, rng)
         ran = subprocess.run(
             _command(tool, target, kind, load, seconds, folder),
             env=dict(tool.environment), capture_output=True, text=True,
         )  # fmt: skip
         said = ran.stdout + ran.stderr
         if refused := _ERROR.search(said):
-            return Level(kind, load, 0, 0.0, {}, 0.0, refused.group(1).strip())
+            return Level(kind, load, 0, 0.0, {}, 0.0, refused.group(1).strip(), seconds)
         table = folder / TABLE
         if ran.returncode or not table.is_file():
             tail = " ".join(line.strip() for line in ran.stderr.strip().splitlines()[-3:])
             raise ServerError(f"perf_analyzer ended with {ran.returncode} at {kind} load {load:g}: {tail}")
-        return read_level(table.read_text(), said, kind, load)
+        return read_level(table.read_text(), said, kind, load, seconds)
 
 
-def read_level(table: str, said: str, kind: str, load: float) -> Level:
+def read_level(table: str, said: str, kind: str, load: float, seconds: float) -> Level:
     """A level out of perf_analyzer's CSV of one line, and of what it said beside it."""
     (row,) = csv.DictReader(table.strip().splitlines())
     delayed, count = _DELAYED.search(said), _COUNT.search(said)
@@ -141,14 +152,23 @@ def read_level(table: str, said: str, kind: str, load: float) -> Level:
         {p: float(row[f"{p} latency"]) / 1000 for p in ("p50", "p90", "p95", "p99")},
         float(delayed.group(1)) / 100 if delayed else 0.0,
         None,
+        seconds,
     )
 
 
-def _write_gaps(path: Path, rate: float, seconds: float, seed: int) -> None:
-    """Exponential gaps, whole microseconds, one a line. perf_analyzer's own Poisson schedule is the same at every call
-    and its first hundreds of arrivals came 15% to 20% more slowly than asked for."""
-    gaps = np.random.default_rng(seed).exponential(1e6 / rate, max(16, round(1.5 * rate * seconds)))
-    write_bytes(path, "\n".join(str(max(1, round(gap))) for gap in gaps).encode())
+def _write_requests(path: Path, requests: Sequence[str], rng: np.random.Generator) -> None:
+    """In an order of the level's own: it sends them in turn from the first, and a short level would see no others."""
+    texts = (requests[place] for place in rng.permutation(len(requests)))
+    write_bytes(path, f'{{"data": [{", ".join(texts)}]}}'.encode())
+
+
+def _write_gaps(path: Path, rate: float, seconds: float, rng: np.random.Generator) -> None:
+    """Exponential gaps for ``seconds``, whose mean is exactly that of the rate: whole microseconds, one a line.
+    perf_analyzer's own Poisson schedule is the same at every call and its first hundreds of arrivals came 15% to 20%
+    more slowly than asked for."""
+    gaps = rng.exponential(size=max(16, round(rate * seconds)))
+    microseconds = gaps * (1e6 / rate / gaps.mean())
+    write_bytes(path, "\n".join(str(max(1, round(gap))) for gap in microseconds).encode())
 
 
 def _command(
@@ -158,12 +178,12 @@ def _command(
     loads: list[str | Path] = (
         ["--concurrency-range", f"{load:g}"]
         if kind == "closed"
-        else ["--request-intervals", folder / "gaps", "-a"]
+        else ["--request-intervals", folder / GAPS, "-a"]
     )
     window = str(max(500, round(1000 * seconds / WINDOWS)))
     return [
         tool.binary, "-m", target.model, "-i", "grpc", "-u", target.url, "-b", "1", "--percentile", "99",
-        "--input-data", target.inputs, "--verbose-csv", "-f", folder / TABLE,
+        "--input-data", folder / REQUESTS, "--verbose-csv", "-f", folder / TABLE,
         # As many windows as it takes to call a level stable, and a tolerance with which it always does.
         "--measurement-interval", window, "--max-trials", str(WINDOWS), "--stability-percentage", "1000000",
         "--request-parameter", f"k:{target.k}:int", "--request-parameter", f"schema_hash:{target.schema_hash}:string",

@@ -82,7 +82,7 @@ def run_rollouts(
             messages = serialise(served.model, each_user(wire), k=k, deadline=deadline)
             if capacity is None:
                 capacity = closed_loop(server.urls.grpc, messages, workers, _CLOSED_SECONDS)
-            say(f"load {load:g} of {capacity:.1f} requests a second")
+            say(f"load {load:g} of a closed-loop throughput of {capacity:.1f} requests a second")
             with _loaded(work, server.urls.grpc, messages, load * capacity, deadline) as future:
                 _wait_for_load(work / "answers", future)
                 steps = _steps(repository, server, folders, export_of, rollouts, rollbacks, say)

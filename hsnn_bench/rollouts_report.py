@@ -31,8 +31,9 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         f"`{report['command']}`",
         "",
-        f"Poisson arrivals at {report['load']:g} of {report['capacity']:.1f} requests/s for {asked['seconds']:.0f} s, "
-        f"each allowed {asked['deadline_ms']:.0f} ms, while {report['rollouts']} snapshots were published and promoted "
+        f"Poisson arrivals at {report['load']:g} of a closed-loop throughput of {report['capacity']:.1f} requests/s "
+        f"for {asked['seconds']:.0f} s, each allowed {asked['deadline_ms']:.0f} ms, while {report['rollouts']} "
+        "snapshots were published and promoted "
         f"and {report['rollbacks']} rolled back; {report['workers']} workers, a queue of {report['queue']}, one "
         f"snapshot served at a time. Load and rollouts share the machine with the server. Commit {report['commit']}; "
         f"{report['machine']}; {report['date']}.{' **The data are simulated.**' if report['simulated'] else ''}",

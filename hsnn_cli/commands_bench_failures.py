@@ -27,11 +27,10 @@ def add_kinds(kinds: Any) -> None:
     )  # fmt: skip
     endurance.add_argument("run", type=Path, help="run directory that hsnn export finished")
     endurance.add_argument("--minutes", type=float, default=60.0, help="how long (default: %(default)s)")
-    endurance.add_argument(
-        "--load", type=float, default=0.7, help="share of the capacity (default: %(default)s)"
-    )
+    endurance.add_argument("--load", type=float, default=0.7,
+                           help="share of the closed-loop throughput (default: %(default)s)")  # fmt: skip
     endurance.add_argument("--capacity", type=float, metavar="RATE",
-                           help="requests a second (default: measured, two calls always under way)")  # fmt: skip
+                           help="closed-loop throughput (default: measured, two calls always under way)")  # fmt: skip
     endurance.add_argument("--updates", type=float, default=50.0, metavar="RATE",
                            help="item updates a second (default: %(default)s)")  # fmt: skip
     endurance.add_argument(
@@ -58,11 +57,10 @@ def add_kinds(kinds: Any) -> None:
         "--rounds", type=int, default=3, metavar="N", help="of all failures (default: %(default)s)"
     )
     failures.add_argument("--only", metavar="TEXT", help="failures whose name has this text")
-    failures.add_argument(
-        "--load", type=float, default=0.5, help="share of the capacity (default: %(default)s)"
-    )
+    failures.add_argument("--load", type=float, default=0.5,
+                          help="share of the closed-loop throughput (default: %(default)s)")  # fmt: skip
     failures.add_argument("--capacity", type=float, metavar="RATE",
-                          help="requests a second (default: measured, two calls always under way)")  # fmt: skip
+                          help="closed-loop throughput (default: measured, two calls always under way)")  # fmt: skip
     _served(failures, "failures")
     failures.set_defaults(run_command=run_failures)
 

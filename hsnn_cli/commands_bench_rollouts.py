@@ -28,10 +28,9 @@ def add_kinds(kinds: Any) -> None:
     rollouts.add_argument("--rollouts", type=int, default=20, metavar="N", help="(default: %(default)s)")
     rollouts.add_argument("--rollbacks", type=int, default=5, metavar="N", help="(default: %(default)s)")
     rollouts.add_argument("--capacity", type=float, metavar="RATE",
-                          help="requests a second that the server takes (default: measured, closed loop)")  # fmt: skip
-    rollouts.add_argument(
-        "--load", type=float, default=0.7, help="share of the capacity (default: %(default)s)"
-    )
+                          help="closed-loop throughput (default: measured, as many under way as workers)")  # fmt: skip
+    rollouts.add_argument("--load", type=float, default=0.7,
+                          help="share of the closed-loop throughput (default: %(default)s)")  # fmt: skip
     rollouts.add_argument(
         "--mode", choices=("bls", "in_process"), default="bls", help="(default: %(default)s)"
     )

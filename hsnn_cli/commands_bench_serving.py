@@ -49,7 +49,8 @@ def add_kinds(kinds: Any) -> None:
     capacity = kinds.add_parser(
         "capacity", help="the highest load at which a latency percentile holds, and overload", formatter_class=FORMAT,
         description="Find with perf_analyzer the highest load, closed loop and Poisson arrivals, at which a percentile "
-        "stays within a limit; then p99 / p50 at 70% of it, and who is answered and refused at three times as much. "
+        "stays within a limit; then p99 / p50 at 70% of it, and who is answered and refused at three times as much. It "
+        "takes about a quarter of an hour; longer where only few requests a second are within the limit. "
         "Works against any Triton that serves the run's schema, or starts one from a repository.",
         epilog="examples:\n  hsnn bench capacity runs/ads --repository repo\n"
         "  hsnn bench capacity runs/ads --repository repo --latency-ms 20 --percentile 99\n"
@@ -73,7 +74,9 @@ def add_kinds(kinds: Any) -> None:
     capacity.add_argument("--requests", type=int, default=5000, metavar="N",
                          help="distinct requests at most (default: %(default)s)")  # fmt: skip
     capacity.add_argument("--seconds", type=float, default=10.0, metavar="S",
-                         help="how long a level is measured, about (default: %(default)s)")  # fmt: skip
+                         help="how long a level is measured, at least (default: %(default)s)")  # fmt: skip
+    capacity.add_argument("--arrivals", type=int, default=1000, metavar="N",
+                         help="requests of a level, in up to two minutes (default: %(default)s)")  # fmt: skip
     capacity.add_argument("--perf-analyzer", type=Path, metavar="FILE",
                          help="the binary (default: in PATH, else that of `make perf_analyzer`)")  # fmt: skip
     add_tls(capacity)
@@ -157,12 +160,12 @@ def run_capacity(options: argparse.Namespace) -> None:
     from hsnn_bench.capacity_report import render, write_report
     from hsnn_bench.perf_analyzer import find
 
-    at_least_one(options, "k", "requests", "latency_ms", "seconds")
+    at_least_one(options, "k", "requests", "latency_ms", "seconds", "arrivals")
     tool = find(options.perf_analyzer)
     where = f"--repository {options.repository}" if options.repository else f"--url {options.url}"
     command = typed(
         options, f"hsnn bench capacity {options.run} {where}", metrics_url=None, latency_ms=20.0, percentile=99,
-        k=1000, requests=5000, seconds=10.0,
+        k=1000, requests=5000, seconds=10.0, arrivals=1000,
     )  # fmt: skip
 
     def server() -> Any:
@@ -172,7 +175,7 @@ def run_capacity(options: argparse.Namespace) -> None:
 
     report = run(
         options.run, server, tool, k=options.k, latency_ms=options.latency_ms, percentile=options.percentile,
-        requests=options.requests, seconds=options.seconds, command=command,
+        requests=options.requests, seconds=options.seconds, arrivals=options.arrivals, command=command,
         tls=tls_of(options),
     )  # fmt: skip
     paths = write_report(report, options.results)

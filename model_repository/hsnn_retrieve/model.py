@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE))
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
+from admission import DeadlineUnmeetable, Job, QueueFull  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
 from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
@@ -39,7 +40,7 @@ from retriever import Found, Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
 from serving_metrics import Answered, LayerUse, ServingMetrics, Snapshot  # noqa: E402
 from warm_up import NoNetworks, warm_up  # noqa: E402
-from worker_pool import DeadlineUnmeetable, Job, QueueFull, WorkerPool  # noqa: E402
+from worker_pool import WorkerPool  # noqa: E402
 
 import hsnn_core  # noqa: E402
 from hsnn_core import signature  # noqa: E402

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-# The gains of TCP's round-trip estimate (RFC 6298), which follows a changing time just as well.
-_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4
+from collections import deque
+
+_KEPT = 64  # latest searches: few enough to follow a server that slows down, enough for their 95th percentile
+_FIRST = 4  # measurements of which the least counts,
+_ASSUMED = 8  # for as many as these, until there are more
 _FORGOTTEN = 0.01  # of the estimate, by a refusal that rests on it alone
-_FIRST = 4  # measurements of which the least counts
 
 
 class ServiceTime:
-    """Seconds that a worker takes per user of a request: smoothed mean and mean deviation.
+    """Seconds that a worker takes per user of a request: the mean and the quantiles of the latest searches.
+
+    Quantiles, because a search in a hundred that takes five times as long moves a smoothed mean and deviation for the
+    next ten, while of the 90th percentile it is what is allowed to be late.
 
     Kept by the number of workers at work when the search began, because workers share cores: four searches at
     once may each take twice as long as one alone. A level without a measurement counts as the next lower one
@@ -20,30 +25,53 @@ class ServiceTime:
     """
 
     def __init__(self, workers: int) -> None:
-        self._mean = [0.0] * (workers + 1)
-        self._deviation = [0.0] * (workers + 1)
-        self._count = [0] * (workers + 1)
+        self._levels = [_Level() for _ in range(workers + 1)]
 
     def add(self, busy: int, users: int, seconds: float) -> None:
         """A search of ``users`` took ``seconds``; it began as one of ``busy`` (1..workers) at work."""
-        took = seconds / users
-        self._count[busy] += 1
-        if self._count[busy] <= _FIRST:
-            self._mean[busy] = min(took, self._mean[busy] or took)
-            self._deviation[busy] = self._mean[busy] / 2
-            return
-        error = took - self._mean[busy]
-        self._deviation[busy] += _DEVIATION_GAIN * (abs(error) - self._deviation[busy])
-        self._mean[busy] += _GAIN * error
+        self._levels[busy].add(seconds / users)
 
-    def seconds(self, busy: int, users: int, deviations: float = 0.0) -> float:
-        """What a search of ``users`` is going to take as one of ``busy``: the mean and so many mean deviations."""
-        level = next((level for level in range(busy, 0, -1) if self._mean[level]), busy)
-        return users * (self._mean[level] + deviations * self._deviation[level])
+    def mean(self, busy: int, users: int) -> float:
+        """Seconds that a search of ``users`` takes as one of ``busy``."""
+        return users * self._known(busy).mean
+
+    def within(self, busy: int, users: int, share: float) -> float:
+        """Seconds within which so large a ``share`` of such searches have ended."""
+        return users * self._known(busy).quantile(share)
 
     def doubt(self, busy: int) -> None:
         """A request was refused although a worker was free. Nothing is measured while everything is refused, so an
         estimate that was too high once would stay: it shrinks until a request is tried."""
-        level = next((level for level in range(busy, 0, -1) if self._mean[level]), busy)
-        self._mean[level] *= 1 - _FORGOTTEN
-        self._deviation[level] *= 1 - _FORGOTTEN
+        self._known(busy).scale(1 - _FORGOTTEN)
+
+    def _known(self, busy: int) -> _Level:
+        return next((self._levels[n] for n in range(busy, 0, -1) if self._levels[n].mean), self._levels[busy])
+
+
+class _Level:
+    """The latest searches with one number of workers at work."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._count = 0
+        self._latest: deque[float] = deque(maxlen=_KEPT)
+        self._ordered: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self._count += 1
+        if self._count <= _FIRST:
+            least = min(seconds, self.mean or seconds)
+            self._keep([least] * _ASSUMED)
+        else:
+            self._keep([*self._latest, seconds])
+
+    def quantile(self, share: float) -> float:
+        return self._ordered[int(share * (len(self._ordered) - 1))] if self._ordered else 0.0
+
+    def scale(self, factor: float) -> None:
+        self._keep([factor * seconds for seconds in self._latest])
+
+    def _keep(self, seconds: list[float]) -> None:
+        self._latest = deque(seconds, _KEPT)
+        self._ordered = sorted(self._latest)
+        self.mean = sum(self._latest) / len(self._latest) if self._latest else 0.0

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "export"))
 from core_fakes import fake_scorer, one_user, random_index, random_users
 from untrained import JOINT, TARGETED, untrained_run
 
+from clients.wire import Hit, Results, Timings
 from export.export_run import export_run
 from export.sample_users import sample_users
 from hsnn_bench import breakdown, oracle, orchestrator
@@ -58,6 +61,29 @@ def test_every_request_goes_through_every_way_before_the_next():
     assert counted[:6] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert [number for _, number in counted] == [0, 0, 1, 1, 2, 2] * 2
     assert {name: len(given) for name, given in answers.items()} == {"a": 6, "b": 6}
+
+
+def test_of_triton_the_call_is_timed_and_not_the_clients_parsing(monkeypatch):
+    class SlowCodec:
+        def __init__(self, model):
+            pass
+
+        def request(self, users, question):
+            time.sleep(0.05)
+            return {"model_name": "m"}
+
+        def answer(self, given):
+            time.sleep(0.05)
+            return Results([[Hit(7, {}, 0.5)]], "1", Timings(1, (2, 3), 9))
+
+    monkeypatch.setattr(orchestrator, "Codec", SlowCodec)
+    client, triton = (
+        SimpleNamespace(connect=lambda: None),
+        SimpleNamespace(infer=lambda **_: time.sleep(0.01)),
+    )
+    answer = orchestrator.through(client, triton, [4], 1)({"age": np.zeros((1, 1), np.float32)})
+    assert 10_000 <= answer.microseconds < 50_000
+    assert answer.item_ids.tolist() == [7] and answer.stages == [1, 2, 3, 9]
 
 
 @pytest.fixture(scope="module")

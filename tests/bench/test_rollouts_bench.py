@@ -70,5 +70,6 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| requests without an answer (refused 2, expired 1, failed 0) | 0 | 3 |" in page
     assert "| answers that are not the named snapshot's own | 0 | 1 |" in page
     assert "2 versions answered between 10 and 5,987 requests each" in page
+    assert "at 0.7 of a closed-loop throughput of 100.0 requests/s" in page
     assert "The data are simulated" in page and "- `X: y`" in page
     assert [path.name for path in write_report(report, tmp_path / "new")] == ["rollouts.json", "rollouts.md"]

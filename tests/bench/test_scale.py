@@ -22,6 +22,8 @@ from hsnn_cli.main import main
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError, SearchError
 from hsnn_core.exhaustive import exhaustive
+from hsnn_core.features import Encoded
+from hsnn_core.search import search
 from hsnn_core.targeting import TargetingFilter
 from hsnn_train.checkpoint import load_recipe_of_run, load_run, set_widths
 from hsnn_train.data.synthetic import WorldConfig, grown_ads, simulate, world_of
@@ -98,6 +100,21 @@ def test_targets_that_nothing_reaches():
     flat = tree(layers=1)
     with pytest.raises(SearchError, match="a flat index has no widths to tune"):
         find(*flat, 20, RANK, 0.9, progress=False)
+
+
+def test_what_is_timed_is_no_first_search(monkeypatch):
+    index, scorer, users = tree()
+    seen = []
+
+    def counted(*arguments):
+        seen.append(arguments[3])
+        return search(*arguments)
+
+    monkeypatch.setattr(width_search, "search", counted)
+    points = [(8, 16), (16, 16)]
+    few = Encoded(users.dense[:2], users.ids[:2])
+    width_search.measure(index, scorer, few, [np.arange(20)] * 2, 20, RANK, points, progress=False)
+    assert seen == points * 3, "once untimed, then for both users"
 
 
 def test_the_front_is_what_nothing_beats():

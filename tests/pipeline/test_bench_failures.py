@@ -110,7 +110,8 @@ def test_a_short_endurance_run_and_its_report_alone(shop, tmp_path, capsys):
     kinds = {row["kind"] for row in csv.DictReader(incidents.read_text().splitlines())}
     assert {"killed", "rollout", "supervisor"} <= kinds
     assert json.loads(facts.read_text())["capacity"] == 10
-    assert "too short to say" in page.read_text() and plot.read_bytes().startswith(b"\x89PNG")
+    assert "too short to say" in page.read_text() and "of a closed-loop throughput of" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     page.unlink()
     table.write_text("\n".join(table.read_text().splitlines()[:4]) + "\n")  # as if it had been cut off
     assert main([*command, "--report-only"]) == 0
@@ -130,6 +131,7 @@ def test_a_killed_stub_in_the_failures_report(shop, tmp_path):
     assert any("loaded again in" in line for line in outcome["supervisor"])
     page = render(report)
     assert "| orchestrator's stub killed |" in page and "`hsnn bench failures`" in page
+    assert "at 1 of a closed-loop throughput of 10.0 requests/s" in page
 
 
 def test_what_they_refuse(tmp_path, capsys):

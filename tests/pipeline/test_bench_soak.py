@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from hsnn_bench.soak import growth
+from clients.load import OK, REFUSED, Fates
+from hsnn_bench.soak import growth, percentile_of_answers
 from hsnn_cli.main import main
 
 
@@ -20,6 +21,14 @@ def test_growth_is_taken_after_it_has_settled():
     flat = growth(minutes, np.full(len(minutes), 7.0))
     assert flat["growth"] == 0 and flat["per_hour"] == pytest.approx(0, abs=1e-9)
     assert growth(np.array([0.0]), np.array([3.0]))["per_hour"] == 0
+
+
+def test_refusals_do_not_make_a_server_look_fast():
+    latency, outcome = np.array([0.001] * 7 + [0.03, 0.05]), np.array([REFUSED] * 7 + [OK, OK], np.int8)
+    fates = Fates(1.0, np.zeros(9), latency, outcome, 0.1, ())
+    assert percentile_of_answers(fates, 50) == pytest.approx(40)
+    nobody = Fates(1.0, np.zeros(7), latency[:7], outcome[:7], 0.1, ())
+    assert np.isnan(percentile_of_answers(nobody, 99))
 
 
 @pytest.mark.triton
@@ -42,7 +51,8 @@ def test_a_short_soak(shop, tmp_path):
     assert report["cpu_cores"] > 0
     rows = list(csv.DictReader((tmp_path / "soak-shop-200-bls.csv").read_text().splitlines()))
     assert len(rows) >= 4 and float(rows[-1]["minutes"]) > float(rows[0]["minutes"])
-    assert "--capacity 25 --minutes 0.1" in (tmp_path / "soak-shop-200-bls.md").read_text()
+    page = (tmp_path / "soak-shop-200-bls.md").read_text()
+    assert "--capacity 25 --minutes 0.1" in page and "p50 / p99 of the answers" in page
     assert (tmp_path / "soak-shop-200-bls.png").read_bytes().startswith(b"\x89PNG")
 
 

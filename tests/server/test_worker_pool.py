@@ -17,7 +17,7 @@ from tiny_snapshot import ORCHESTRATOR
 
 from hsnn_core.errors import DeadlineExceeded, HsnnError, Overloaded
 
-MODULES = ("request_decoding", "service_time", "worker_pool")
+MODULES = ("request_decoding", "service_time", "admission", "worker_pool")
 
 
 @pytest.fixture
@@ -43,14 +43,19 @@ class Request:
     def __init__(self, code: SimpleNamespace, clock: Clock, allowed: float | None, users: int = 1) -> None:
         self.entered, self.go, self.done, self.seconds = Event(), Event(), Event(), 0.1
         self.refused: list[HsnnError] = []
+        self.told = Event()
         deadline = code.request_decoding.Deadline(int((allowed or 0) * 1e6), clock)
-        self.job = code.worker_pool.Job(users, deadline, self._run, self.refused.append)
+        self.job = code.admission.Job(users, deadline, self._run, self._refuse)
 
     def _run(self) -> float | None:
         self.entered.set()
         assert self.go.wait(20)
         self.done.set()
         return self.seconds
+
+    def _refuse(self, error: HsnnError) -> None:
+        self.refused.append(error)
+        self.told.set()
 
     def finish(self, seconds: float) -> None:
         self.seconds = seconds
@@ -154,7 +159,7 @@ def test_who_lost_the_chance_by_waiting_is_refused_before_the_time_is_over(world
     late, patient = busy.ask(0.25), busy.ask(5.0)
     busy.clock.now += 0.2
     running.finish(0.1)
-    assert patient.entered.wait(20)
+    assert patient.entered.wait(20) and late.told.wait(20)
     assert [type(error).__name__ for error in late.refused] == ["DeadlineUnmeetable"]
     assert not late.entered.is_set()
 
@@ -165,11 +170,32 @@ def test_the_next_arrival_refuses_them_too(world: Any) -> None:
     late, over = busy.ask(0.3), busy.ask(0.37)
     busy.clock.now += 0.25
     busy.ask()
+    assert late.told.wait(20)
     assert [type(error).__name__ for error in late.refused] == ["DeadlineUnmeetable"]
     assert not over.refused
     busy.clock.now += 1
     busy.ask()
+    assert over.told.wait(20)
     assert [type(error) for error in over.refused] == [DeadlineExceeded]
+
+
+def test_who_loses_the_chance_hears_so_although_nothing_happens(world: Any) -> None:
+    """No arrival, and no worker is free: it is refused when what is left is less than a search takes."""
+    busy = world(1, 50)
+    busy.run(1)
+    busy.clock.now += 0.1
+    patient, late = busy.ask(5.0), busy.ask(0.221)
+    busy.clock.now += 0.12
+    assert late.told.wait(20)
+    assert [type(error).__name__ for error in late.refused] == ["DeadlineUnmeetable"]
+    assert not patient.refused and not patient.entered.is_set()
+
+
+def test_a_drained_pool_leaves_no_thread(world: Any) -> None:
+    busy = world(2, 5)
+    busy.ask().go.set()
+    busy.close()
+    assert not [thread.name for thread in (busy.pool._reaper, *busy.pool._threads) if thread.is_alive()]
 
 
 def test_an_estimate_that_refuses_everything_is_doubted(world: Any) -> None:
@@ -189,39 +215,44 @@ def test_an_estimate_that_refuses_everything_is_doubted(world: Any) -> None:
 
 def test_a_server_that_knows_nothing_refuses_nothing(code: SimpleNamespace) -> None:
     times = code.service_time.ServiceTime(3)
-    assert times.seconds(3, 8, 3.0) == 0
+    assert times.mean(3, 8) == times.within(3, 8, 0.95) == 0
     times.add(1, 2, 0.4)
-    assert times.seconds(1, 1) == times.seconds(3, 1) == 0.2, (
-        "a level without measurements is as the one below"
+    assert times.mean(1, 1) == times.mean(3, 1) == pytest.approx(0.2), (
+        "a level without measurements: the one below"
     )
-    assert times.seconds(2, 2, 1.0) == pytest.approx(0.6)
+    assert times.within(2, 2, 0.9) == pytest.approx(0.4)
     for _ in range(100):
         times.add(2, 1, 0.5)
-    assert times.seconds(1, 1) == 0.2
-    assert times.seconds(2, 1) == pytest.approx(0.5)
+    assert times.mean(1, 1) == pytest.approx(0.2)
+    assert times.mean(2, 1) == pytest.approx(0.5)
 
 
 def test_a_slow_start_is_forgotten(code: SimpleNamespace) -> None:
     times = code.service_time.ServiceTime(1)
     for seconds in (0.300, 0.012, 0.200, 0.010):
         times.add(1, 1, seconds)
-    assert times.seconds(1, 1, 4.0) == pytest.approx(0.030), "the first searches of a process are slow"
-    for _ in range(50):
+    assert times.within(1, 1, 0.95) == pytest.approx(0.010), "the first searches of a process are slow"
+    times.add(1, 1, 0.4)
+    assert times.within(1, 1, 0.95) == pytest.approx(0.010), "and the fifth may be"
+    for _ in range(64):
         times.add(1, 1, 0.2)
-    assert times.seconds(1, 1) == pytest.approx(0.2, rel=0.01)
+    assert times.mean(1, 1) == pytest.approx(0.2, rel=0.01)
 
 
 def test_the_estimate_follows_the_load(code: SimpleNamespace) -> None:
     times = code.service_time.ServiceTime(1)
-    for _ in range(50):
+    for _ in range(64):
         times.add(1, 1, 0.010)
-    assert times.seconds(1, 1, 3.0) == pytest.approx(0.010, rel=0.01)
-    for _ in range(50):
+    assert times.within(1, 1, 0.95) == pytest.approx(0.010, rel=0.01)
+    for _ in range(8):
         times.add(1, 1, 0.020)
-    assert times.seconds(1, 1) == pytest.approx(0.020, rel=0.01)
+    assert times.within(1, 1, 0.9) == pytest.approx(0.020, rel=0.01), "a slower server is noticed at once"
+    for _ in range(64):
+        times.add(1, 1, 0.020)
+    assert times.mean(1, 1) == pytest.approx(0.020, rel=0.01)
     for step in range(100):
         times.add(1, 1, 0.010 if step % 2 else 0.030)
-    assert times.seconds(1, 1, 1.0) > times.seconds(1, 1) * 1.3, "unsteady times need more room"
+    assert times.within(1, 1, 0.9) > times.mean(1, 1) * 1.3, "unsteady times need more room"
 
 
 def test_a_worker_outlives_what_its_job_raises(code: SimpleNamespace) -> None:
@@ -236,7 +267,7 @@ def test_a_worker_outlives_what_its_job_raises(code: SimpleNamespace) -> None:
         raise AssertionError(error)
 
     for run in (fails, fails, lambda: done.set()):
-        pool.submit(code.worker_pool.Job(1, deadline, run, refuse))
+        pool.submit(code.admission.Job(1, deadline, run, refuse))
     assert done.wait(20), "the one worker goes on"
     pool.drain()
     assert [str(error) for error in reported] == ["no answer could be built"] * 2
@@ -256,7 +287,7 @@ def test_a_refusal_that_fails_keeps_nobody_from_theirs(code: SimpleNamespace) ->
 
     for refuse in (gone, told.append):
         deadline = code.request_decoding.Deadline(100_000, clock)
-        pool.submit(code.worker_pool.Job(1, deadline, lambda: None, refuse))
+        pool.submit(code.admission.Job(1, deadline, lambda: None, refuse))
     clock.now += 1
     running.finish(0.1)
     pool.drain()
@@ -276,7 +307,7 @@ def test_an_idle_worker_keeps_no_inputs(code: SimpleNamespace) -> None:
     pool = code.worker_pool.WorkerPool(1, 5)
     inputs = Inputs()
     kept = weakref.ref(inputs)
-    pool.submit(code.worker_pool.Job(1, code.request_decoding.Deadline(0), inputs.run, inputs.refuse))
+    pool.submit(code.admission.Job(1, code.request_decoding.Deadline(0), inputs.run, inputs.refuse))
     del inputs
     assert done.wait(20)
     until = time.monotonic() + 5
