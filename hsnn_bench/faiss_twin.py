@@ -59,10 +59,16 @@ class Twin:
 def exhaustive(items: np.ndarray, queries: Queries, k: int) -> Twin:
     """All V inner products of items (V, d) float32 by Faiss's flat index. Raises DataError for other shapes."""
     _check(items, queries, k)
-    index = faiss.IndexFlatIP(items.shape[1])
-    index.add(items)
+    index = flat_index(items)
     found, valid, microseconds, _ = _answer(index, queries, k, _flat)
     return Twin("exhaustive", {}, 1.0, microseconds, 1.0, found, valid)
+
+
+def flat_index(items: np.ndarray) -> Any:
+    """Faiss's index that takes all inner products, over items (V, d) float32."""
+    index = faiss.IndexFlatIP(items.shape[1])
+    index.add(items)
+    return index
 
 
 def approximate(

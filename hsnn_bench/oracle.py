@@ -12,8 +12,15 @@ from hsnn_core.search import best, rank_scores
 PIECE = 1 << 16  # items scored at once
 
 
-def item_scores(index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, rank: np.ndarray) -> np.ndarray:
-    """(V,) float32 rank score of every item for one user, by position."""
+def item_scores(
+    index: HierarchicalIndex,
+    scorer: LayerScorer,
+    user: Encoded,
+    rank: np.ndarray,
+    allowed: np.ndarray | None = None,
+) -> np.ndarray:
+    """(V,) float32 rank score of every item for one user, by position; -inf of those that are not ``allowed`` (V,)
+    bool, which are not scored."""
     state = scorer.open(user)
     carried = np.zeros((1, index.nodes(1), 0), dtype=np.float32)  # (1, I_l, (l-1)*T)
     for layer in range(1, index.layers):
@@ -23,9 +30,10 @@ def item_scores(index: HierarchicalIndex, scorer: LayerScorer, user: Encoded, ra
             carried = carried[:, index.parents(layer + 1)]
     above = index.parents(index.layers) if index.layers > 1 else None  # (V,)
 
-    scores = np.empty(index.items, dtype=np.float32)
-    for start in range(0, index.items, PIECE):
-        positions = np.arange(start, min(start + PIECE, index.items))
+    scores = np.full(index.items, -np.inf, dtype=np.float32)
+    every = np.arange(index.items) if allowed is None else np.flatnonzero(allowed)
+    for start in range(0, len(every), PIECE):
+        positions = every[start : start + PIECE]
         previous = (
             np.zeros((1, len(positions), 0), np.float32) if above is None else carried[:, above[positions]]
         )
@@ -51,7 +59,5 @@ def best_items(
 ) -> np.ndarray:
     """Item ids (k,) int64 of the best ``k`` of all items for one user (fewer in a smaller corpus), best first;
     ``allowed`` (V,) bool by position: only of these."""
-    scores = item_scores(index, scorer, user, rank)
-    if allowed is not None:
-        scores[~allowed] = -np.inf
+    scores = item_scores(index, scorer, user, rank, allowed)
     return index.item_ids[top_positions(scores, k)]

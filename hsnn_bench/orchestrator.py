@@ -78,12 +78,13 @@ Ask = Callable[[Wire], Answer]
 
 
 class BareLoop:
-    """The orchestrator's work without an orchestrator: encode, search, in this process and one thread."""
+    """The orchestrator's work without an orchestrator: encode, filter, search, in this process and one thread, with
+    ``widths``, which may be changed."""
 
     def __init__(self, exported: Exported, bundle: Bundle, widths: Sequence[int], k: int) -> None:
         files = [exported.path / graph.file for graph in exported.graphs]
-        self._bundle, self._widths, self._k = bundle, widths, k
-        self._targeting = OpenTargeting(bundle)
+        self._bundle, self.widths, self.k = bundle, widths, k
+        self.targeting = OpenTargeting(bundle)
         self.scorer = bundle.scorer(OnnxRunner(files[0], files[2:]))
 
     def encode(self, wire: Wire) -> Encoded:
@@ -94,8 +95,8 @@ class BareLoop:
         """The search of one request."""
         bundle = self._bundle
         users = self.encode(wire)
-        allowed = self._targeting.filter(len(users))
-        return search(bundle.index, self.scorer, users, self._widths, self._k, bundle.schema.rank, allowed)
+        allowed = self.targeting.filter(len(users))
+        return search(bundle.index, self.scorer, users, self.widths, self.k, bundle.schema.rank, allowed)
 
     def __call__(self, wire: Wire) -> Answer:
         began = time.perf_counter()

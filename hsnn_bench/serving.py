@@ -1,9 +1,10 @@
 """What a request costs in Triton: the HSNN beside its peers in one server, asked by one client in turns.
 
-Every round asks every model a block of requests, so a machine that slows down slows all of them alike; the order of
-the models rotates. Latency is what the client waits for the answer's bytes (it does not parse them). CPU time is that
-of all processes of the server, read before and after a block. Recall is that of the served answers against
-scoring every item with the same model.
+Every round asks every model a block of requests, so a machine that slows down slows all of them alike; each round has
+an order of its own, so that no model always comes behind the same one. Latency is what the client waits for the
+answer's bytes (it does not parse them). CPU time is that of all processes of the server, read before a block and a
+moment after it, without what the server uses when nobody asks. Recall is that of the served answers against scoring
+every item with the same model.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from hsnn_core.onnx_runner import OnnxRunner
 from hsnn_server.triton import TritonServer
 from hsnn_server.usage import cpu_seconds
 from hsnn_train.checkpoint import check_inputs, load_run
-from hsnn_train.metrics import search_recall
 
 from .serving_peers import Grown, Peer, build_peers
 
 BLOCK = 10  # requests of a model in a round
 WARM_UP = 20
-_SETTLE = 0.005  # seconds after a block for what a model does behind its answer
+# Seconds after a block for what a model does behind its answer: metrics are reported every 0.25.
+_SETTLE = 0.3
+_SEED = 1  # of the orders
+P99_SAMPLES = 1000  # requests from which on a 99th percentile says something
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def run_serving(
         names = [name for peer in peers for name in (*peer.networks, peer.model)]
         with TritonServer(repository, models=names) as server:
             idle = _idle_cpu(server)
-            measured = measure(server, peers, wire, k, rounds)
+            measured = measure(server, peers, wire, k, rounds, idle)
             answers = {peer.model: _ask(server, peer, wire, k, recall_requests) for peer in peers}
     twins = _Twins(users, k, recall_requests)
     rows = [_row(peer, measured[peer.model], twins.recall(peer, answers[peer.model])) for peer in peers]
@@ -98,9 +101,15 @@ def run_serving(
 
 
 def measure(
-    server: TritonServer, peers: Sequence[Peer], wire: Mapping[str, np.ndarray], k: int, rounds: int
+    server: TritonServer,
+    peers: Sequence[Peer],
+    wire: Mapping[str, np.ndarray],
+    k: int,
+    rounds: int,
+    idle: float,
 ) -> dict[str, Measured]:
-    """By model; see the module's text. ``wire``: wire tensors (R, ...) of the users to ask for, in turn."""
+    """By model; see the module's text. ``wire``: wire tensors (R, ...) of the users to ask for, in turn; ``idle``: CPU
+    seconds per second of the server when nobody asks."""
     pids = server.pids
     with grpc.insecure_channel(server.urls.grpc, [("grpc.max_receive_message_length", 64 << 20)]) as channel:
         call = channel.unary_unary(METHOD)
@@ -113,15 +122,17 @@ def measure(
                 call(message, timeout=60)
         waited: dict[str, list[list[float]]] = {peer.model: [] for peer in peers}
         cpu: dict[str, list[float]] = {peer.model: [] for peer in peers}
+        rng = np.random.default_rng(_SEED)
         for number in tqdm(range(rounds), desc="serving", unit="round"):
-            for place in range(len(peers)):
-                model = peers[(place + number) % len(peers)].model
+            for place in rng.permutation(len(peers)):
+                model = peers[place].model
                 own = messages[model]
                 block = [own[(number * BLOCK + i) % len(own)] for i in range(BLOCK)]
-                before = cpu_seconds(pids)
+                before, began = cpu_seconds(pids), time.perf_counter()
                 waited[model].append([_milliseconds(call, message) for message in block])
                 time.sleep(_SETTLE)
-                cpu[model].append(1000 * (cpu_seconds(pids) - before) / BLOCK)
+                used = cpu_seconds(pids) - before - idle * (time.perf_counter() - began)
+                cpu[model].append(1000 * used / BLOCK)
     return {model: Measured(np.array(waited[model]), np.array(cpu[model])) for model in waited}
 
 
@@ -161,23 +172,20 @@ class _Twins:
     def __init__(self, users: Encoded, k: int, count: int) -> None:
         self._users = Encoded(users.dense[:count], users.ids[:count])
         self._k = k
-        self._known: dict[tuple[Path, int | None], tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[tuple[Path, int | None], list[np.ndarray]] = {}
 
-    def recall(self, peer: Peer, answers: Sequence[np.ndarray]) -> float | None:
-        """Share of the model's own exhaustive top K that was served, mean over requests; None without retrieval."""
+    def recall(self, peer: Peer, answers: Sequence[np.ndarray]) -> list[float]:
+        """Share of the model's own exhaustive top K that was served, by request; none without retrieval, and of a
+        request that may get nothing."""
         if peer.exported is None:
-            return None
+            return []
         key = (peer.exported.path, peer.task)
         if key not in self._known:
             self._known[key] = self._exhaustive(peer)
-        valid = np.array([len(row) for row in answers])
-        found = np.zeros((len(answers), self._k), np.int64)
-        for row, ids in zip(found, answers):
-            row[: len(ids)] = ids
-        best, best_valid = self._known[key]
-        return search_recall(found, valid, best, best_valid)
+        return [float(np.isin(best, ids).mean()) for ids, best in zip(answers, self._known[key]) if len(best)]
 
-    def _exhaustive(self, peer: Peer) -> tuple[np.ndarray, np.ndarray]:
+    def _exhaustive(self, peer: Peer) -> list[np.ndarray]:
+        """By request the item ids of the best K."""
         assert peer.exported is not None
         bundle = Bundle.open(peer.exported.bundle, verify=False)
         graphs = [peer.exported.path / f"scorer_l{layer}.onnx" for layer in range(1, bundle.index.layers + 1)]
@@ -186,21 +194,26 @@ class _Twins:
         if peer.task is not None:  # Faiss ranks by one task alone
             rank = np.eye(len(rank), dtype=np.float32)[peer.task]
         allowed = open_filter(bundle)
-        ids, valid = [], []
+        best = []
         for row in tqdm(range(len(self._users)), desc=f"exhaustive twin of {peer.label}", unit="request"):
             user = Encoded(self._users.dense[row : row + 1], self._users.ids[row : row + 1])
             found = exhaustive(bundle.index, scorer, user, self._k, rank, allowed)
-            ids.append(found.item_ids)
-            valid.append(found.valid)
-        return np.concatenate(ids), np.concatenate(valid)
+            best.append(found.item_ids[0, : found.valid[0]])
+        return best
 
 
-def _row(peer: Peer, measured: Measured, recall: float | None) -> dict[str, Any]:
+def _row(peer: Peer, measured: Measured, shares: Sequence[float]) -> dict[str, Any]:
+    """``recall_error``: the standard error of the mean over requests; ``p99``: None of too few samples."""
     waited = measured.milliseconds
+    some = len(shares) > 1
     return {
-        "model": peer.model, "label": peer.label, "settings": peer.settings, "recall": recall,
-        "latency_ms": {name: float(np.percentile(waited, q)) for name, q in (("p50", 50), ("p99", 99))}
-        | _spread(np.median(waited, axis=1)),
+        "model": peer.model, "label": peer.label, "settings": peer.settings,
+        "recall": float(np.mean(shares)) if shares else None,
+        "recall_error": float(np.std(shares, ddof=1) / len(shares) ** 0.5) if some else None,
+        "latency_ms": {
+            "p50": float(np.percentile(waited, 50)),
+            "p99": float(np.percentile(waited, 99)) if waited.size >= P99_SAMPLES else None,
+        } | _spread(np.median(waited, axis=1)),
         "cpu_ms": {"median": float(np.median(measured.cpu))} | _spread(measured.cpu),
     }  # fmt: skip
 

@@ -1,11 +1,12 @@
 """One Triton repository with an exported HSNN and its peers, all answering the same request.
 
     hsnn_in_process, hsnn_bls   the run as it is served, its networks inside the orchestrator or called through Triton
-    two_tower_flat, monn_flat   one-layer models of the run's recipe over the same items: every item is scored
-    ebr_ivf, ebr_hnsw           that two-tower's user tower and Faiss over its item vectors
+    monn_flat                   a one-layer model of the run's recipe over the same items: every item is scored
+    two_tower_flat              a one-layer two-tower as one serves it: its user tower, and Faiss for all inner products
+    ebr_ivf, ebr_hnsw           the same with Faiss's approximate indices
     echo                        no retrieval at all
 
-The flat models are trained once under ``<run>/peers``, in folders named by a hash of their recipes. In a simulated
+The one-layer models are trained once under ``<run>/peers``, in folders named by a hash of their recipes. In a simulated
 world all of them may stand over a corpus that is grown (`scale`); over a large one there are no monn_flat, which takes
 a second per request, and no ebr_hnsw, which takes an hour to build.
 """
@@ -41,18 +42,23 @@ from hsnn_train.checkpoint import Run
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.recipe import Recipe
 
-from .faiss_twin import Queries, tuned_index
+from .faiss_twin import Queries, flat_index, tuned_index
 from .jobs import Job
 from .ours import changed, trained
 from .scale import build, export_over
 
 SOURCES = Path(__file__).parent / "peer_models"
+USER_TOWER = "user_tower.onnx"
 VERSION = 1
 TUNING_REQUESTS = 200
 EBR_TARGET = 0.95
 MOST_OF_ALL = 200_000  # items over which every peer is built
 _FIT_USERS, _FIT_ITEMS, _FIT_TOLERANCE = 8, 64, 1e-3
-_TWINS = ("ivf", "hnsw")
+_FAISS: dict[str, tuple[str, str | None]] = {  # name -> label, kind of approximate index
+    "two_tower_flat": ("two-tower + Faiss, all items", None),
+    "ebr_ivf": ("EBR: two-tower + Faiss IVF", "ivf"),
+    "ebr_hnsw": ("EBR: two-tower + Faiss HNSW", "hnsw"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,7 @@ def build_peers(
     repository.mkdir(parents=True, exist_ok=True)
     options = ServingOptions(mode="in_process", workers=workers)
     peers = []
-    snapshots = [
-        ("hsnn", exported, {"hsnn_in_process": "in_process", "hsnn_bls": "bls"}),
-        ("two_tower", two_tower, {"two_tower_flat": "in_process"}),
-    ]
+    snapshots = [("hsnn", exported, {"hsnn_in_process": "in_process", "hsnn_bls": "bls"})]
     if every:
         snapshots.append(("monn", _flat_export(run, dataset, layers[-1], grown), {"monn_flat": "in_process"}))
     for prefix, source, modes in snapshots:
@@ -132,9 +135,9 @@ def build_peers(
             if widths is not None and prefix == "hsnn":
                 peer = replace(peer, widths=widths, settings=peer.settings | {"widths": list(widths)})
             peers.append(peer)
-    for kind in _TWINS if every else _TWINS[:1]:
-        peers.append(_add_ebr(repository, two_tower, dataset, kind, k))
-    _add_sources(repository, "echo", bundle)
+    for name in _FAISS if every else list(_FAISS)[:2]:
+        peers.append(_add_faiss(repository, two_tower, dataset, name, k))
+    _add_sources(repository, "echo", "echo", bundle)
     peers.append(Peer("echo", "echo (floor of the server)", None, {}))
     return peers
 
@@ -144,7 +147,6 @@ def _peer_of(model: str, exported: Exported, networks: tuple[str, ...], layers: 
     label = {
         "hsnn_in_process": f"HSNN ({', '.join(layers)}), in process",
         "hsnn_bls": f"HSNN ({', '.join(layers)}), BLS",
-        "two_tower_flat": "two-tower, flat",
         "monn_flat": f"MoNN ({layers[-1]}), flat",
     }[model]
     return Peer(model, label, exported, {"nodes": manifest["nodes"], "widths": manifest["widths"]}, networks)
@@ -208,39 +210,50 @@ def _take_over(
     return target
 
 
-def _add_sources(repository: Path, name: str, bundle: Bundle) -> Path:
-    """A Python model of `peer_models`, with the tensors and parameters of an orchestrator."""
+def _add_sources(repository: Path, name: str, source: str, bundle: Bundle) -> Path:
+    """The Python model ``source`` of `peer_models`, with the tensors and parameters of an orchestrator."""
     target = repository / name / str(VERSION)
     target.mkdir(parents=True)
-    vendor(target, SOURCES / name.partition("_")[0])
+    vendor(target, SOURCES / source)
     config = pbtxt.orchestrator_config(bundle.schema, 1, bundle.manifest["k"], (), ServingOptions())
     config.name = name
     write_bytes(repository / name / CONFIG_FILE, pbtxt.to_text(config).encode())
     return target
 
 
-def _add_ebr(repository: Path, two_tower: Exported, dataset: Dataset, kind: str, k: int) -> Peer:
-    name = f"ebr_{kind}"
+def _add_faiss(repository: Path, two_tower: Exported, dataset: Dataset, name: str, k: int) -> Peer:
+    label, kind = _FAISS[name]
     bundle = Bundle.open(two_tower.bundle, verify=False)
-    target = _add_sources(repository, name, bundle)
-    # The flat peer's version holds the same bundle, with the names of the networks in this repository.
+    target = _add_sources(repository, name, "ebr", bundle)
+    _link(two_tower.path / USER_TOWER, target)
     for file in (MANIFEST, *bundle.manifest["files"]):
-        os.link(repository / "two_tower_flat" / str(VERSION) / file, target / file)
+        _link(bundle.path / file, target)
     items = np.ascontiguousarray(bundle.embeddings[0], np.float32)
     task = int(np.argmax(bundle.schema.rank))
     split = "valid" if len(dataset.valid) else "test"
     _, users = dataset.requests(split, TUNING_REQUESTS)
-    tower = OnnxRunner(two_tower.path / "user_tower.onnx", [])
+    tower = OnnxRunner(two_tower.path / USER_TOWER, [])
     packed = tower.user_tower(users.tensors("user"))["user_l1"]
     vectors = packed.reshape(len(packed), len(bundle.schema.tasks), -1)  # (R, T, d)
-    query = Queries(np.ascontiguousarray(vectors[:, task]), _open_to_all(bundle))
-    index, settings = tuned_index(kind, items, query, k, EBR_TARGET)
+    if kind is None:
+        index, settings = flat_index(items), dict[str, int]()
+    else:
+        query = Queries(np.ascontiguousarray(vectors[:, task]), _open_to_all(bundle))
+        index, settings = tuned_index(kind, items, query, k, EBR_TARGET)
     scale, bias = _affine(bundle, two_tower, packed, vectors, items)
     faiss.write_index(index, str(target / "items.faiss"))
     search = {key: settings[key] for key in ("nprobe", "efSearch") if key in settings}
     facts = {"task": task, "search": search, "scale": scale.tolist(), "bias": bias.tolist()}
     write_bytes(target / "ebr.json", json.dumps(facts).encode())
-    return Peer(name, f"EBR: two-tower + Faiss {kind.upper()}", two_tower, settings, task=task)
+    return Peer(name, label, two_tower, settings, task=task)
+
+
+def _link(source: Path, folder: Path) -> None:
+    """The file under its name in a folder; copied where that lies on another disk."""
+    try:
+        os.link(source, folder / source.name)
+    except OSError:
+        shutil.copyfile(source, folder / source.name)
 
 
 def _open_to_all(bundle: Bundle) -> Callable[[slice], np.ndarray | None]:
@@ -265,7 +278,7 @@ def _affine(
         if spec.name not in inputs:
             dtype = np.int32 if spec.datatype == "INT32" else np.float32
             inputs[spec.name] = np.zeros(spec.shape(users, len(rows)), dtype)
-    runner = OnnxRunner(exported.path / "user_tower.onnx", [exported.path / "scorer_l1.onnx"])
+    runner = OnnxRunner(exported.path / USER_TOWER, [exported.path / "scorer_l1.onnx"])
     _, logits = runner.score(1, inputs)  # (users, rows, T)
     products = np.einsum("rd,btd->brt", items[rows], vectors[:users])
     scale, bias = np.zeros(logits.shape[-1]), np.zeros(logits.shape[-1])

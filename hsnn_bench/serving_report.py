@@ -37,9 +37,9 @@ def render(report: Mapping[str, Any]) -> str:
         f"`{report['command']}`",
         "",
         f"One Triton, one client, one request at a time; {report['rounds']} rounds of {report['block']} requests per "
-        f"model, models in turns; {report['requests']:,} distinct test requests. Commit {report['commit']}; "
-        f"{report['machine']}; {report['date']}. Idle, the server uses {100 * report['idle_cpu_share']:.1f}% of "
-        "a core.",
+        f"model, models in turns, in an order drawn for each round; {report['requests']:,} distinct test requests. "
+        f"Commit {report['commit']}; {report['machine']}; {report['date']}. Idle, the server uses "
+        f"{100 * report['idle_cpu_share']:.1f}% of a core.",
         "",
     ]
     if report["simulated"]:
@@ -52,19 +52,23 @@ def render(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         cpu, waited, ratio = row["cpu_ms"], row["latency_ms"], row["against_ebr_ivf"]
         recall = "–" if row["recall"] is None else f"{row['recall']:.4f}"
+        if row["recall_error"] is not None:
+            recall += f" ± {row['recall_error']:.4f}"
+        p99 = "–" if waited["p99"] is None else f"{waited['p99']:.2f}"
         settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
         lines.append(
             f"| {row['label']} | {cpu['median']:.2f} ({cpu['low']:.2f}–{cpu['high']:.2f}) | {waited['p50']:.2f} "
-            f"({waited['low']:.2f}–{waited['high']:.2f}) | {waited['p99']:.2f} | {ratio['cpu']:.2f} | "
+            f"({waited['low']:.2f}–{waited['high']:.2f}) | {p99} | {ratio['cpu']:.2f} | "
             f"{ratio['p50']:.2f} | {recall} | {settings} |"
         )
     lines += [
         "",
-        "CPU is that of all processes of the server, kernel time included: medians over rounds, in brackets their 10th "
-        "and 90th percentiles (for p50 those of the rounds' medians). Latency is the client's, without parsing the "
-        f"answer. Recall is over {report['recall_requests']} requests, against scoring every item with the same model; "
-        "EBR ranks by the one task of the highest rank. The echo reads the request and answers with zeros of the same "
-        "shapes: what any Python model in Triton costs.",
+        "CPU is that of all processes of the server, kernel time included, less what they use idle: medians over "
+        "rounds, in brackets their 10th and 90th percentiles (for p50 those of the rounds' medians). Latency is "
+        "the client's, without parsing the answer; p99 is left out of fewer than 1,000 requests. Recall is over "
+        f"{report['recall_requests']} requests, ± the standard error, against scoring every item with the same model; "
+        "Faiss ranks by the one task of the highest rank. The echo reads the request and answers with zeros of the "
+        "same shapes: what any Python model in Triton costs.",
         "",
         f"![CPU time and latency]({_stem(report)}.png)",
     ]

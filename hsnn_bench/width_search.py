@@ -1,15 +1,15 @@
 """Beam widths for a wanted search recall at the lowest cost, by measuring: what `hsnn tune` does.
 
 A grid of widths, every layer's a ladder of powers of two up to its nodes, is looked over with few requests, and the
-points around the target are measured with all of them. A request's exhaustive top K is found once; a point then costs
-one search per request. In the measurement a request goes through all points before the next, so a machine that slows
-down slows all alike.
+points around the target are measured with all of them; `narrowed` goes on between the powers of two. A request's
+exhaustive top K is found once; a point then costs one search per request. In the measurement a request goes through
+all points before the next, so a machine that slows down slows all alike.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hsnn_core.errors import SearchError
 from hsnn_core.features import Encoded
 from hsnn_core.index import HierarchicalIndex
+from hsnn_core.item_filter import ItemFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 
@@ -27,6 +28,13 @@ from .oracle import best_items
 PILOT = 4  # requests that look over the whole grid
 MARGIN = 0.02  # of recall, below the target, that the pilot may be wrong by
 FINALISTS = 8
+STEP = 16  # `narrowed` ends a bisection at one part in so many
+
+NewFilter = Callable[[], ItemFilter | None]
+
+
+def _no_filter() -> None:
+    """Every user may get every item."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,10 @@ def measure(
     rank: np.ndarray,
     points: Sequence[tuple[int, ...]],
     progress: bool = True,
+    new_filter: NewFilter = _no_filter,
 ) -> list[Point]:
-    """Every point on every user, the points of one user after each other."""
+    """Every point on every user, the points of one user after each other. ``new_filter``: makes a search's filter,
+    which counts as part of it."""
     recall = np.empty((len(points), len(users)))
     seconds = np.empty_like(recall)
     candidates = np.empty((len(points), len(users), index.layers))
@@ -101,7 +111,7 @@ def measure(
         user = _one(users, row)
         for place, widths in enumerate(points):
             began = perf_counter()
-            found = search(index, scorer, user, widths, k, rank)
+            found = search(index, scorer, user, widths, k, rank, new_filter())
             seconds[place, row] = perf_counter() - began
             recall[place, row] = np.isin(tops[row], found.item_ids[0, : found.valid[0]]).mean()
             candidates[place, row] = [layer.candidates[0] for layer in found.layers]
@@ -123,23 +133,27 @@ def find(
     target_recall: float,
     target_ms: float | None = None,
     progress: bool = True,
+    tops: Sequence[np.ndarray] | None = None,
+    new_filter: NewFilter = _no_filter,
 ) -> tuple[Point, list[Point]]:
     """The cheapest point that reaches ``target_recall`` (and ``target_ms``), and all that were measured.
 
-    Few requests find the part of the grid that matters; the points around the target are measured on all. Raises
-    SearchError with the nearest point when nothing reaches the target, and for a flat index.
+    ``tops``: the users' exhaustive top K, of what ``new_filter`` (see `measure`) lets through; None: found here,
+    without a filter. Few requests find the part of the grid that matters; the points around the target are measured on
+    all. Raises SearchError with the nearest point when nothing reaches the target, and for a flat index.
     """
     if index.layers == 1:
         raise SearchError("a flat index has no widths to tune, expected one of at least two layers")
     if not 0 < target_recall <= 1:
         raise SearchError(f"target recall {target_recall}, expected above 0 and at most 1")
-    tops = exact_tops(index, scorer, users, k, rank, progress)
+    if tops is None:
+        tops = exact_tops(index, scorer, users, k, rank, progress)
     few = Encoded(users.dense[:PILOT], users.ids[:PILOT])
-    pilot = _pilot(index, scorer, few, tops, k, rank, target_recall + MARGIN, progress)
+    pilot = _pilot(index, scorer, few, tops, k, rank, target_recall + MARGIN, progress, new_filter)
     near = sorted((p for p in pilot if p.recall >= target_recall - MARGIN), key=lambda p: p.ms)[:FINALISTS]
     front = [p for p in pilot if _on_front(p, pilot)]
     chosen = list(dict.fromkeys(p.widths for p in (*front, *near)))
-    points = measure(index, scorer, users, tops, k, rank, chosen, progress)
+    points = measure(index, scorer, users, tops, k, rank, chosen, progress, new_filter)
     good = [p for p in points if p.recall >= target_recall and (target_ms is None or p.ms <= target_ms)]
     if not good:
         exact_enough = [p for p in points if p.recall >= target_recall]
@@ -154,6 +168,32 @@ def find(
     return min(good, key=lambda p: p.ms), sorted(points, key=lambda p: p.ms)
 
 
+def narrowed(
+    index: HierarchicalIndex,
+    scorer: LayerScorer,
+    users: Encoded,
+    tops: Sequence[np.ndarray],
+    k: int,
+    rank: np.ndarray,
+    widths: Sequence[int],
+    target_recall: float,
+    new_filter: NewFilter = _no_filter,
+) -> tuple[int, ...]:
+    """``widths`` that reach ``target_recall``, each in turn, the last first, bisected down to the fewest nodes that
+    still do, to one part in `STEP`: so corpora are compared at one recall, not at the next powers of two above it."""
+    found = list(widths)
+    for place in reversed(range(len(found))):
+        low, high = 0, found[place]
+        if place == len(found) - 1:  # the last layer's nodes should hold K items, as in `grid`
+            low = min(k, index.items) * index.nodes(place + 1) // index.items
+        while high - low > max(1, high // STEP):
+            found[place] = (low + high) // 2
+            (point,) = measure(index, scorer, users, tops, k, rank, [tuple(found)], False, new_filter)
+            low, high = (low, found[place]) if point.recall >= target_recall else (found[place], high)
+        found[place] = high
+    return tuple(found)
+
+
 def _pilot(
     index: HierarchicalIndex,
     scorer: LayerScorer,
@@ -163,6 +203,7 @@ def _pilot(
     rank: np.ndarray,
     enough: float,
     progress: bool,
+    new_filter: NewFilter,
 ) -> list[Point]:
     """The grid, a ladder of the last layer's widths at a time, each climbed until its recall is ``enough``: what is
     above costs more and is not wanted."""
@@ -173,7 +214,7 @@ def _pilot(
             reached = 0.0
             for widths in ladder:
                 if reached < min(enough, 1.0):
-                    points += measure(index, scorer, users, tops, k, rank, [widths], progress=False)
+                    points += measure(index, scorer, users, tops, k, rank, [widths], False, new_filter)
                     reached = points[-1].recall
                 bar.update()
     return points

@@ -51,7 +51,9 @@ def add_kinds(kinds: Any) -> None:
         description="Grow the simulated world of a run, index it by the run's item tower and codebooks, tune the "
         "widths and measure. Writes scale-RUN.json, .md and .png. Ctrl-C stops it, and the same command goes on.",
         epilog="examples:\n  hsnn bench scale runs/ads-scale\n"
-        "  hsnn bench scale runs/ads-scale --items 50000 --items 200000 --k 100",
+        "  hsnn bench scale runs/ads-scale --items 50000 --items 200000 --k 100\n\n"
+        "Once the corpora are built, most of the time goes into exhaustive scoring, once for each request that widths\n"
+        "are chosen or recall is taken on: up to 40 seconds at ten million ads.",
     )  # fmt: skip
     scale.add_argument("run", type=Path, help="run directory of a simulated world that hsnn export finished")
     scale.add_argument("--items", type=int, action="append", default=[], metavar="V",
@@ -61,10 +63,12 @@ def add_kinds(kinds: Any) -> None:
         "--target-recall", type=float, default=0.98, metavar="R", help="search recall (default: %(default)s)"
     )
     scale.add_argument(
-        "--requests", type=int, default=100, metavar="N", help="timed requests (default: %(default)s)"
+        "--requests", type=int, default=100, metavar="N", help="timed test requests (default: %(default)s)"
     )
-    scale.add_argument("--tuned-on", type=int, default=20, metavar="N",
-                       help="requests to tune on, scored exhaustively too (default: %(default)s)")  # fmt: skip
+    scale.add_argument("--tuned-on", type=int, default=10, metavar="N",
+                       help="validation requests that widths are chosen on (default: %(default)s)")  # fmt: skip
+    scale.add_argument("--recall-requests", type=int, default=15, metavar="N",
+                       help="test requests that recall is taken on (default: %(default)s)")  # fmt: skip
     scale.add_argument("--work", type=Path, default=Path("runs/scale"), metavar="DIR",
                        help="where corpora are kept, 7 GB at ten million (default: %(default)s)")  # fmt: skip
     scale.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
@@ -184,28 +188,32 @@ def run_scale(options: argparse.Namespace) -> None:
 
     from .commands_training import load_data
 
-    for name in ("requests", "tuned_on", "k"):
+    for name in ("requests", "tuned_on", "recall_requests", "k"):
         if getattr(options, name) < 1:
             raise RequestError(
                 f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1"
             )
     sizes = sorted(set(options.items)) or [100_000, 1_000_000, 10_000_000]
-    wire, _ = load_data(load_recipe_of_run(options.run)).requests("test", options.requests)
+    dataset = load_data(load_recipe_of_run(options.run))
+    choosing, _ = dataset.requests("valid", options.tuned_on)
+    asked, _ = dataset.requests("test", max(options.requests, options.recall_requests))
     found = scale.run_scale(
         options.run,
         sizes,
-        wire,
+        choosing,
+        asked,
         options.work,
         k=options.k,
         target_recall=options.target_recall,
-        tuned_on=options.tuned_on,
+        recall_requests=options.recall_requests,
     )
     command = f"hsnn bench scale {options.run}" + "".join(f" --items {items}" for items in options.items)
     for name, given, default in (
         ("k", options.k, 1000),
         ("target-recall", options.target_recall, 0.98),
         ("requests", options.requests, 100),
-        ("tuned-on", options.tuned_on, 20),
+        ("tuned-on", options.tuned_on, 10),
+        ("recall-requests", options.recall_requests, 15),
     ):
         command += "" if given == default else f" --{name} {given}"
     written = scale.report(found, command, options.run.resolve().name, options.results)

@@ -32,7 +32,7 @@ def add_kinds(kinds: Any) -> None:
     serving.add_argument("--requests", type=int, default=1000, metavar="N",
                          help="distinct test requests at most (default: %(default)s)")  # fmt: skip
     serving.add_argument("--rounds", type=int, default=30, metavar="N",
-                         help="rounds of 10 requests per model (default: %(default)s)")  # fmt: skip
+                         help="rounds of 10 requests per model; 100 for a p99 (default: %(default)s)")  # fmt: skip
     serving.add_argument("--recall-requests", type=int, default=100, metavar="N",
                          help="requests that recall is taken over (default: %(default)s)")  # fmt: skip
     serving.add_argument("--widths", help="nodes that the HSNN keeps after each layer but the last, like 16,128 "

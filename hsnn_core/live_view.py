@@ -89,11 +89,12 @@ class LiveView:
         """V + E, those that are gone included."""
         return self.base.items + len(self.added_ids)
 
-    @property
+    @cached_property
     def live_items(self) -> int:
         """Items that can be found."""
-        gone = 0 if self.gone is None else int(np.unpackbits(self.gone).sum())
-        return self.items - gone
+        if self.live:  # a thousand numbers, where the bits are as many as items
+            return int(self.live[0].sum())
+        return self.items - (0 if self.gone is None else int(np.unpackbits(self.gone).sum()))
 
     def nodes(self, layer: int) -> int:
         """I_l, those without a live item included."""

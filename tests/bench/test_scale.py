@@ -14,8 +14,19 @@ sys.path.append(str(Path(__file__).parents[1] / "core"))
 from core_fakes import fake_scorer, one_user, random_index, random_users
 
 from export.export_run import export_run
+from export.open_items import open_items
 from export.stream_index import read_items
-from hsnn_bench import corpora, crashes, filtering, live_items, scale, serving_peers, targeting, width_search
+from hsnn_bench import (
+    corpora,
+    crashes,
+    filtering,
+    kept_tops,
+    live_items,
+    scale,
+    serving_peers,
+    targeting,
+    width_search,
+)
 from hsnn_bench.width_search import Point, find, grid
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.main import main
@@ -91,6 +102,30 @@ def test_the_cheapest_widths_of_the_wanted_recall_are_found():
     assert len(one_user(users, 0)) == 1
 
 
+def test_widths_are_narrowed_as_far_as_the_recall_allows():
+    index, scorer, users = tree(items=3000)
+    tops = width_search.exact_tops(index, scorer, users, 20, RANK, progress=False)
+    widest = index.nodes(1), index.nodes(2)
+    found = width_search.narrowed(index, scorer, users, tops, 20, RANK, widest, 0.8)
+
+    def recall(widths):
+        return width_search.measure(index, scorer, users, tops, 20, RANK, [widths], progress=False)[0].recall
+
+    assert recall(found) >= 0.8 and found[1] < widest[1]
+    assert recall((widest[0], found[1] - max(1, found[1] // width_search.STEP))) < 0.8
+    assert width_search.narrowed(index, scorer, users, tops, 20, RANK, widest, 1.1) == widest
+
+
+def test_the_rate_of_a_whole_build_leaves_out_what_was_staged():
+    built = {"seconds": 10.0, "files_staged_before": 2}
+    assert scale._build_rate(1000, built | {"items_staged_before": 200}) == "80"
+    assert scale._build_rate(1000, built | {"items_staged_before": 1000}) == "–"
+    # Older ones say only how many files there were.
+    assert scale._build_rate(10 * corpora.PART, built) == f"≥ {0.8 * corpora.PART:,.0f}"
+    assert scale._build_rate(1000, built) == "–"
+    assert scale._build_rate(1000, built | {"files_staged_before": 0}) == "100"
+
+
 def test_targets_that_nothing_reaches():
     index, scorer, users = tree()
     with pytest.raises(SearchError, match=r"no widths reach recall 0\.5 in 1e-06 ms; nearest: widths \["):
@@ -150,18 +185,32 @@ def tiny_run(tmp_path_factory):
 def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_path, monkeypatch):
     folder, dataset = tiny_run
     monkeypatch.setattr(corpora, "PART", 64)
-    wire, _ = dataset.requests("test", 4)
-    found = scale.run_scale(
-        folder, [530, 680], wire, tmp_path / "work", k=10, target_recall=0.9, tuned_on=3, progress=False
-    )
+    monkeypatch.setattr(scale, "BLOCK", 2)
+    monkeypatch.setattr(scale, "TOWER_BATCHES", 1)
+    (choosing, _), (asked, _) = dataset.requests("valid", 3), dataset.requests("test", 5)
+    arguments = folder, [530, 680], choosing, asked, tmp_path / "work"
+    found = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=4, progress=False)
     small, large = found["sizes"]
     assert (small["items"], large["items"]) == (530, 680)
     for row in (small, large):
-        assert row["search_recall"] >= 0.9
-        assert row["nodes"][-1] == row["items"]
+        assert row["recall_chosen_on"] >= 0.9
+        assert 0 < row["search_recall"] <= 1 and row["recall_error"] >= 0
+        assert row["nodes"][-1] == row["items"] and 0 < row["candidates"][0] <= row["nodes"][0]
         assert 0 < row["microseconds"]["p10"] <= row["microseconds"]["median"]
+        assert row["cpu_microseconds"]["median"] > 0
         assert row["load_seconds"] > 0 and row["build"]["peak_rss_bytes"] > 0
+    assert (small["ratio"], small["cpu_ratio"]) == (1.0, 1.0) and large["ratio"] > 0
+    assert (found["requests"], found["tuned_on"], found["recall_requests"]) == (5, 3, 4)
     assert found["rates"]["tower_items_per_second"] > 0
+    # What a request may not get is no part of what is looked for, and is found once.
+    bundle = Bundle.open(tmp_path / "work" / "bundle-680")
+    barred = bundle.index.item_ids[~open_items(bundle)]
+    tops = [np.load(path) for path in (tmp_path / "work" / "tops-680").iterdir()]
+    assert len(tops) == 7 and not np.isin(np.concatenate(tops), barred).any() and len(barred)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_tops, "best_items", None)
+        again = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=4, progress=False)
+    assert [row["recall_chosen_on"] >= 0.9 for row in again["sizes"]] == [True, True]
     items = sorted(path.name for path in (tmp_path / "work" / "items").iterdir())
     assert items == [
         "items-00000-30.hsnn", "items-00000.hsnn", "items-00001.hsnn", "items-00002-52.hsnn", "items-own.hsnn",
@@ -172,8 +221,10 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
 
     again = scale.build(load_run(folder), scale.open_export(folder), 680, tmp_path / "work", progress=False)
     assert again == large["build"]  # the bundle is there: what was measured when it was made
+    assert large["build"]["items_staged_before"] == 500 and large["build"]["files_staged_before"] == 1
     page = scale.report(found, "hsnn bench scale runs/tiny", "tiny", tmp_path / "results")
     assert "Simulated data." in page.read_text() and "680" in page.read_text()
+    assert "on 3 validation requests" in page.read_text() and "on 4 test requests" in page.read_text()
     assert json.loads(page.with_suffix(".json").read_text())["sizes"][1]["items"] == 680
     assert page.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,70 @@ def test_the_clock_counts_in_whole_seconds_and_each_costs_one_bitmap(monkeypatch
     for second in range(200):
         found(second)
     assert len(bitmaps._ranges["running"]._kept._bits) == eligibility.KEPT, "bounded"
+
+
+BOUND = st.one_of(st.integers(-4, 4), st.floats(-4, 4), st.sampled_from([-math.inf, math.inf, math.nan]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    bounds=st.lists(st.tuples(BOUND, BOUND), min_size=1, max_size=30),
+    times=st.lists(st.one_of(st.integers(-5, 5), st.floats(-5, 5)), min_size=1, max_size=30),
+    share=st.sampled_from([0, 2, 64]),
+)
+def test_a_bitmap_made_of_a_near_one_is_that_of_comparing(
+    bounds: list[tuple[float, float]], times: list[float], share: int
+) -> None:
+    """Whatever the bounds (a file may hold any) and wherever the clock jumps, backwards too; ``share`` 0: every one is
+    made of another."""
+    sides = np.array(bounds, np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eligibility, "MOVED_FROM", 1)
+        patch.setattr(eligibility, "_MOVED_SHARE", share)
+        patch.setattr(eligibility, "KEPT", 3)
+        ranges = eligibility._RangeBitmaps(sides)
+        for time in times:
+            wanted = np.packbits((sides[:, 0] <= time) & (time < sides[:, 1]), bitorder="little")
+            found = ranges.matching(float(time))
+            np.testing.assert_array_equal(found, wanted)
+            assert not found.flags.writeable
+
+
+def test_the_next_second_costs_what_changes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = eligibility.MOVED_FROM
+    start = np.arange(rows) * 600.0
+    ranges = eligibility._RangeBitmaps(np.stack([start, start + 60], axis=1))
+    ranges.matching(0.0)
+    compared: list[int] = []
+    packed = eligibility._packed
+    monkeypatch.setattr(eligibility, "_packed", lambda mask: compared.append(1) or packed(mask))
+    for second in (1, 60, 600, 599, 6000):
+        ranges.matching(float(second))
+    assert not compared
+    ranges.matching(600.0 * rows)  # every item has started and ended in between
+    assert len(compared) == 1
+
+
+def test_a_bitmap_is_made_once_and_nobody_else_waits() -> None:
+    made: list[float] = []
+    begun, go_on = Event(), Event()
+
+    def make(value: float) -> np.ndarray:
+        made.append(value)
+        if value == 2:
+            begun.set()
+            assert go_on.wait(10)
+        return np.zeros(1, np.uint8)
+
+    kept = eligibility._Kept(make)
+    kept(1.0)
+    with ThreadPoolExecutor(4) as pool:
+        same = [pool.submit(kept, 2.0) for _ in range(4)]
+        assert begun.wait(10)
+        kept(1.0)  # is there: no waiting for the other one
+        go_on.set()
+        assert len({id(future.result(10)) for future in same}) == 1
+    assert made == [1.0, 2.0]
 
 
 def test_threads_share_bitmaps() -> None:

@@ -4,18 +4,21 @@ import json
 
 import pytest
 
+from hsnn_bench import serving
 from hsnn_cli.main import main
 
 pytestmark = pytest.mark.triton
 
-MODELS = ["hsnn_in_process", "hsnn_bls", "two_tower_flat", "monn_flat", "ebr_ivf", "ebr_hnsw", "echo"]
+MODELS = ["hsnn_in_process", "hsnn_bls", "monn_flat", "two_tower_flat", "ebr_ivf", "ebr_hnsw", "echo"]
 
 
 @pytest.fixture(scope="module")
 def report(shop, tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     command = ["bench", "serving", str(shop / "run"), "--k", "20", "--requests", "20", "--rounds", "3"]
-    assert main([*command, "--recall-requests", "10", "--results", str(results)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "_SETTLE", 0.01)
+        assert main([*command, "--recall-requests", "10", "--results", str(results)]) == 0
     return results
 
 
@@ -25,7 +28,7 @@ def test_every_peer_is_measured(report):
     assert found["items"] == 200 and found["k"] == 20 and not found["simulated"]
     for row in found["rows"]:
         assert 0 < row["cpu_ms"]["low"] <= row["cpu_ms"]["median"] <= row["cpu_ms"]["high"]
-        assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+        assert row["latency_ms"]["p50"] > 0 and row["latency_ms"]["p99"] is None, "30 requests have no p99"
     by_model = {row["model"]: row for row in found["rows"]}
     assert by_model["ebr_ivf"]["against_ebr_ivf"] == {"cpu": 1.0, "p50": 1.0}
     assert by_model["echo"]["recall"] is None
@@ -39,6 +42,8 @@ def test_answers_are_compared_with_the_models_own_exhaustive_scores(report):
     assert by_model["ebr_ivf"]["recall"] > 0.9, "tuned on other requests to 0.95"
     assert by_model["ebr_hnsw"]["recall"] > 0.9
     assert by_model["hsnn_in_process"]["recall"] == by_model["hsnn_bls"]["recall"] > 0.5
+    assert by_model["two_tower_flat"]["recall_error"] == 0.0
+    assert 0 <= by_model["ebr_ivf"]["recall_error"] < 0.1
 
 
 def test_the_report_names_the_command_and_draws(report):
@@ -46,8 +51,11 @@ def test_the_report_names_the_command_and_draws(report):
     assert "hsnn bench serving " in page and "--k 20 --requests 20 --rounds 3" in page
     assert all(
         label in page
-        for label in ("EBR: two-tower + Faiss IVF", "echo (floor of the server)", "MoNN (small), flat")
-    )
+        for label in (
+            "EBR: two-tower + Faiss IVF", "two-tower + Faiss, all items", "echo (floor of the server)",
+            "MoNN (small), flat", "| – |", " ± ",
+        )
+    )  # fmt: skip
     assert (report / "serving-shop-200.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,9 +1,9 @@
 """ebr: embedding-based retrieval as it is usually deployed: a two-tower's user tower in ONNX Runtime, its item vectors
 in Faiss, which passes over items that the request may not get.
 
-The version directory holds the two-tower's bundle, the Faiss index over its item vectors in order of position, and
-ebr.json: {"task": the task whose vector is searched with, "search": {"nprobe": n} or {"efSearch": n},
-"scale": (T,), "bias": (T,)}: logit_t = scale_t <u_t, v> + bias_t.
+The version directory holds the two-tower's bundle, user_tower.onnx, the Faiss index over its item vectors in order of
+position, and ebr.json: {"task": the task whose vector is searched with, "search": {"nprobe": n}, {"efSearch": n} or {}
+for all items, "scale": (T,), "bias": (T,)}: logit_t = scale_t <u_t, v> + bias_t.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
 from hsnn_core.search import rank_scores, sigmoid  # noqa: E402
 
 faiss: Any = faiss_module  # its type hints lack half of what it has
+USER_TOWER = "user_tower.onnx"
 
 
 class TritonPythonModel:
@@ -42,13 +43,13 @@ class TritonPythonModel:
         self._task = int(settings["task"])
         self._scale, self._bias = (np.array(settings[name], np.float32) for name in ("scale", "bias"))
         search = settings["search"]
-        kind = faiss.SearchParametersIVF if "nprobe" in search else faiss.SearchParametersHNSW
+        kinds = {"nprobe": faiss.SearchParametersIVF, "efSearch": faiss.SearchParametersHNSW}
+        kind = next((kinds[name] for name in search), faiss.SearchParameters)
         self._search = partial(kind, **search)
         attributes = self._bundle.attributes
         self._bitmaps = None if attributes is None else AttributeBitmaps(attributes)
         self._k = int(self._bundle.manifest["k"])
-        tower = self._bundle.manifest["models"]["user_tower"]
-        self._tower = OnnxRunner(HERE.parent.parent / tower / args["model_version"] / "model.onnx", [])
+        self._tower = OnnxRunner(HERE / USER_TOWER, [])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
