@@ -23,9 +23,12 @@ SETTLED = 1 / 6  # of the time, which does not count for growth: caches, pools a
 BLOCKS = 10  # means of so many parts of the rest are compared: single samples depend on each other
 BIG = 0.02  # of the mean, over the time that counts: a growth that is less is none to act on
 AFTER = 0.25  # minutes after a kill that belong to it
+_RESIDENT = ("resident_mib", "resident memory (PSS), MiB")
+_SHARED = ("shared_mib", "/dev/shm of living stubs, MiB")
 _WATCHED = (
-    ("resident_mib", "resident memory (PSS), MiB"),
-    ("shared_mib", "/dev/shm of living stubs, MiB"),
+    _RESIDENT,
+    ("own_mib", "the same without what killed stubs left"),
+    _SHARED,
     ("p99_ms", "p99, ms"),
 )
 
@@ -70,6 +73,7 @@ def write_report(stem: Path) -> Path:
     if len(rows) < 2:
         raise DataError(f"{samples_path}: {len(rows)} samples, expected at least 2; run it for longer")
     samples = dict(zip(columns, np.array(rows, np.float64).T))
+    samples["own_mib"] = samples["resident_mib"] - samples["left_mib"]
     with incidents_path.open(newline="") as file:
         incidents = [
             Incident(float(row["minutes"]), row["kind"], row["what"]) for row in csv.DictReader(file)
@@ -149,9 +153,9 @@ def render(
         "",
         f"The first {SETTLED:.0%} of the time does not count. The line goes through the means of {BLOCKS} equal parts "
         f"of the rest; something grows when the interval is above 0 and the line rises by more than {BIG:.0%} of it.",
-        f"Not counted are {samples['left_mib'][-1]:.0f} MiB in /dev/shm at the end (at most "
-        f"{samples['left_mib'].max():.0f}) of stubs that were killed at work: Triton 2.51 gives them back when it "
-        "ends, and the supervisor starts it again after eight.",
+        f"What killed stubs left: {samples['left_mib'][-1]:.0f} MiB in /dev/shm at the end (at most "
+        f"{samples['left_mib'].max():.0f}), 4 of each that died at work. Triton 2.51 keeps them mapped, so they are part "
+        "of its resident memory, and gives them back when it ends; the supervisor starts it again after eight.",
         "",
         "| failed calls, as the client raised them | calls |",
         "|---|---|",
@@ -184,7 +188,7 @@ def _plot(
     axes[1].plot(minutes, samples["p99_ms"], color=PRUNED, label="p99")
     axes[1].plot(minutes, samples["p50_ms"], color=FLAT, label="median")
     axes[1].set(ylabel="ms, answered calls", yscale="log")
-    for axis, (name, label) in zip(axes[2:], _WATCHED):
+    for axis, (name, label) in zip(axes[2:], (_RESIDENT, _SHARED)):
         axis.plot(minutes, samples[name], color=FLAT)
         if name == "shared_mib":
             axis.plot(minutes, samples["left_mib"], color=PRUNED, label="left by killed stubs")
