@@ -58,5 +58,5 @@ class KeptTops:
             aside = self._folder / f".{key}.npy"
             np.save(aside, best_items(index, self._loop.scorer, user, self._loop.k, rank, self._allowed))
             aside.rename(path)
-        top: np.ndarray = np.load(path)
+        top: np.ndarray = np.load(path, allow_pickle=False)
         return top

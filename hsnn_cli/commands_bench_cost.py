@@ -53,7 +53,7 @@ def add_kinds(kinds: Any) -> None:
         epilog="examples:\n  hsnn bench scale runs/ads-scale\n"
         "  hsnn bench scale runs/ads-scale --items 50000 --items 200000 --k 100\n\n"
         "Once the corpora are built, most of the time goes into exhaustive scoring, once for each request that widths\n"
-        "are chosen or recall is taken on: up to 40 seconds at ten million ads.",
+        "are chosen or recall is taken on: some seconds each at ten million ads.",
     )  # fmt: skip
     scale.add_argument("run", type=Path, help="run directory of a simulated world that hsnn export finished")
     scale.add_argument("--items", type=int, action="append", default=[], metavar="V",
@@ -65,9 +65,9 @@ def add_kinds(kinds: Any) -> None:
     scale.add_argument(
         "--requests", type=int, default=100, metavar="N", help="timed test requests (default: %(default)s)"
     )
-    scale.add_argument("--tuned-on", type=int, default=10, metavar="N",
+    scale.add_argument("--tuned-on", type=int, default=30, metavar="N",
                        help="validation requests that widths are chosen on (default: %(default)s)")  # fmt: skip
-    scale.add_argument("--recall-requests", type=int, default=15, metavar="N",
+    scale.add_argument("--recall-requests", type=int, default=60, metavar="N",
                        help="test requests that recall is taken on (default: %(default)s)")  # fmt: skip
     scale.add_argument("--work", type=Path, default=Path("runs/scale"), metavar="DIR",
                        help="where corpora are kept, 7 GB at ten million (default: %(default)s)")  # fmt: skip
@@ -212,8 +212,8 @@ def run_scale(options: argparse.Namespace) -> None:
         ("k", options.k, 1000),
         ("target-recall", options.target_recall, 0.98),
         ("requests", options.requests, 100),
-        ("tuned-on", options.tuned_on, 10),
-        ("recall-requests", options.recall_requests, 15),
+        ("tuned-on", options.tuned_on, 30),
+        ("recall-requests", options.recall_requests, 60),
     ):
         command += "" if given == default else f" --{name} {given}"
     written = scale.report(found, command, options.run.resolve().name, options.results)

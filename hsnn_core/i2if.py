@@ -182,9 +182,11 @@ class I2IF:
 
     def query(self, user_ids: np.ndarray) -> Query:
         """The terms of encoded user ids (B, S) int32. Raises FeatureError for ids outside their space."""
-        return Query(tuple(self._user_terms(spec, user_ids[:, spec.user]) for spec in self.specs))
+        found: dict[str, np.ndarray] = {}
+        return Query(tuple(self._user_terms(spec, user_ids[:, spec.user], found) for spec in self.specs))
 
-    def _user_terms(self, spec: CrossSpec, ids: np.ndarray) -> Terms:
+    def _user_terms(self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray]) -> Terms:
+        """``found``: positions of the items that a user feature names, for the interactions that share it."""
         limit = len(self.position_of_id) if spec.interaction.through else spec.cardinality
         if ids.size and (ids.min() < 0 or ids.max() >= limit):
             raise FeatureError(
@@ -194,7 +196,10 @@ class I2IF:
         weights = _occurrence_weights(ids, spec.interaction.fade)
         if not spec.interaction.through:
             return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
-        positions = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+        user = spec.interaction.user
+        if user not in found:
+            found[user] = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+        positions = found[user]
         terms = self.forward[spec.interaction.item].take(np.maximum(positions, 0))  # (B, S, L)
         terms[positions < 0] = ID_PADDING
         spread = np.broadcast_to(weights[:, :, None], terms.shape)

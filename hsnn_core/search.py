@@ -142,20 +142,18 @@ def search(
         if bids is not None:
             keys = keys + bids.log(layer, found.nodes)
         keys = np.where(found.alive, keys, -np.inf)
-        if layer == index.layers:
-            chosen = best(keys, k)
-        else:
-            chosen = best(keys, widths[layer - 1])
-            if adapt:
-                _widen(index, layer, keys, chosen, k, found)
-        kept = np.flatnonzero(chosen)
-        rows, best_nodes = _Rows(kept // chosen.shape[1], batch), found.nodes.take(kept)
+        chosen = best(keys, k if layer == index.layers else widths[layer - 1])
+        kept, rows = _kept(chosen)
+        if adapt and layer < index.layers and _widen(index, layer, keys, chosen, kept, rows, k, found):
+            kept, rows = _kept(chosen)
+        best_nodes = found.nodes.take(kept)
         beam = _Beam(rows, best_nodes, np.concatenate([_at(found.carried, kept), _at(monn, kept)], axis=1))
         took = (perf_counter_ns() - start) // 1000
         traces.append(LayerTrace(found.alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
 
     # Stable by descending score within each user: equal scores stay in order of position.
-    order = np.lexsort((-keys.take(kept), rows.user))
+    falling = -keys.take(kept)
+    order = np.argsort(falling, kind="stable") if batch == 1 else np.lexsort((falling, rows.user))
     kept, positions = kept[order], best_nodes[order]
     return SearchResult(
         item_ids=rows.fill(index.ids(positions), k),
@@ -191,13 +189,15 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 def best(keys: np.ndarray, width: int) -> np.ndarray:
     """(B, C) bool: the ``width`` largest of every row of keys (B, C); ties: the smaller column; never
     -inf."""
-    possible = keys > -np.inf
     columns = keys.shape[1]
     if width >= columns:
-        return possible
+        return keys > -np.inf
     threshold = np.partition(keys, columns - width, axis=1)[:, columns - width, None]
+    reached = keys >= threshold
+    if np.count_nonzero(reached) == width * len(keys):  # no row has more at its threshold than fit
+        return reached
     above = keys > threshold
-    level = (keys == threshold) & possible
+    level = (keys == threshold) & (keys > -np.inf)
     room = width - above.sum(axis=1, keepdims=True)
     return above | (level & (level.cumsum(axis=1) <= room))
 
@@ -256,6 +256,12 @@ class _Rows:
         return filled
 
 
+def _kept(chosen: np.ndarray) -> tuple[np.ndarray, _Rows]:
+    """Flat places (n,) of those chosen (B, C), and whose they are."""
+    kept = np.flatnonzero(chosen)
+    return kept, _Rows(kept // chosen.shape[1], len(chosen))
+
+
 @dataclass(frozen=True)
 class _Beam:
     """The kept nodes, flat: entry e is node nodes[e] for user rows.user[e], nodes ascending within a user."""
@@ -268,7 +274,7 @@ class _Beam:
 @dataclass(frozen=True)
 class _Candidates:
     """The candidates of a layer: ``nodes`` (B, C) int64, ``alive`` (B, C) bool, ``carried`` (B, C, (l-1)*T) float32;
-    with a filter ``counts`` (B, C) int64 of the items under them. Padded to the longest user."""
+    above the items with a filter ``counts`` (B, C) int64 of the items under them. Padded to the longest user."""
 
     nodes: np.ndarray
     alive: np.ndarray
@@ -298,47 +304,56 @@ def _candidates(
     if item_filter is not None:
         held = item_filter.counts(layer, beam.rows.user[parent], nodes)
         present = held > 0
+        if layer == index.layers:
+            held = None  # nobody asks how many items an item is
     else:
         present = index.present(layer, nodes)
     if present is not None and not present.all():
         stay = np.flatnonzero(present)
-        nodes, parent = nodes[stay], parent[stay]
-        held = None if held is None else held[stay]
-    rows = _Rows(beam.rows.user[parent], batch)
+        nodes, parent = nodes.take(stay), parent.take(stay)
+        held = None if held is None else held.take(stay)
+    rows = _Rows(beam.rows.user.take(parent), batch)
     filled = rows.fill(nodes)
     alive = np.arange(filled.shape[1]) < rows.counts[:, None]
-    return _Candidates(
-        filled, alive, rows.fill(beam.carried[parent]), None if held is None else rows.fill(held)
-    )
+    carried = rows.fill(beam.carried.take(parent, axis=0))
+    return _Candidates(filled, alive, carried, None if held is None else rows.fill(held))
 
 
 def _widen(
-    index: SearchIndex, layer: int, keys: np.ndarray, chosen: np.ndarray, k: int, found: _Candidates
-) -> None:
-    """Add the next best candidates to those ``chosen`` (B, C) in a layer above the items, where they hold too few
-    items (see `search`)."""
-    kept = np.nonzero(chosen)
+    index: SearchIndex,
+    layer: int,
+    keys: np.ndarray,
+    chosen: np.ndarray,
+    kept: np.ndarray,
+    rows: _Rows,
+    k: int,
+    found: _Candidates,
+) -> bool:
+    """Add the next best candidates to those ``chosen`` (B, C), which `_kept` lists, in a layer above the items, where
+    they hold too few items (see `search`); returns whether it did."""
 
     def in_beam(counts: np.ndarray) -> np.ndarray:
-        return np.bincount(kept[0], counts, minlength=len(keys)).astype(np.int64)
+        return np.bincount(rows.user, counts, minlength=len(keys)).astype(np.int64)
 
-    held = in_beam(index.counts(layer, found.nodes[kept]))
+    held = in_beam(index.counts(layer, found.nodes.take(kept)))
     needed = np.full(len(keys), k)
     if found.counts is not None:
-        every, held = held, in_beam(found.counts[kept])
+        every, held = held, in_beam(found.counts.take(kept))
         needed = np.maximum(needed, np.sqrt(held * every).astype(np.int64))
-    more = chosen.sum(axis=1) < found.alive.sum(axis=1)
-    for user in np.flatnonzero((held < needed) & more):
+    more = rows.counts < found.alive.sum(axis=1)
+    short = np.flatnonzero((held < needed) & more)
+    for user in short:
         counts = index.counts(layer, found.nodes[user]) if found.counts is None else found.counts[user]
         order = np.argsort(-keys[user], kind="stable")
         reached = np.where(found.alive[user], counts, 0)[order].cumsum()
         enough = int(np.searchsorted(reached, needed[user])) + 1
         chosen[user] = best(keys[user : user + 1], enough)[0]
+    return len(short) > 0
 
 
 def _at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """values (B, C, w) at flat places (n,) of (B, C): (n, w)."""
-    return values.reshape(values.shape[0] * values.shape[1], values.shape[2])[kept]
+    return values.reshape(values.shape[0] * values.shape[1], values.shape[2]).take(kept, axis=0)
 
 
 def _score(

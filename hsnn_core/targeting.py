@@ -63,10 +63,11 @@ class _UserItems:
     ) -> None:
         self._view = view
         self._base_items = view.base.items
-        base, added = _all_bits(self._base_items), _all_bits(len(view.added_ids))
         if attributes is not None and context is not None:
-            base &= attributes.base.matching(context, user)
-            added &= attributes.added.matching(context, user)
+            base = attributes.base.matching(context, user)
+            added = attributes.added.matching(context, user)
+        else:
+            base, added = _all_bits(self._base_items), _all_bits(len(view.added_ids))
         if view.gone is not None:
             # The byte in which the base ends holds added items' bits as well; those of `base` are 0 there.
             base &= ~view.gone[: len(base)]

@@ -187,9 +187,9 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
     monkeypatch.setattr(corpora, "PART", 64)
     monkeypatch.setattr(scale, "BLOCK", 2)
     monkeypatch.setattr(scale, "TOWER_BATCHES", 1)
-    (choosing, _), (asked, _) = dataset.requests("valid", 3), dataset.requests("test", 5)
+    (choosing, _), (asked, _) = dataset.requests("valid", 3), dataset.requests("test", 4)
     arguments = folder, [530, 680], choosing, asked, tmp_path / "work"
-    found = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=4, progress=False)
+    found = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=3, progress=False)
     small, large = found["sizes"]
     assert (small["items"], large["items"]) == (530, 680)
     for row in (small, large):
@@ -200,16 +200,16 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
         assert row["cpu_microseconds"]["median"] > 0
         assert row["load_seconds"] > 0 and row["build"]["peak_rss_bytes"] > 0
     assert (small["ratio"], small["cpu_ratio"]) == (1.0, 1.0) and large["ratio"] > 0
-    assert (found["requests"], found["tuned_on"], found["recall_requests"]) == (5, 3, 4)
+    assert (found["requests"], found["tuned_on"], found["recall_requests"]) == (4, 3, 3)
     assert found["rates"]["tower_items_per_second"] > 0
     # What a request may not get is no part of what is looked for, and is found once.
     bundle = Bundle.open(tmp_path / "work" / "bundle-680")
     barred = bundle.index.item_ids[~open_items(bundle)]
     tops = [np.load(path) for path in (tmp_path / "work" / "tops-680").iterdir()]
-    assert len(tops) == 7 and not np.isin(np.concatenate(tops), barred).any() and len(barred)
+    assert len(tops) == 6 and not np.isin(np.concatenate(tops), barred).any() and len(barred)
     with monkeypatch.context() as patch:
         patch.setattr(kept_tops, "best_items", None)
-        again = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=4, progress=False)
+        again = scale.run_scale(*arguments, k=10, target_recall=0.9, recall_requests=3, progress=False)
     assert [row["recall_chosen_on"] >= 0.9 for row in again["sizes"]] == [True, True]
     items = sorted(path.name for path in (tmp_path / "work" / "items").iterdir())
     assert items == [
@@ -224,7 +224,7 @@ def test_corpora_of_two_sizes_share_their_files_and_are_measured(tiny_run, tmp_p
     assert large["build"]["items_staged_before"] == 500 and large["build"]["files_staged_before"] == 1
     page = scale.report(found, "hsnn bench scale runs/tiny", "tiny", tmp_path / "results")
     assert "Simulated data." in page.read_text() and "680" in page.read_text()
-    assert "on 3 validation requests" in page.read_text() and "on 4 test requests" in page.read_text()
+    assert "on 3 validation requests" in page.read_text() and "on 3 test requests" in page.read_text()
     assert json.loads(page.with_suffix(".json").read_text())["sizes"][1]["items"] == 680
     assert page.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(DataError, match="a corpus of 10 items, expected at least the 500"):

@@ -140,6 +140,26 @@ def test_both_plans_equal_the_slow_twin(seed, rows, nodes, few):
     equal(i2if.walk(query, i2if.postings(reps)), probed)
 
 
+def test_interactions_that_read_one_history_equal_the_slow_twin():
+    """Two go through the history's items, one of them fading; one crosses it as it is."""
+    rng = np.random.default_rng(6)
+    declared = ads()
+    declared["interactions"]["shelves"] = {"user": "history", "item": "shelf", "fade": 0.5}
+    schema, items = Schema.from_dict(declared), np.arange(10, 40)
+    categories = rng.integers(0, 9, size=(30, 4))
+    categories[rng.random(categories.shape) < 0.3] = X
+    raw = {"item": items[:, None], "category": categories, "shelf": rng.integers(0, 7, size=(30, 1))}
+    transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, raw, items)
+    position_of_id = np.full(transform.cardinality("item"), -1, np.int32)
+    position_of_id[2:-3] = np.arange(27)  # three are not in the corpus
+    encoded = transform.encode_items({name: value[:27] for name, value in raw.items()})
+    i2if = I2IF.build(schema, transform, encoded, position_of_id)
+    history = rng.choice(np.append(items, [500, X]), size=(20, 5))
+    users = transform.encode_users({"history": history, "likes": rng.integers(0, 9, size=(20, 2))}).ids
+    positions = rng.integers(0, 27, size=(20, 15))
+    equal(i2if.probe(i2if.query(users), positions), slow_crossings(i2if, users, positions))
+
+
 def test_item_that_left_the_corpus_gives_no_terms():
     schema, transform, i2if = world(np.array([10, 20]), np.array([[1, 2, X, X], [3, X, X, X]]))
     position_of_id = i2if.position_of_id.positions().copy()
