@@ -193,15 +193,20 @@ def _candidate(repository: Path) -> int:
 
 
 def _unload(admin: Admin) -> set[int]:
-    """End the canary. One that never ends unloading is passed over like any orchestrator; see `await_drained`, whose
-    return value and errors these are, and ServerError where the canary stays as it was."""
-    if set(admin.states(CANARY).values()) - {"UNAVAILABLE", UNLOADING}:
+    """End the canary, if it runs. One that never ends unloading is passed over like any orchestrator; see
+    `await_drained`, whose return value and errors these are, and ServerError where the canary stays as it was."""
+
+    def states() -> set[str]:
+        return set(admin.states(CANARY).values()) - {"UNAVAILABLE"}
+
+    found = states()
+    if found - {UNLOADING}:
         try:
             admin.unload(CANARY)
         except ServerError:
-            if set(admin.states(CANARY).values()) - {"UNAVAILABLE", UNLOADING}:
+            if states() - {UNLOADING}:
                 raise
-    return await_drained(admin)
+    return await_drained(admin) if found else set()
 
 
 def _commit(repository: Path, version: int) -> str | None:
