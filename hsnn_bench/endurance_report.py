@@ -154,8 +154,8 @@ def render(
         f"The first {SETTLED:.0%} of the time does not count. The line goes through the means of {BLOCKS} equal parts "
         f"of the rest; something grows when the interval is above 0 and the line rises by more than {BIG:.0%} of it.",
         f"What killed stubs left: {samples['left_mib'][-1]:.0f} MiB in /dev/shm at the end (at most "
-        f"{samples['left_mib'].max():.0f}), 4 of each that died at work. Triton 2.51 keeps them mapped, so they are part "
-        "of its resident memory, and gives them back when it ends; the supervisor starts it again after eight.",
+        f"{samples['left_mib'].max():.0f}), 4 of each that died at work. Triton 2.51 keeps them mapped, so they are "
+        "part of its resident memory, and gives them back when it ends; the supervisor starts it again after eight.",
         "",
         "| failed calls, as the client raised them | calls |",
         "|---|---|",
