@@ -86,8 +86,7 @@ def run_serving(
         peers = build_peers(run, dataset, repository, k, workers, widths, grown)
         names = [name for peer in peers for name in (*peer.networks, peer.model)]
         with TritonServer(repository, models=names) as server:
-            idle = _idle_cpu(server)
-            measured = measure(server, peers, wire, k, rounds, idle)
+            measured, idle = measure(server, peers, wire, k, rounds)
             answers = {peer.model: _ask(server, peer, wire, k, recall_requests) for peer in peers}
     twins = _Twins(users, k, recall_requests)
     rows = [_row(peer, measured[peer.model], twins.recall(peer, answers[peer.model])) for peer in peers]
@@ -106,10 +105,9 @@ def measure(
     wire: Mapping[str, np.ndarray],
     k: int,
     rounds: int,
-    idle: float,
-) -> dict[str, Measured]:
-    """By model; see the module's text. ``wire``: wire tensors (R, ...) of the users to ask for, in turn; ``idle``: CPU
-    seconds per second of the server when nobody asks."""
+) -> tuple[dict[str, Measured], float]:
+    """By model, see the module's text, and the CPU seconds per second that the server uses when nobody asks: the median
+    of a pause in each round. ``wire``: wire tensors (R, ...) of the users to ask for, in turn."""
     pids = server.pids
     with grpc.insecure_channel(server.urls.grpc, [("grpc.max_receive_message_length", 64 << 20)]) as channel:
         call = channel.unary_unary(METHOD)
@@ -121,9 +119,13 @@ def measure(
             for message in messages[peer.model][:WARM_UP]:
                 call(message, timeout=60)
         waited: dict[str, list[list[float]]] = {peer.model: [] for peer in peers}
-        cpu: dict[str, list[float]] = {peer.model: [] for peer in peers}
+        cpu: dict[str, list[tuple[float, float]]] = {
+            peer.model: [] for peer in peers
+        }  # used, in so many seconds
+        pauses = []
         rng = np.random.default_rng(_SEED)
         for number in tqdm(range(rounds), desc="serving", unit="round"):
+            pauses.append(_idle_cpu(server, _SETTLE))
             for place in rng.permutation(len(peers)):
                 model = peers[place].model
                 own = messages[model]
@@ -131,9 +133,12 @@ def measure(
                 before, began = cpu_seconds(pids), time.perf_counter()
                 waited[model].append([_milliseconds(call, message) for message in block])
                 time.sleep(_SETTLE)
-                used = cpu_seconds(pids) - before - idle * (time.perf_counter() - began)
-                cpu[model].append(1000 * used / BLOCK)
-    return {model: Measured(np.array(waited[model]), np.array(cpu[model])) for model in waited}
+                cpu[model].append((cpu_seconds(pids) - before, time.perf_counter() - began))
+    idle, found = float(np.median(pauses)), {}
+    for model, blocks in cpu.items():
+        used, lasted = np.array(blocks).T
+        found[model] = Measured(np.array(waited[model]), 1000 * (used - idle * lasted) / BLOCK)
+    return found, idle
 
 
 def _milliseconds(call: Callable[..., Any], message: bytes) -> float:
@@ -142,7 +147,7 @@ def _milliseconds(call: Callable[..., Any], message: bytes) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def _idle_cpu(server: TritonServer, seconds: float = 2.0) -> float:
+def _idle_cpu(server: TritonServer, seconds: float) -> float:
     """CPU seconds per second that the server uses while nobody asks."""
     pids = server.pids
     before = cpu_seconds(pids)

@@ -7,7 +7,9 @@ from collections import deque
 _KEPT = 64  # latest searches: few enough to follow a server that slows down, enough for their 95th percentile
 _FIRST = 4  # measurements of which the least counts,
 _ASSUMED = 8  # for as many as these, until there are more
-_FORGOTTEN = 0.01  # of the estimate, by a refusal that rests on it alone
+_TRIED = 0.9  # a search that was let in by a doubted estimate and is faster than this quantile of it ends the doubt
+_BELIEVED = 50  # refusals that may rest on an estimate alone; each further one shrinks it,
+_FORGOTTEN = 0.01  # by this share, until a request is tried
 
 
 class ServiceTime:
@@ -41,8 +43,8 @@ class ServiceTime:
 
     def doubt(self, busy: int) -> None:
         """A request was refused although a worker was free. Nothing is measured while everything is refused, so an
-        estimate that was too high once would stay: it shrinks until a request is tried."""
-        self._known(busy).scale(1 - _FORGOTTEN)
+        estimate that was too high once would stay: after some such refusals it shrinks until a request is tried."""
+        self._known(busy).refusals += 1
 
     def _known(self, busy: int) -> _Level:
         return next((self._levels[n] for n in range(busy, 0, -1) if self._levels[n].mean), self._levels[busy])
@@ -53,23 +55,29 @@ class _Level:
 
     def __init__(self) -> None:
         self.mean = 0.0
+        self.refusals = 0  # that rest on the estimate alone, since the last search
         self._count = 0
         self._latest: deque[float] = deque(maxlen=_KEPT)
         self._ordered: list[float] = []
 
     def add(self, seconds: float) -> None:
         self._count += 1
-        if self._count <= _FIRST:
+        if self._doubt() < 1 and seconds < self.quantile(_TRIED):  # what was known is no longer so
+            self._keep([seconds] * _ASSUMED)
+        elif self._count <= _FIRST:
             least = min(seconds, self.mean or seconds)
             self._keep([least] * _ASSUMED)
         else:
             self._keep([*self._latest, seconds])
+        self.refusals = 0
 
     def quantile(self, share: float) -> float:
-        return self._ordered[int(share * (len(self._ordered) - 1))] if self._ordered else 0.0
+        if not self._ordered:
+            return 0.0
+        return self._doubt() * self._ordered[int(share * (len(self._ordered) - 1))]
 
-    def scale(self, factor: float) -> None:
-        self._keep([factor * seconds for seconds in self._latest])
+    def _doubt(self) -> float:
+        return float((1 - _FORGOTTEN) ** max(0, self.refusals - _BELIEVED))
 
     def _keep(self, seconds: list[float]) -> None:
         self._latest = deque(seconds, _KEPT)

@@ -23,7 +23,11 @@ def tool():
 
 
 def test_against_its_own_server_and_a_running_one(shop, tmp_path, capsys, monkeypatch):
-    for name, value in {"CLOSED_LADDER": (1, 2), "VOTES": 1, "PRECISION": 1.5}.items():  # as few levels as can be
+    for name, value in {
+        "CLOSED_LADDER": (1, 2),
+        "VOTES": 1,
+        "PRECISION": 1.5,
+    }.items():  # as few levels as can be
         monkeypatch.setattr(capacity_search, name, value)
     limit = ["--latency-ms", "400", "--percentile", "90", "--seconds", "1", "--arrivals", "20"]
     limit += ["--k", "20", "--requests", "50"]

@@ -202,3 +202,28 @@ def test_when_the_next_one_loses_its_chance(code: SimpleNamespace) -> None:
     world.clock.now += 0.05
     assert [job for job, _ in world.admission.lost(waiting, 2)] == [late]
     assert list(waiting) == [later]
+
+
+def test_a_deadline_that_no_search_meets_is_tried_seldom(code: SimpleNamespace) -> None:
+    """A server that is slower than every deadline: what is tried to find out is late, so it must be rare."""
+    slow = World(1, (0.022,), 0.05)
+    told = simulate(code, slow, 3 * slow.saturation, 0.020)
+    assert 0 < told.late < 0.02
+    assert all(took <= 0.020 for took in told.refused)
+
+
+def test_a_server_that_is_fast_again_is_believed_after_one_search(code: SimpleNamespace) -> None:
+    times = code.service_time.ServiceTime(1)
+    for _ in range(64):
+        times.add(1, 1, 0.1)
+    refusals = 0
+    while times.within(1, 1, 0.9) > 0.05:
+        times.doubt(1)
+        refusals += 1
+    assert 50 < refusals < 150
+    times.add(1, 1, 0.01)
+    assert times.within(1, 1, 0.95) == pytest.approx(0.01)
+    for _ in range(100):
+        times.doubt(1)
+    times.add(1, 1, 0.1)
+    assert times.within(1, 1, 0.95) == pytest.approx(0.01), "one that is slower is one of many"
