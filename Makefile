@@ -22,7 +22,7 @@ demo: setup
 # Without Prometheus the tests that need it are skipped, and say so.
 test: setup
 	@$(MAKE) -s --no-print-directory prometheus || echo "no Prometheus here; its tests will be skipped"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
