@@ -10,6 +10,8 @@ the server.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from export import pbtxt
@@ -56,15 +58,35 @@ def publish_candidate(
     repository = Path(repository)
     admin.states(ORCHESTRATOR)  # nobody there: say so before anything is written
     version = publish(source, repository, options=options, as_candidate=True, sign_key=sign_key)
-    try:
+    with _withdrawn_on_failure(repository, admin):
         check_candidate(repository, admin)
+    return version
+
+
+def publish_and_promote(
+    source: str | Path, repository: str | Path, admin: Admin, sign_key: Path | None = None
+) -> int:
+    """`publish_candidate` and `promote_candidate` for a program that goes on by itself: a candidate that can't be
+    promoted is withdrawn, too, or it would be in the way of the next one. Returns the version; raises what both do."""
+    repository = Path(repository)
+    publish_candidate(source, repository, admin, sign_key=sign_key)
+    with _withdrawn_on_failure(repository, admin):
+        return promote_candidate(repository, admin)
+
+
+@contextmanager
+def _withdrawn_on_failure(repository: Path, admin: Admin) -> Iterator[None]:
+    """Withdraw the candidate, if there still is one, when the block raises HsnnError; that error goes on, with a note
+    when the candidate could not be withdrawn."""
+    try:
+        yield
     except HsnnError as error:
         try:
-            withdraw(repository, admin)
+            if candidate(repository) is not None:
+                withdraw(repository, admin)
         except HsnnError as second:
-            error.add_note(f"and then, as candidate {version} was withdrawn: {second}")
+            error.add_note(f"and then, as the candidate was withdrawn: {second}")
         raise
-    return version
 
 
 def check_candidate(repository: str | Path, admin: Admin) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from export.build_index import OnnxItemTower
-from export.candidate import promote_candidate, publish_candidate
+from export.candidate import publish_and_promote
 from export.exported import BUNDLE_DIR, EXPORT_FILE, Exported, open_export
 from export.loading import Admin
 from export.retire import retire
@@ -128,15 +128,14 @@ class Compactor:
 
     def compact(self, admin: Admin, progress: bool = True) -> int:
         """One compaction, as the snapshot that the server serves; returns its version. Raises what `compact` and
-        `candidate.publish_candidate` raise: the server goes on with what it serves."""
+        `candidate.publish_and_promote` raise: the server goes on with what it serves."""
         source = self._source()
         with LogReader(self._log, Bundle.open(source.bundle, verify=False).schema.hash) as reader:
             target = self._folder / f"{PREFIX}{reader.position()}"
         self._folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)  # one that was made and not published
         compact(source.path, self._log, target, progress)
-        publish_candidate(target, self._repository, admin, sign_key=self._sign_key)
-        version = promote_candidate(self._repository, admin)
+        version = publish_and_promote(target, self._repository, admin, self._sign_key)
         retire(self._repository, admin, KEPT)
         for path in self._folder.glob(f"{PREFIX}*"):
             if path != target:

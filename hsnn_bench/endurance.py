@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from export.candidate import promote_candidate, publish_candidate, withdraw
+from export.candidate import publish_and_promote, withdraw
 from export.pbtxt import INDEX, ORCHESTRATOR
 from export.repository import candidate, snapshot_models, versions
 from export.retire import retire
@@ -170,24 +169,17 @@ def _called(served: Rig) -> list[str]:
 
 
 def _rollout(served: Rig) -> str:
-    """Publish, promote, clear away; what came of it. A candidate that could not be promoted is withdrawn, or it would
-    be in the way of the next one."""
+    """Publish, promote, clear away; what came of it. What an earlier one left, because the server was away, is
+    withdrawn first."""
     began = time.monotonic()
     try:
-        _withdraw_left(served)
-        publish_candidate(served.run_dir, served.repository, served.server.admin)
-        version = promote_candidate(served.repository, served.server.admin)
+        if candidate(served.repository) is not None:
+            withdraw(served.repository, served.server.admin)
+        version = publish_and_promote(served.run_dir, served.repository, served.server.admin)
         retire(served.repository, served.server.admin)
     except HsnnError as error:
-        with suppress(HsnnError):  # the server may be away; then the next rollout does it
-            _withdraw_left(served)
         return f"failed after {time.monotonic() - began:.1f} s: {str(error).partition(chr(10))[0]}"
     return f"version {version} after {time.monotonic() - began:.1f} s"
-
-
-def _withdraw_left(served: Rig) -> None:
-    if candidate(served.repository) is not None:
-        withdraw(served.repository, served.server.admin)
 
 
 class _Sampler:

@@ -21,7 +21,7 @@ from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.repository import orchestrator_directory
 from export.rollout import promote
-from hsnn_cli.provenance import commit, machine
+from hsnn_cli.provenance import commit, machine, run_name
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError
 from hsnn_core.files import write_bytes
@@ -74,7 +74,7 @@ def run_fuzz(
     if unknown:
         raise DataError(f"kinds {unknown} are unknown, expected among {', '.join(KINDS)}")
     asked: dict[str, Any] = {
-        "run": run.name, "command": command, "commit": commit(), "machine": machine(), "seed": seed,
+        "run": run_name(run), "command": command, "commit": commit(), "machine": machine(), "seed": seed,
         "requests": requests, "mutations": mutations,
     }  # fmt: skip
     same = earlier is not None and all(earlier.get(name) == value for name, value in asked.items())
@@ -120,7 +120,7 @@ def findings(report: dict[str, Any]) -> int:
 
 def earlier_report(run: Path, directory: Path) -> dict[str, Any] | None:
     """The report that is there already, None without one."""
-    path = directory / f"fuzz-{run.name}.json"
+    path = directory / f"fuzz-{run_name(run)}.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .provenance import run_name
+
 FORMAT = argparse.RawDescriptionHelpFormatter
 
 
@@ -174,7 +176,7 @@ def _run_ways(options: argparse.Namespace, kind: str, measure: Any, report: Any)
         ("rounds", options.rounds, 3),
     ):
         command += "" if given == default else f" --{name} {given}"
-    name = options.run.resolve().name
+    name = run_name(options.run)
     written = report(found, command, name, options.results, dataset.simulated)
     print(written.read_text())
     print(f"report: {written}")
@@ -216,7 +218,7 @@ def run_scale(options: argparse.Namespace) -> None:
         ("recall-requests", options.recall_requests, 60),
     ):
         command += "" if given == default else f" --{name} {given}"
-    written = scale.report(found, command, options.run.resolve().name, options.results)
+    written = scale.report(found, command, run_name(options.run), options.results)
     print(written.read_text())
     print(f"report: {written}")
 
@@ -247,6 +249,6 @@ def run_targeting(options: argparse.Namespace) -> None:
         ("requests", options.requests, 30),
     ):
         command += "" if given == default else f" --{name} {given}"
-    written = targeting.report(found, command, options.run.resolve().name, options.results)
+    written = targeting.report(found, command, run_name(options.run), options.results)
     print(written.read_text())
     print(f"report: {written}")

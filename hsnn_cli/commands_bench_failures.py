@@ -9,6 +9,7 @@ from typing import Any
 from hsnn_core.errors import RequestError
 
 from .commands_bench_serving import at_least_one, results, typed
+from .provenance import run_name
 
 FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -86,12 +87,6 @@ def _positive(options: argparse.Namespace, *names: str) -> None:
             raise RequestError(f"--{name.replace('_', '-')}: got {value}, expected a number > 0")
 
 
-def _name(run: Path) -> str:
-    """What a run is called in its reports: the folder above for `demo/run`."""
-    path = run.resolve()
-    return path.parent.name if path.name == "run" else path.name
-
-
 def run_failures(options: argparse.Namespace) -> None:
     """hsnn bench failures."""
     from hsnn_bench.failures import run_failures as run
@@ -110,7 +105,7 @@ def run_failures(options: argparse.Namespace) -> None:
             k=options.k, timeout=options.timeout_ms / 1000, requests=options.requests, work=options.work,
             command=command, only=options.only,
         )  # fmt: skip
-    written = write_report(report, options.results / f"failures-{_name(options.run)}")
+    written = write_report(report, options.results / f"failures-{run_name(options.run)}")
     print(written.read_text())
     print(f"report: {written}")
 
@@ -124,7 +119,7 @@ def run_endurance(options: argparse.Namespace) -> None:
 
     at_least_one(options, "k", "requests")
     _positive(options, "minutes", "load", "capacity", "updates", "rollout_every", "kill_every", "timeout_ms")
-    stem = options.results / f"endurance-{_name(options.run)}"
+    stem = options.results / f"endurance-{run_name(options.run)}"
     if not options.report_only:
         command = typed(
             options, f"hsnn bench endurance {options.run}", minutes=60.0, load=0.7, capacity=None, updates=50.0,

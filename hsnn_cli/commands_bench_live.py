@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .provenance import run_name
+
 FORMAT = argparse.RawDescriptionHelpFormatter
 
 
@@ -110,7 +112,7 @@ def run_live(options: argparse.Namespace) -> None:
         probes=options.probes, rate=options.rate, turns=options.turns, turn_seconds=options.turn_seconds,
         requests=options.requests, command=command,
     )  # fmt: skip
-    written = live_items.report(found, options.run.resolve().name, options.results)
+    written = live_items.report(found, run_name(options.run), options.results)
     print(written.read_text())
     print(f"report: {written}")
 
@@ -128,7 +130,7 @@ def run_filtering(options: argparse.Namespace) -> None:
     command = f"hsnn bench filtering {options.run}"
     for name, given, default in (("queries", options.queries, 1_000_000), ("seed", options.seed, 1)):
         command += "" if given == default else f" --{name} {given}"
-    written = filtering.report(tally, command, options.run.resolve().name, options.seed, options.results)
+    written = filtering.report(tally, command, run_name(options.run), options.seed, options.results)
     print(written.read_text())
     print(f"report: {written}")
     if tally.wrong or tally.short:
@@ -150,7 +152,7 @@ def run_crashes(options: argparse.Namespace) -> None:
     command = f"hsnn bench crashes {options.run}"
     for name, given, default in (("kills", options.kills, 100), ("seed", options.seed, 1)):
         command += "" if given == default else f" --{name} {given}"
-    written = crashes.report(outcomes, updates, command, options.run.resolve().name, options.results)
+    written = crashes.report(outcomes, updates, command, run_name(options.run), options.results)
     print(written.read_text())
     print(f"report: {written}")
     lost = sum(outcome.lost + outcome.not_served for outcome in outcomes.values())

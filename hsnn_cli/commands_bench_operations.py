@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .provenance import run_name
+
 FORMAT = argparse.RawDescriptionHelpFormatter
 
 
@@ -48,7 +50,7 @@ def run_tracing(options: argparse.Namespace) -> None:
 
     found = measure(options.run, options.mode, options.rounds)
     command = f"hsnn bench tracing {options.run} --mode {options.mode} --rounds {options.rounds}"
-    path = report(found, command, options.run.name, options.results)
+    path = report(found, command, run_name(options.run), options.results)
     print(path.read_text())
     print(f"written: {path}")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from clients.admin import RepositoryAdmin
 from clients.tls import Tls
-from export.candidate import promote_candidate, publish_candidate
+from export.candidate import publish_and_promote
 from export.export_run import export_run
 from export.publish import publish
 from export.retire import retire
@@ -65,8 +65,7 @@ class Snapshots:
             version = publish(exported.path, self.repository, sign_key=self.sign_key)
         else:
             with RepositoryAdmin(self.url, self.key, tls=self.tls) as admin:
-                publish_candidate(exported.path, self.repository, admin, sign_key=self.sign_key)
-                version = promote_candidate(self.repository, admin)
+                version = publish_and_promote(exported.path, self.repository, admin, self.sign_key)
                 retire(self.repository, admin, KEPT)
             served = f", served at {self.url}"
         made = {"repository": str(self.repository.absolute()), "version": version, "files": files}

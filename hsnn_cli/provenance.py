@@ -1,4 +1,4 @@
-"""Where figures were made: the commit, the machine."""
+"""Where figures were made: the run, the commit, the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+
+
+def run_name(run: Path) -> str:
+    """What a run directory is called in its reports and their files: the folder above for `demo/run`."""
+    path = run.resolve()
+    return path.parent.name if path.name == "run" else path.name
 
 
 def commit() -> str:

@@ -14,6 +14,8 @@ from .eligibility import Context, clear_bits
 from .live_attributes import AttributeState
 from .live_view import LiveView, bits_at
 
+_CACHED = 16384  # words that are counted at once: what a core keeps close
+
 
 class TargetingFilter:
     """An `item_filter.ItemFilter` over a view of an index that changes.
@@ -111,7 +113,10 @@ class _UserItems:
             padded[: len(self._base)] = self._base
             self._words = padded.view("<u8")
             self._ranks = np.zeros(len(self._words) + 1, dtype=np.int64)
-            np.cumsum(_ones(self._words), out=self._ranks[1:])
+            for start in range(0, len(self._words), _CACHED):
+                part = slice(start, start + _CACHED)
+                self._ranks[1:][part] = _ones(self._words[part])
+            np.cumsum(self._ranks, out=self._ranks)
         at = positions >> 6
         below = (np.uint64(1) << (positions & 63).astype(np.uint64)) - np.uint64(1)
         return self._ranks[at] + _ones(self._words[at] & below)
@@ -130,10 +135,19 @@ def _ones(words: np.ndarray) -> np.ndarray:
     pairs, fours, bytes_ = (
         np.uint64(mask) for mask in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F)
     )
-    sums = words - ((words >> np.uint64(1)) & pairs)
-    sums = (sums & fours) + ((sums >> np.uint64(2)) & fours)
-    sums = (sums + (sums >> np.uint64(4))) & bytes_
-    return ((sums * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)
+    other = words >> np.uint64(1)
+    other &= pairs
+    sums = words - other
+    np.right_shift(sums, np.uint64(2), out=other)
+    other &= fours
+    sums &= fours
+    sums += other
+    np.right_shift(sums, np.uint64(4), out=other)
+    sums += other
+    sums &= bytes_
+    sums *= np.uint64(0x0101010101010101)
+    sums >>= np.uint64(56)
+    return sums.view(np.int64)
 
 
 def _all_bits(count: int) -> np.ndarray:

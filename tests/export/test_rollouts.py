@@ -24,6 +24,7 @@ from export import candidate as candidates
 from export import loading, vendor
 from export.candidate import (
     promote_candidate,
+    publish_and_promote,
     publish_candidate,
     roll_back,
     start_canary,
@@ -169,6 +170,17 @@ def test_a_canary_or_an_orchestrator_that_does_not_load(flat: Exported, tmp_path
     assert (tmp_path / ORCHESTRATOR / "config.pbtxt").read_bytes() == before
     server.fails = ()
     assert promote_candidate(tmp_path, server) == 2
+
+
+def test_what_goes_on_by_itself_leaves_no_candidate_in_its_way(flat: Exported, tmp_path: Path) -> None:
+    server = served(flat, tmp_path)
+    server.fails = (ORCHESTRATOR,)
+    with pytest.raises(PublishError, match="candidate 2: the server did not load hsnn_retrieve"):
+        publish_and_promote(flat.path, tmp_path, server)
+    assert (candidate(tmp_path), versions(tmp_path), server.serving()) == (None, [1], [1])
+    server.fails = ()
+    assert publish_and_promote(flat.path, tmp_path, server) == 3
+    assert (candidate(tmp_path), server.serving(), server.violations) == (None, [3], [])
 
 
 def test_a_damaged_candidate_is_refused_and_can_be_withdrawn(flat: Exported, tmp_path: Path) -> None:

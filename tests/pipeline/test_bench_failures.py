@@ -37,7 +37,7 @@ def test_a_trend_is_told_from_noise():
 
 def test_failed_calls_belong_to_the_kill_before_them():
     samples = {name: np.arange(3.0) for name in ("minutes", "answered", "refused", "failed", "outlived", "updates",
-               "updates_failed", "resident_mib", "shared_mib", "p99_ms")}  # fmt: skip
+               "updates_failed", "resident_mib", "own_mib", "shared_mib", "p99_ms")}  # fmt: skip
     call = "UNAVAILABLE ServerError after 0.10 s: gone"
     found = summary(samples, [
         Incident(1.0, "killed", "a stub"), Incident(1.1, "failed call", call), Incident(1.3, "failed call", call),
@@ -49,25 +49,18 @@ def test_failed_calls_belong_to_the_kill_before_them():
 
 
 def test_a_rollout_that_fails_is_not_in_the_way_of_the_next(tmp_path, monkeypatch):
-    waiting, outcomes = [], [ServerError("gone"), ServerError("gone"), None]
-    away = [False, True]  # as the second is to be withdrawn
+    waiting, outcomes = [1], ["gone", "gone", None]  # what an earlier one left while the server was away
 
-    def publish(*_):
+    def publish_and_promote(*_):
         assert not waiting, "candidate waits there"
-        waiting.append(1)
-
-    def promote(*_):
         if (failure := outcomes.pop(0)) is not None:
-            raise failure
-        return waiting.pop()
+            raise ServerError(failure)
+        return 1
 
-    def withdraw(*_):
-        if away and away.pop(0):
-            raise ServerError("still gone")
-        waiting.clear()
-
-    names = {"publish_candidate": publish, "promote_candidate": promote, "withdraw": withdraw}
-    names |= {"candidate": lambda _: next(iter(waiting), None), "retire": lambda *_: []}
+    names = {
+        "publish_and_promote": publish_and_promote, "withdraw": lambda *_: waiting.clear(),
+        "candidate": lambda _: next(iter(waiting), None), "retire": lambda *_: [],
+    }  # fmt: skip
     for name, fake in names.items():
         monkeypatch.setattr(endurance, name, fake)
     served = SimpleNamespace(run_dir=tmp_path, repository=tmp_path, server=SimpleNamespace(admin=None))
@@ -103,7 +96,7 @@ def test_a_short_endurance_run_and_its_report_alone(shop, tmp_path, capsys):
     options = ["--minutes", "0.08", "--rollout-every", "0.04", "--kill-every", "0.04", "--updates", "20", "--k", "20",
                "--capacity", "10", "--timeout-ms", "2000", "--work", str(tmp_path / "work")]  # fmt: skip
     assert main([*command, *options]) == 0
-    table, incidents, facts, page, plot = paths(tmp_path / f"endurance-{_name(shop)}")
+    table, incidents, facts, page, plot = paths(tmp_path / f"endurance-{shop.name}")
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) >= 4 and sum(int(row["answered"]) for row in rows) > 0
     assert sum(int(row["updates"]) for row in rows) > 0 and float(rows[-1]["resident_mib"]) > 1
@@ -153,7 +146,3 @@ def _one_sample(folder: Path) -> None:
     facts.write_text("{}")
     table.write_text("minutes\n1\n")
     write_report(stem)
-
-
-def _name(shop: Path) -> str:
-    return shop.name
