@@ -30,12 +30,10 @@ from hsnn_core.errors import PublishError
 
 _LOG = logging.getLogger(__name__)
 READY, UNLOADING = "READY", "UNLOADING"
-DRAIN_SECONDS = (
-    120.0  # for the last requests of a version that was replaced, as long as it calls its networks
-)
-QUIET_SECONDS = (
-    15.0  # without a call of its networks: no request takes a third of that from one call to the next
-)
+# For the last requests of a version that was replaced, as long as it calls its networks.
+DRAIN_SECONDS = 120.0
+# Without a call of its networks: no request takes a third of that from one call to the next.
+QUIET_SECONDS = 15.0
 _POLL, _LONGEST_POLL = 0.05, 0.5
 _NOT_NETWORKS = (ORCHESTRATOR, CANARY, INDEX)
 _KEPT = "the server goes on with what it served. Publish a corrected snapshot, or roll this one back"

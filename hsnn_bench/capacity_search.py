@@ -15,8 +15,7 @@ import numpy as np
 from .perf_analyzer import Level
 
 CLOSED_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-ARRIVALS = 1000  # of a level, in at most
-LONGEST = 120.0  # seconds
+LONGEST = 120.0  # seconds of a level that needs them for its arrivals
 VOTES = 3
 PRECISION = 1.05  # the search ends when the least rate that fails is this much above the greatest that holds
 _SLOWEST = 1.0  # requests a second: below it there is no percentile to speak of

@@ -62,12 +62,12 @@ def _read_manifest(path: Path, good: bytes) -> None:
 
 def _read_resealed(path: Path, good: bytes) -> None:
     """A file whose sha256 was put into the manifest: what is opened must search, or say why not."""
-    _seal(path, good)
+    _seal(path)
     _search(path.parent, path.parent.parent)
 
 
-def _seal(path: Path, good: bytes) -> None:
-    """Put the sha256 and length of a changed file into the manifest, and into the header of an array file its own."""
+def _seal(path: Path) -> None:
+    """Put the sha256 and length of a changed file into the manifest."""
     manifest = json.loads((path.parent / MANIFEST).read_text())
     manifest["files"][path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     (path.parent / MANIFEST).write_text(json.dumps(manifest))
@@ -148,7 +148,7 @@ def _make_checkpoint(folder: Path, run: Path) -> Path:
     return folder / "checkpoint.pt"
 
 
-_WEIGHTS: dict[bytes, Any] = {}
+_RIGHT: list[Any] = []  # the run that was saved, once it is loaded
 
 
 def _read_checkpoint(path: Path, good: bytes) -> None:
@@ -156,12 +156,12 @@ def _read_checkpoint(path: Path, good: bytes) -> None:
     from hsnn_train.checkpoint import load_run
 
     loaded = load_run(path.parent)
-    if "run" not in _WEIGHTS.setdefault(b"", {}):
+    if not _RIGHT:
         changed = path.read_bytes()
         path.write_bytes(good)
-        _WEIGHTS[b""]["run"] = load_run(path.parent)
+        _RIGHT.append(load_run(path.parent))
         path.write_bytes(changed)
-    right = _WEIGHTS[b""]["run"]
+    (right,) = _RIGHT
     same = all(
         (a == b).all() for a, b in zip(loaded.model.state_dict().values(), right.model.state_dict().values())
     )

@@ -106,7 +106,7 @@ def measure(
     seconds = np.empty_like(recall)
     candidates = np.empty((len(points), len(users), index.layers))
     for widths in points:  # the first search of a kind is slower than the others
-        search(index, scorer, _one(users, 0), widths, k, rank)
+        search(index, scorer, _one(users, 0), widths, k, rank, new_filter())
     for row in tqdm(range(len(users)), desc="widths", unit="request", disable=not progress):
         user = _one(users, row)
         for place, widths in enumerate(points):

@@ -239,7 +239,7 @@ class TritonServer:
         self.load(model)
 
     def dead_models(self) -> list[Dead]:
-        """The versions that Triton calls ready while a Python stub of theirs has died: calls of them fails.
+        """The versions that Triton calls ready while a Python stub of theirs has died: calls of them fail.
         Those that are unloading without any: most have just ended, but of one that died it never says so.
 
         Costs next to nothing as long as no stub has come or gone since the last look. ServerError when the server

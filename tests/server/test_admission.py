@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import importlib
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_snapshot import ORCHESTRATOR
+from tiny_snapshot import orchestrator_modules
 
 MODULES = ("request_decoding", "service_time", "admission")
 WAY = 0.001  # seconds between client and admission, there and back
@@ -21,12 +19,9 @@ ARRIVAL, DONE, LOOK = range(3)
 
 
 @pytest.fixture
-def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The orchestrator's modules, which are no package: they are imported as Triton's stub does."""
-    monkeypatch.setattr(sys, "path", [str(ORCHESTRATOR), *sys.path])
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def code() -> Iterator[SimpleNamespace]:
+    with orchestrator_modules(*MODULES) as modules:
+        yield modules
 
 
 @dataclass(frozen=True)

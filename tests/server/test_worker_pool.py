@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_snapshot import ORCHESTRATOR
+from tiny_snapshot import orchestrator_modules
 
 from hsnn_core.errors import DeadlineExceeded, HsnnError, Overloaded
 
@@ -21,12 +19,9 @@ MODULES = ("request_decoding", "service_time", "admission", "worker_pool")
 
 
 @pytest.fixture
-def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The orchestrator's modules, which are no package: they are imported as Triton's stub does."""
-    monkeypatch.setattr(sys, "path", [str(ORCHESTRATOR), *sys.path])
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def code() -> Iterator[SimpleNamespace]:
+    with orchestrator_modules(*MODULES) as modules:
+        yield modules
 
 
 class Clock:

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from google.protobuf import text_format
 from tiny_networks import FLOAT, INT, WIDTH, scorer_inputs, write_scorer, write_user_tower
 from tritonclient.grpc import model_config_pb2 as pb
@@ -29,6 +34,18 @@ from hsnn_core.schema_eligibility import WireTensor
 from hsnn_core.search import SearchResult, search
 
 ORCHESTRATOR = Path(__file__).parents[2] / "model_repository" / "hsnn_retrieve"
+
+
+@contextmanager
+def orchestrator_modules(*names: str) -> Iterator[SimpleNamespace]:
+    """Modules of the orchestrator by name: they are no package, and are imported as Triton's stub does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ORCHESTRATOR), *sys.path])
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
+
+
 ITEMS, LAYERS, EMBEDDING, WIDTHS, K, MAX_K = 60, 3, 6, (3, 6), 10, 100
 SCHEMA = {
     "name": "tiny",
