@@ -74,6 +74,12 @@ class Fates:
         early: np.ndarray = self.latency <= self.deadline
         return early
 
+    def milliseconds(self, q: float) -> float:
+        """Percentile ``q`` of the milliseconds from sending to answer, of answered requests alone: refusals are quick,
+        and would make a server look faster the more of them there are. nan without an answer."""
+        answered = self.latency[self.outcome == OK]
+        return float(1000 * np.percentile(answered, q)) if len(answered) else float("nan")
+
     def counts(self) -> dict[str, int]:
         """Requests by fate: answered, refused, expired, failed."""
         names = ("answered", "refused", "expired", "failed")

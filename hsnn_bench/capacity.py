@@ -33,6 +33,7 @@ from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import Run, load_run
 from hsnn_train.data.dataset import Dataset
 
+from .bare_loops import bare_loops
 from .capacity_search import CapacitySearch
 from .perf_analyzer import Level, Target, Tool, measure, request_texts
 
@@ -101,12 +102,14 @@ def run_capacity(
     seconds: float,
     arrivals: int,
     command: str,
+    beside_bare: bool = False,
     say: Callable[[str], None] = print,
     tls: Tls | None = None,
 ) -> dict[str, Any]:
     """Measure a server; returns the report (see `capacity_report.write_report`).
 
-    ``server``: a context manager that gives the addresses of gRPC and metrics (None: not collected). Raises
+    ``server``: a context manager that gives the addresses of gRPC and metrics (None: not collected). ``beside_bare``:
+    before it starts, measure what this machine does without one (`bare_loops`), of the run's own export. Raises
     RequestError for a percentile that perf_analyzer does not report, ServerError when it or the server fails.
     """
     if percentile not in PERCENTILES:
@@ -117,6 +120,13 @@ def run_capacity(
     wire = real_requests(dataset, requests)
     k = min(k, run.recipe.search.max_k, len(run.item_ids))
     asked = Asked(wire, k, latency_ms, percentile, seconds, arrivals)
+    bare = bare_loops(run_dir, wire, k, seconds) if beside_bare else None
+    if bare is not None:
+        alone, at_once = bare["alone"], bare["at_once"]
+        say(
+            f"without a server: one loop {alone['requests_per_second']:.1f} requests/s, {bare['loops']} at once "
+            f"{at_once['requests_per_second']:.1f}"
+        )
     with server() as (url, metrics):
         served = connect(run, url, metrics, tls)
         target = Target(url, served.model.name, request_texts(each_user(wire)), k, run.schema.hash, tls)
@@ -134,7 +144,7 @@ def run_capacity(
             "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
             "mode": served.model.mode, "widths": list(served.model.widths), "latency_ms": latency_ms,
             "percentile": percentile, "requests": distinct, "seconds": seconds, "arrivals": arrivals,
-            "closed": asdict(closed), "capacity": capacity,
+            "bare": bare, "closed": asdict(closed), "capacity": capacity,
             "capacity_requests": 0 if capacity is None else search.requests(capacity),
             "steady": None if capacity is None else steady(search, capacity),
             "overload": [] if capacity is None else [

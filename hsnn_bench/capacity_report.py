@@ -70,6 +70,7 @@ def render(report: Mapping[str, Any]) -> str:
         )
         + f" | {closed['requests']:,} |",
         f"| closed loop, saturation | {closed['saturation']:.1f} requests/s | |",
+        *_beside_bare(report),
         f"| open loop (Poisson), {limit}: the capacity | "
         + ("no rate" if capacity is None else f"{capacity:.1f} requests/s")
         + f" | {report['capacity_requests']:,} |",
@@ -94,6 +95,25 @@ def render(report: Mapping[str, Any]) -> str:
         f"![latency against load]({_stem(report)}.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _beside_bare(report: Mapping[str, Any]) -> list[str]:
+    """The saturation against loops without a server, where they were measured."""
+    bare = report["bare"]
+    if bare is None:
+        return []
+    alone, at_once, saturation = bare["alone"], bare["at_once"], report["closed"]["saturation"]
+    loops = bare["loops"]
+    return [
+        f"| one bare loop without a server | {alone['requests_per_second']:.1f} requests/s, "
+        f"{alone['cpu_ms']:.2f} ms of CPU each | |",
+        f"| {loops} bare loops at once | {at_once['requests_per_second']:.1f} requests/s, "
+        f"{at_once['cpu_ms']:.2f} ms of CPU each | |",
+        "| saturation × the one loop's CPU per request / cores (target ≥ 0.8) | "
+        f"{saturation * alone['cpu_ms'] / 1000 / loops:.2f}; of the loops at once themselves "
+        f"{at_once['requests_per_second'] * alone['cpu_ms'] / 1000 / loops:.2f} | |",
+        f"| saturation / {loops} bare loops at once | {saturation / at_once['requests_per_second']:.2f} | |",
+    ]
 
 
 def _ratio(value: float) -> str:

@@ -25,7 +25,8 @@ from clients.wire import OUTPUTS, ServedModel
 from hsnn_core.errors import ServerError
 from hsnn_server.triton import TritonServer
 
-from .fuzz_requests import GrpcRequests, HttpRequests, Malformed
+from .fuzz_http_requests import HttpRequests
+from .fuzz_requests import GrpcRequests, Malformed
 
 DEADLINE = 10.0  # seconds that any call may take
 _WAITS = 0.3  # seconds that a server may wait for the rest of a request which says it is longer

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.load import OK, Fates, each_user, poisson_load, serialise
+from clients.load import each_user, poisson_load, serialise
 from export.rollout import promote
 from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
@@ -74,13 +74,6 @@ def growth(minutes: np.ndarray, values: np.ndarray) -> dict[str, float]:
     }
 
 
-def percentile_of_answers(fates: Fates, q: float) -> float:
-    """Milliseconds from sending to answer, of answered requests alone: refusals are quick, and would make a server look
-    faster the more of them there are. nan without an answer."""
-    answered = fates.latency[fates.outcome == OK]
-    return float(1000 * np.percentile(answered, q)) if len(answered) else float("nan")
-
-
 def run_soak(
     run_dir: Path,
     repository: Path,
@@ -115,9 +108,7 @@ def run_soak(
         "recipe": run.recipe.name, "simulated": dataset.simulated, "command": command, "commit": made_at,
         "machine": machine(), "date": date.today().isoformat(), "items": len(run.item_ids), "k": k,
         "mode": served.model.mode, "capacity": capacity, "load": load, "minutes": minutes,
-        "requests": summary(fates, capacity) | {
-            f"p{q}_ms": percentile_of_answers(fates, q) for q in (50, 99)
-        },
+        "requests": summary(fates, capacity) | {f"p{q}_ms": fates.milliseconds(q) for q in (50, 99)},
         "resident_mib": growth(table[:, 0], table[:, 1]), "shared_mib": growth(table[:, 0], table[:, 2]),
         "cpu_cores": float((table[-1, 3] - table[0, 3]) / max(1e-9, 60 * (table[-1, 0] - table[0, 0]))),
         "samples": [[round(float(value), 4) for value in row] for row in table],

@@ -176,7 +176,7 @@ def run_capacity(options: argparse.Namespace) -> None:
     report = run(
         options.run, server, tool, k=options.k, latency_ms=options.latency_ms, percentile=options.percentile,
         requests=options.requests, seconds=options.seconds, arrivals=options.arrivals, command=command,
-        tls=tls_of(options),
+        beside_bare=options.repository is not None, tls=tls_of(options),
     )  # fmt: skip
     paths = write_report(report, options.results)
     print()

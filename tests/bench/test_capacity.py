@@ -339,7 +339,7 @@ def report_of(**changes):
         "date": "2026-01-01", "items": 200, "k": 20, "mode": "bls", "widths": [4], "latency_ms": 20.0,
         "percentile": 99, "requests": 7, "seconds": 1.0, "arrivals": 1000, "metrics": {},
         "levels": [vars(closed), vars(level), vars(refused), vars(replace(level, disturbed=True))],
-        "closed": asdict(Closed(2, 20.0, 300, 25.0)), "capacity": 10.0, "capacity_requests": 4012,
+        "bare": None, "closed": asdict(Closed(2, 20.0, 300, 25.0)), "capacity": 10.0, "capacity_requests": 4012,
         "steady": {"rate": 7.0, "p99_over_p50": 2.0, "ratios": [2.0], "p50_ms": 3.0, "p99_ms": 6.0, "delayed": 0.0,
                    "requests": 300},
         "overload": [over | {"base": 10.0}, over | {"base": 25.0}], **changes,
@@ -371,6 +371,18 @@ def test_the_report(tmp_path: Path):
     ):
         assert line in page.splitlines(), f"{line} in\n{page}"
     assert "simulated" in page and "1 of 4 were measured again" in page
+    assert "bare" not in page
+    beside = {"loops": 2, "widths": [4], "alone": {"requests_per_second": 40.0, "cpu_ms": 25.0},
+              "at_once": {"requests_per_second": 50.0, "cpu_ms": 39.0}}  # fmt: skip
+    page = write_report(report_of(bare=beside), tmp_path)[2].read_text()
+    for line in (
+        "| one bare loop without a server | 40.0 requests/s, 25.00 ms of CPU each | |",
+        "| 2 bare loops at once | 50.0 requests/s, 39.00 ms of CPU each | |",
+        "| saturation × the one loop's CPU per request / cores (target ≥ 0.8) | 0.31; of the loops at once themselves "
+        "0.62 | |",
+        "| saturation / 2 bare loops at once | 0.50 | |",
+    ):
+        assert line in page.splitlines(), f"{line} in\n{page}"
     nothing = report_of(
         capacity=None, capacity_requests=0, steady=None, overload=[], closed=asdict(Closed(0, 0.0, 0, 2.0))
     )

@@ -17,10 +17,10 @@ from untrained import JOINT, TARGETED, untrained_run
 from clients.wire import Hit, Results, Timings
 from export.export_run import export_run
 from export.sample_users import sample_users
-from hsnn_bench import breakdown, oracle, orchestrator
+from hsnn_bench import bare_loops, breakdown, oracle, orchestrator
 from hsnn_bench.orchestrator import Answer, interleave
 from hsnn_core.bundle import Bundle
-from hsnn_core.errors import DataError, PublishError
+from hsnn_core.errors import DataError, HsnnError, PublishError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
 
@@ -105,6 +105,23 @@ def test_a_search_by_steps_is_the_search(exported_run):
     assert all(sum(taken[f"layer {n}: {step}"] for step in breakdown.STEPS) > 0 for n in (1, 2, 3))
     again = timed({name: value[:1] for name, value in wire.items()})
     assert set(again) == set(taken), "a second search begins at zero"
+
+
+def test_bare_loops_alone_and_at_once(exported_run):
+    run, wire = exported_run
+    found = bare_loops.bare_loops(run, wire, k=7, seconds=0.2)
+    assert found["loops"] >= 1 and found["widths"] == [2, 2]
+    for kind in ("alone", "at_once"):
+        assert found[kind]["requests_per_second"] > 5 and found[kind]["cpu_ms"] > 0
+    # A loop alone has no more CPU time than the time that passes.
+    assert found["alone"]["requests_per_second"] * found["alone"]["cpu_ms"] < 1100
+
+
+def test_a_bare_loop_that_fails_does_not_keep_the_others(exported_run):
+    run, wire = exported_run
+    broken = {name: value for name, value in wire.items() if name != "age"}
+    with pytest.raises(HsnnError, match="age"):
+        bare_loops.bare_loops(run, broken, k=7, seconds=60.0)
 
 
 @pytest.mark.triton

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clients.load import OK, REFUSED, Fates
-from hsnn_bench.soak import growth, percentile_of_answers
+from hsnn_bench.soak import growth
 from hsnn_cli.main import main
 
 
@@ -26,9 +26,9 @@ def test_growth_is_taken_after_it_has_settled():
 def test_refusals_do_not_make_a_server_look_fast():
     latency, outcome = np.array([0.001] * 7 + [0.03, 0.05]), np.array([REFUSED] * 7 + [OK, OK], np.int8)
     fates = Fates(1.0, np.zeros(9), latency, outcome, 0.1, ())
-    assert percentile_of_answers(fates, 50) == pytest.approx(40)
+    assert fates.milliseconds(50) == pytest.approx(40)
     nobody = Fates(1.0, np.zeros(7), latency[:7], outcome[:7], 0.1, ())
-    assert np.isnan(percentile_of_answers(nobody, 99))
+    assert np.isnan(nobody.milliseconds(99))
 
 
 @pytest.mark.triton

@@ -10,7 +10,7 @@ import pytest
 from hsnn_bench.fuzz import findings, render, run_fuzz, write_report
 from hsnn_bench.fuzz_bytes import mutated, mutated_json
 from hsnn_bench.fuzz_files import KINDS, Kind, fuzz_kind
-from hsnn_bench.fuzz_requests import kills
+from hsnn_bench.fuzz_http_requests import kills
 from hsnn_core.errors import DataError, FormatError
 
 
