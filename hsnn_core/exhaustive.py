@@ -69,7 +69,7 @@ def exhaustive(
         if item_filter is None:
             present = index.present(index.layers, every_item)
         else:
-            present = item_filter.counts(index.layers, np.full(index.items, user), every_item) > 0
+            present = item_filter.passes(np.full(index.items, user), every_item)
         allowed = every_item if present is None else np.flatnonzero(present)
         if len(allowed) > k:  # sort only those that are at least as good as the k-th, ties with it included
             keys = scores[user, allowed]

@@ -224,7 +224,7 @@ class I2IF:
                     hits = np.take(table, places).ravel()
                 finally:  # out of memory, say: this thread's next users must not find these ones' terms
                     table[asked] = 0
-                cells = np.flatnonzero(hits)
+                cells = np.flatnonzero(hits != 0)  # of booleans, few of them true, it takes the least
                 self._fill(crossings, number, first, cells, hits[cells], lists[part], users)
         return crossings
 
@@ -269,7 +269,6 @@ class I2IF:
         slot, (_, count, length) = self.id_slots[number], lists.shape
         dense = crossings.dense.reshape(-1, self.dense_width)  # (B*C, 3P)
         ids = crossings.ids.reshape(-1, self.ids_width)  # (B*C, sum of matches)
-        column = DENSE_PER_INTERACTION * number
         terms = lists.reshape(-1)[cells]
         pairs, matched, of_list = (
             cells,
@@ -277,7 +276,7 @@ class I2IF:
             np.ones(1, np.int64),
         )  # an item of one term has that
         if length == 1:
-            ids[first * count + pairs, slot.start] = terms
+            ids[:, slot.start][first * count + pairs] = terms
         else:
             pair = cells // length
             starts = np.flatnonzero(np.diff(pair, prepend=-1))
@@ -288,9 +287,12 @@ class I2IF:
             keep = np.flatnonzero(place < slot.interaction.matches)
             ids[first * count + pair[keep], slot.start + place[keep]] = terms[keep]
         rows = first * count + pairs
-        dense[rows, column] = matched
-        dense[rows, column + 1] = weights / np.maximum(users.totals, 1)[first + pairs // count]
-        dense[rows, column + 2] = np.divide(matched, of_list)
+        totals = np.maximum(users.totals, 1)
+        of_user = totals[0] if len(totals) == 1 else totals[first + pairs // count]
+        values = (matched, weights / of_user, matched / of_list)
+        for column, value in enumerate(values, start=DENSE_PER_INTERACTION * number):
+            # A column by rows, in the column's own type: half the time of rows and column together.
+            dense[:, column][rows] = np.broadcast_to(value.astype(np.float32), rows.shape)
 
     def _empty(self, batch: int, count: int) -> Crossings:
         return Crossings(

@@ -18,8 +18,12 @@ class ItemFilter(Protocol):
     """The items that each of B users may get."""
 
     def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-        """Number of items that user users[i] may get under node nodes[i] of the layer: (n,), (n,) -> (n,) int64; at
-        layer N 0 or 1."""
+        """Number of items that user users[i] may get under node nodes[i] of a layer above the items: (n,), (n,) -> (n,)
+        int64."""
+        ...
+
+    def passes(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether user users[i] may get the item at position items[i]: (n,), (n,) -> (n,) bool."""
         ...
 
 
@@ -33,7 +37,6 @@ class MaskFilter:
                 "users, items by position"
             )
         self._mask = mask
-        self._layers = index.layers
         self._counts = [
             np.add.reduceat(mask, index.item_ptr(layer)[:-1], axis=1, dtype=np.int64)
             for layer in range(1, index.layers)
@@ -41,7 +44,15 @@ class MaskFilter:
 
     def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """See `ItemFilter`."""
-        table = self._mask if layer == self._layers else self._counts[layer - 1]
+        return self._of(self._counts[layer - 1], users, nodes)
+
+    def passes(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """See `ItemFilter`."""
+        return self._of(self._mask, users, items)
+
+    @staticmethod
+    def _of(table: np.ndarray, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         if len(users) and users.max() >= len(table):
             raise SearchError(f"item mask of {len(table)} users, asked for user {users.max()}")
-        return table[users, nodes].astype(np.int64)
+        found: np.ndarray = table[users, nodes]
+        return found

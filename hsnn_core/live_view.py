@@ -176,7 +176,8 @@ class LiveView:
 
 def bits_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:
     """bool of the shape of ``places``: the bits there of ``packed`` (n,) uint8, lowest first."""
-    return (packed[places >> 3] >> (places & 7).astype(np.uint8)) & 1 != 0
+    bits: np.ndarray = (packed.take(places >> 3) >> (places.astype(np.uint8) & 7)) & 1
+    return bits.view(bool)
 
 
 def with_bits(packed: np.ndarray | None, size: int, places: Sequence[int] | np.ndarray) -> np.ndarray:

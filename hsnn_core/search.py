@@ -152,8 +152,8 @@ def search(
         traces.append(LayerTrace(found.alive.sum(axis=1), rows.counts, rows.fill(best_nodes, empty=-1), took))
 
     # Stable by descending score within each user: equal scores stay in order of position.
-    falling = -keys.take(kept)
-    order = np.argsort(falling, kind="stable") if batch == 1 else np.lexsort((falling, rows.user))
+    scores = keys.take(kept)
+    order = falling(scores) if batch == 1 else np.lexsort((-scores, rows.user))
     kept, positions = kept[order], best_nodes[order]
     return SearchResult(
         item_ids=rows.fill(index.ids(positions), k),
@@ -202,6 +202,19 @@ def best(keys: np.ndarray, width: int) -> np.ndarray:
     return above | (level & (level.cumsum(axis=1) <= room))
 
 
+def falling(keys: np.ndarray) -> np.ndarray:
+    """The order (n,) int64 of keys (n,) float32, none NaN, from the largest; equal ones as they stand.
+
+    A sort of whole numbers, of the key's bits above the place, takes a fraction of a stable sort of floats.
+    """
+    bits = (np.float32(0) - keys).view(np.int32)  # of equal keys the same: no zero is left negative
+    rising = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # negative floats rise as their bits fall
+    numbers = (rising.astype(np.int64) << 32) | np.arange(len(keys))
+    numbers.sort()
+    order: np.ndarray = numbers & 0xFFFFFFFF
+    return order
+
+
 def checked_request(batch: int, k: int, rank: np.ndarray) -> np.ndarray:
     """The rank exponents as (T,) float32; SearchError on a request that cannot be answered."""
     if batch < 1:
@@ -240,7 +253,7 @@ class _Rows:
 
     def __init__(self, user: np.ndarray, batch: int) -> None:
         self.user = user
-        self.counts = np.bincount(user, minlength=batch)  # (B,)
+        self.counts = np.array([len(user)]) if batch == 1 else np.bincount(user, minlength=batch)  # (B,)
 
     @cached_property
     def _column(self) -> np.ndarray:
@@ -259,7 +272,8 @@ class _Rows:
 def _kept(chosen: np.ndarray) -> tuple[np.ndarray, _Rows]:
     """Flat places (n,) of those chosen (B, C), and whose they are."""
     kept = np.flatnonzero(chosen)
-    return kept, _Rows(kept // chosen.shape[1], len(chosen))
+    user = np.zeros(len(kept), dtype=np.int64) if len(chosen) == 1 else kept // chosen.shape[1]
+    return kept, _Rows(user, len(chosen))
 
 
 @dataclass(frozen=True)
@@ -296,23 +310,27 @@ def _candidates(
                 nodes, np.ones(nodes.shape, dtype=bool) if present is None else present, carried, None
             )
         user = np.repeat(np.arange(batch), count)
+        if index.layers == 1:
+            passes = item_filter.passes(user, nodes.reshape(-1)).reshape(nodes.shape)
+            return _Candidates(nodes, passes, carried, None)
         counts = item_filter.counts(1, user, nodes.reshape(-1)).reshape(nodes.shape)
         return _Candidates(nodes, counts > 0, carried, counts)
 
     nodes, parent = index.children(layer, beam.nodes)
+    user = np.zeros(len(nodes), dtype=np.int64) if batch == 1 else beam.rows.user.take(parent)
     held = None
-    if item_filter is not None:
-        held = item_filter.counts(layer, beam.rows.user[parent], nodes)
-        present = held > 0
-        if layer == index.layers:
-            held = None  # nobody asks how many items an item is
-    else:
+    if item_filter is None:
         present = index.present(layer, nodes)
+    elif layer == index.layers:
+        present = item_filter.passes(user, nodes)
+    else:
+        held = item_filter.counts(layer, user, nodes)
+        present = held > 0
     if present is not None and not present.all():
         stay = np.flatnonzero(present)
-        nodes, parent = nodes.take(stay), parent.take(stay)
+        nodes, parent, user = nodes.take(stay), parent.take(stay), user.take(stay)
         held = None if held is None else held.take(stay)
-    rows = _Rows(beam.rows.user.take(parent), batch)
+    rows = _Rows(user, batch)
     filled = rows.fill(nodes)
     alive = np.arange(filled.shape[1]) < rows.counts[:, None]
     carried = rows.fill(beam.carried.take(parent, axis=0))
@@ -344,10 +362,9 @@ def _widen(
     short = np.flatnonzero((held < needed) & more)
     for user in short:
         counts = index.counts(layer, found.nodes[user]) if found.counts is None else found.counts[user]
-        order = np.argsort(-keys[user], kind="stable")
-        reached = np.where(found.alive[user], counts, 0)[order].cumsum()
-        enough = int(np.searchsorted(reached, needed[user])) + 1
-        chosen[user] = best(keys[user : user + 1], enough)[0]
+        order = falling(keys[user])[: np.count_nonzero(keys[user] > -np.inf)]
+        reached = counts.take(order).cumsum()
+        chosen[user, order[: int(np.searchsorted(reached, needed[user])) + 1]] = True
     return len(short) > 0
 
 

@@ -38,14 +38,20 @@ class TargetingFilter:
 
     def counts(self, layer: int, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """See `ItemFilter`."""
+        parts = [items.counts(layer, part) for items, part in self._parts(users, nodes)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def passes(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """See `ItemFilter`."""
+        parts = [mine.passes(part) for mine, part in self._parts(users, items)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _parts(self, users: np.ndarray, nodes: np.ndarray) -> list[tuple[_UserItems, np.ndarray]]:
+        """Each user's items with what is asked of them: a request's users stand one after the other."""
         if len(self._users) == 1:
-            return self._users[0].counts(layer, nodes)
-        counts = np.empty(len(nodes), dtype=np.int64)
-        # A request's users stand one after the other.
+            return [(self._users[0], nodes)]
         bounds = np.searchsorted(users, np.arange(len(self._users) + 1))
-        for items, start, stop in zip(self._users, bounds, bounds[1:]):
-            counts[start:stop] = items.counts(layer, nodes[start:stop])
-        return counts
+        return [(items, nodes[start:stop]) for items, start, stop in zip(self._users, bounds, bounds[1:])]
 
     def eligible(self) -> np.ndarray:
         """How many items each user may get: (B,) int64."""
@@ -84,14 +90,7 @@ class _UserItems:
         self._of_added: dict[int, np.ndarray] = {}
 
     def counts(self, layer: int, nodes: np.ndarray) -> np.ndarray:
-        """Items under each of ``nodes`` (n,) of the layer: (n,) int64."""
-        if layer == self._view.layers:
-            if not len(self._added):
-                return bits_at(self._base, nodes).astype(np.int64)
-            late = nodes >= self._base_items
-            there = bits_at(self._base, np.where(late, 0, nodes))
-            there[late] = bits_at(self._added, nodes[late] - self._base_items)
-            return there.astype(np.int64)
+        """Items under each of ``nodes`` (n,) of a layer above the items: (n,) int64."""
         ptr = self._view.base.item_ptr(layer)
         inside = np.minimum(nodes, len(ptr) - 2)
         counts = self._rank(ptr[inside + 1]) - self._rank(ptr[inside])
@@ -99,6 +98,15 @@ class _UserItems:
         if len(self._added):
             counts += self._added_under(layer)[nodes]
         return counts
+
+    def passes(self, items: np.ndarray) -> np.ndarray:
+        """Whether those at positions ``items`` (n,) are among them: (n,) bool."""
+        if not len(self._added):
+            return bits_at(self._base, items)
+        late = items >= self._base_items
+        there = bits_at(self._base, np.where(late, 0, items))
+        there[late] = bits_at(self._added, items[late] - self._base_items)
+        return there
 
     def eligible(self) -> int:
         """How many items the user may get, of the base and added ones."""

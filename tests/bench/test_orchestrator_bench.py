@@ -119,7 +119,7 @@ def test_bare_loops_alone_and_at_once(exported_run):
 
 def test_a_bare_loop_that_fails_does_not_keep_the_others(exported_run):
     run, wire = exported_run
-    broken = {name: value for name, value in wire.items() if name != "age"}
+    broken = wire | {"age": wire["age"].astype(np.int64)}
     with pytest.raises(HsnnError, match="age"):
         bare_loops.bare_loops(run, broken, k=7, seconds=60.0)
 

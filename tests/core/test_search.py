@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hsnn_core.errors import DeadlineExceeded, SearchError
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
-from hsnn_core.search import best, rank_scores, search, sigmoid
+from hsnn_core.search import best, falling, rank_scores, search, sigmoid
 
 RANK = np.array([1.0, 0.5], dtype=np.float32)
 
@@ -442,3 +442,14 @@ def test_best_breaks_ties_by_the_smaller_column(rows, width):
         columns = [column for column in np.argsort(-keys[row], kind="stable") if values[column] > -np.inf]
         expected[row, columns[:width]] = True
     np.testing.assert_array_equal(best(keys, width), expected)
+
+
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, -np.inf, np.inf, 1e-45, -1e-45]),
+        max_size=40,
+    )
+)
+def test_falling_is_the_stable_order_of_the_largest_first(values):
+    keys = np.array(values, dtype=np.float32)
+    np.testing.assert_array_equal(falling(keys), np.argsort(-keys, kind="stable"))
