@@ -13,6 +13,7 @@ tls_cert=
 tls_key=
 client_ca=
 tools=/opt/hsnn # probe.py, drain.py
+busy_since=/tmp/hsnn-busy # the probe's memory, of Kubernetes too
 
 fail() {
   echo "hsnn-triton: $*" >&2
@@ -85,7 +86,7 @@ restricted="model-repository,shared-memory,trace,logging:admin-key=$key"
 
 # A killed server leaves its regions; where /dev/shm outlives the container (Kubernetes) they would fill it.
 regions=hsnn-$HOSTNAME-
-rm -f "/dev/shm/$regions"*
+rm -f "/dev/shm/$regions"* "$busy_since"
 
 tritonserver \
   --model-repository="$repository" \
@@ -106,11 +107,12 @@ server=$!
 
 # Docker restarts a container that ended, not one that is unhealthy. So once the server has answered the smoke request, it
 # is asked again and again, and killed when it fails several times: whoever runs the container starts it anew. One that
-# refuses because it is busy is alive (--live).
+# refuses because it is busy is alive (--live), unless it answered nobody for minutes (--busy-since).
 watch() {
   local said answered='' failures=0
   while sleep 2 2>/dev/null; do
-    if said=$(python3 "$tools/probe.py" --url "$url" --repository "$repository" --timeout 3 --live 2>&1); then
+    if said=$(python3 "$tools/probe.py" --url "$url" --repository "$repository" --timeout 3 \
+      --live --busy-since "$busy_since" 2>&1); then
       answered=yes failures=0
     elif [[ $answered ]]; then
       failures=$((failures + 1))

@@ -188,6 +188,7 @@ def test_a_server_that_answers_no_more_is_killed_so_that_the_container_ends(plac
     add_probe_arguments(probe)
     options = probe.parse_args(asked)
     assert options.live  # one that is busy must not be restarted
+    assert options.busy_since is not None
     assert options.repository == place / "models"
     assert path.endswith("/probe.py")
 

@@ -151,8 +151,15 @@ def test_servers_are_probed_drained_and_have_the_room_that_they_need(
             probes[kind] = probe_options(command[2:])
             assert str(probes[kind].repository) == given.get("repository", "/models")
             assert probes[kind].timeout < probe["timeoutSeconds"] <= probe["periodSeconds"]
-        # Wrong answers keep a server from starting; one that is only busy is neither taken out nor restarted.
-        assert [probes[kind].live for kind in ("startup", "readiness", "liveness")] == [False, True, True]
+        # Wrong answers keep a server from starting and take it out; one that is only busy is neither taken out nor
+        # restarted, unless it stays so for ever.
+        kinds = ("startup", "readiness", "liveness")
+        assert [probes[kind].ready for kind in kinds] == [False, True, False]
+        assert [probes[kind].live for kind in kinds] == [False, False, True]
+        remembered = probes["liveness"].busy_since
+        assert f"busy_since={remembered} " in ENTRYPOINT and str(remembered.parent) in {
+            mount["mountPath"] for mount in container["volumeMounts"]
+        }
         assert given["probe-failures"] == "0"
         # A server that is dead is not drained for a minute before it is started anew.
         assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 1
