@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Serve a published repository with Triton; on SIGTERM let clients move away before the server ends.
 #   hsnn-triton [--repository=DIR] [--key-file=FILE] [--http-port=N] [--drain-seconds=N] [--probe-failures=N]
-#               [--tls-cert=FILE --tls-key=FILE [--client-ca=FILE]] [-- OPTIONS OF TRITONSERVER]
+#               [--tls-cert=FILE --tls-key=FILE [--client-ca=FILE]] [--trace-endpoint=URL [--trace-rate=N]]
+#               [-- OPTIONS OF TRITONSERVER]
 set -euo pipefail
 
 repository=/models
@@ -12,6 +13,8 @@ probe_failures=2
 tls_cert=
 tls_key=
 client_ca=
+trace_endpoint=
+trace_rate=1000
 tools=/opt/hsnn # probe.py, drain.py
 busy_since=/tmp/hsnn-busy # the probe's memory, of Kubernetes too
 
@@ -30,12 +33,14 @@ while (($#)); do
     --tls-cert=*) tls_cert=${1#*=} ;;
     --tls-key=*) tls_key=${1#*=} ;;
     --client-ca=*) client_ca=${1#*=} ;;
+    --trace-endpoint=*) trace_endpoint=${1#*=} ;;
+    --trace-rate=*) trace_rate=${1#*=} ;;
     --)
       shift
       break
       ;;
     *) fail "$1: unknown option; expected --repository=, --key-file=, --http-port=, --drain-seconds=, --probe-failures=," \
-      "--tls-cert=, --tls-key=, --client-ca=, and after -- what tritonserver takes" ;;
+      "--tls-cert=, --tls-key=, --client-ca=, --trace-endpoint=, --trace-rate=, and after -- what tritonserver takes" ;;
   esac
   shift
 done
@@ -51,6 +56,9 @@ key=$(<"$key_file")
   fail "$repository: no hsnn_retrieve there; publish first: hsnn publish RUN --repository DIR"
 [[ ($tls_cert && $tls_key) || -z $tls_cert$tls_key ]] || fail "--tls-cert and --tls-key: give both or neither"
 [[ -z $client_ca || $tls_cert ]] || fail "--client-ca: needs --tls-cert and --tls-key"
+[[ -z $trace_endpoint || $trace_endpoint =~ ^https?://[^/]+/. ]] ||
+  fail "--trace-endpoint: got '$trace_endpoint', expected a collector's address like http://otel-collector:4318/v1/traces"
+[[ $trace_rate =~ ^[1-9][0-9]*$ ]] || fail "--trace-rate: got '$trace_rate', expected a whole number above 0: every n-th request"
 for file in "$tls_cert" "$tls_key" "$client_ca"; do
   [[ -z $file || -r $file ]] || fail "$file: no such file, or not readable by user $(id -u)"
 done
@@ -75,6 +83,17 @@ if [[ $tls_cert ]]; then
     "--grpc-root-cert=$client_ca"
     --http-address=127.0.0.1
     --metrics-address=0.0.0.0
+  )
+fi
+
+if [[ $trace_endpoint ]]; then
+  # Triton and the orchestrator read it.
+  export OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=$trace_endpoint
+  options+=(
+    --trace-config=mode=opentelemetry
+    --trace-config=level=TIMESTAMPS
+    "--trace-config=rate=$trace_rate"
+    --trace-config=opentelemetry,resource=service.name=triton
   )
 fi
 

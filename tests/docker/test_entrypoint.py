@@ -26,6 +26,7 @@ from hsnn_core.errors import ServerError
 from hsnn_server.binaries import environment, find_wheel, lay_out
 from hsnn_server.probe import add_arguments as add_probe_arguments
 from hsnn_server.processes import free_ports, remove_regions, wait_until
+from hsnn_server.tracing import ENDPOINT, Tracing
 from hsnn_server.triton import RESTRICTED
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -234,6 +235,26 @@ def test_certificates_are_checked_and_handed_over(place: Path) -> None:
     assert "tls: no such file, or not readable" in refused(place, *tls[:2])
 
 
+def test_traces_are_asked_for_as_hsnn_serve_asks_for_them(place: Path) -> None:
+    tracing = Tracing("http://collector:4318/v1/traces", 50)
+    with start(
+        place, f"--trace-endpoint={tracing.endpoint}", "--trace-rate=50", then=f'echo "${ENDPOINT}" > {place}/env; exit 0'
+    ) as process:  # fmt: skip
+        process.communicate(timeout=10)
+    assert [a for a in arguments(place) if a.startswith("--trace")] == tracing.arguments()
+    assert (place / "env").read_text().strip() == tracing.endpoint
+    (place / "bin" / "arguments").unlink()
+    with start(place, then=f'echo "${ENDPOINT}" > {place}/env; exit 0') as process:
+        process.communicate(timeout=10)
+    assert not [a for a in arguments(place) if a.startswith("--trace")]
+    assert (place / "env").read_text() == "\n"
+    (place / "bin" / "arguments").unlink()
+    assert "got 'collector:4318', expected a collector's address" in refused(
+        place, "--trace-endpoint=collector:4318"
+    )
+    assert "--trace-rate: got '0', expected a whole number above 0" in refused(place, "--trace-rate=0")
+
+
 def test_shared_memory_that_a_killed_server_left_is_removed(place: Path) -> None:
     left = Path("/dev/shm") / f"hsnn-{place.name}-1"
     others = Path("/dev/shm") / f"hsnn-other-{secrets.token_hex(4)}"
@@ -352,7 +373,7 @@ def test_every_flag_is_one_of_the_real_tritonserver(place: Path) -> None:
         pytest.skip(str(error))
     (place / "file").touch()
     files = [f"--{name}={place / 'file'}" for name in ("tls-cert", "tls-key", "client-ca")]
-    with start(place, *files, then="exit 0") as process:
+    with start(place, *files, "--trace-endpoint=http://collector:4318/v1/traces", then="exit 0") as process:
         process.communicate(timeout=10)
     shown = subprocess.run(
         [str(wheel.server), "--help"], env=environment(wheel, 1), capture_output=True, text=True, check=False

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -203,6 +204,35 @@ def test_whoever_asks_a_server_with_tls_speaks_it(built: dict[str, list[Object]]
         mounts = {mount["mountPath"] for mount in follower["volumeMounts"]}
         assert all((file is not None) == asks for file in files)
         assert all(str(Path(file).parent) in mounts for file in files if file is not None)
+
+
+def test_spans_find_the_way_out_to_the_collector_and_updates_to_the_brokers(
+    built: dict[str, list[Object]],
+) -> None:
+    objects = built["components"]
+    (server,) = (c for _, _, c in containers(objects) if c["name"] == "triton")
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in server["args"])
+    assert int(given["trace-rate"]) > 1, "every request would be traced"
+    (follower,) = (c for _, _, c in containers(objects) if c["name"] == "follower")
+    brokers = next(a for a in follower["args"] if a.startswith("--brokers="))
+    (policy,) = (value for value in objects if value["kind"] == "NetworkPolicy")
+    ways = {
+        (
+            port["port"],
+            *(to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for to in rule.get("to", [])),
+        )
+        for rule in policy["spec"]["egress"]
+        for port in rule["ports"]
+    }  # fmt: skip
+    collector = urlsplit(given["trace-endpoint"])
+    assert collector.hostname is not None
+    assert ways == {
+        (53, "kube-system"),
+        (collector.port, collector.hostname.split(".")[1]),
+        (int(brokers.rpartition(":")[2]),),
+    }
+    (alone,) = (value for value in built["base"] if value["kind"] == "NetworkPolicy")
+    assert alone["spec"]["egress"] == []
 
 
 def test_the_console_reaches_what_the_runbook_asks_for(built: dict[str, list[Object]]) -> None:
