@@ -93,7 +93,7 @@ if [[ $trace_endpoint ]]; then
     --trace-config=mode=opentelemetry
     --trace-config=level=TIMESTAMPS
     "--trace-config=rate=$trace_rate"
-    --trace-config=opentelemetry,resource=service.name=triton
+    "--trace-config=opentelemetry,resource=service.name=triton"
   )
 fi
 

@@ -237,14 +237,13 @@ def test_certificates_are_checked_and_handed_over(place: Path) -> None:
 
 def test_traces_are_asked_for_as_hsnn_serve_asks_for_them(place: Path) -> None:
     tracing = Tracing("http://collector:4318/v1/traces", 50)
-    with start(
-        place, f"--trace-endpoint={tracing.endpoint}", "--trace-rate=50", then=f'echo "${ENDPOINT}" > {place}/env; exit 0'
-    ) as process:  # fmt: skip
+    told = f'echo "${ENDPOINT}" > {place}/env; exit 0'
+    with start(place, f"--trace-endpoint={tracing.endpoint}", "--trace-rate=50", then=told) as process:
         process.communicate(timeout=10)
     assert [a for a in arguments(place) if a.startswith("--trace")] == tracing.arguments()
     assert (place / "env").read_text().strip() == tracing.endpoint
     (place / "bin" / "arguments").unlink()
-    with start(place, then=f'echo "${ENDPOINT}" > {place}/env; exit 0') as process:
+    with start(place, then=told) as process:
         process.communicate(timeout=10)
     assert not [a for a in arguments(place) if a.startswith("--trace")]
     assert (place / "env").read_text() == "\n"
