@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Serve a published repository with Triton; on SIGTERM let clients move away before the server ends.
 #   hsnn-triton [--repository=DIR] [--key-file=FILE] [--http-port=N] [--drain-seconds=N] [--probe-failures=N]
-#               [--tls-cert=FILE --tls-key=FILE [--client-ca=FILE]] [-- OPTIONS OF TRITONSERVER]
+#               [--tls-cert=FILE --tls-key=FILE [--client-ca=FILE]] [--trace-endpoint=URL [--trace-rate=N]]
+#               [-- OPTIONS OF TRITONSERVER]
 set -euo pipefail
 
 repository=/models
@@ -12,7 +13,10 @@ probe_failures=2
 tls_cert=
 tls_key=
 client_ca=
+trace_endpoint=
+trace_rate=1000
 tools=/opt/hsnn # probe.py, drain.py
+busy_since=/tmp/hsnn-busy # the probe's memory, of Kubernetes too
 
 fail() {
   echo "hsnn-triton: $*" >&2
@@ -29,12 +33,14 @@ while (($#)); do
     --tls-cert=*) tls_cert=${1#*=} ;;
     --tls-key=*) tls_key=${1#*=} ;;
     --client-ca=*) client_ca=${1#*=} ;;
+    --trace-endpoint=*) trace_endpoint=${1#*=} ;;
+    --trace-rate=*) trace_rate=${1#*=} ;;
     --)
       shift
       break
       ;;
     *) fail "$1: unknown option; expected --repository=, --key-file=, --http-port=, --drain-seconds=, --probe-failures=," \
-      "--tls-cert=, --tls-key=, --client-ca=, and after -- what tritonserver takes" ;;
+      "--tls-cert=, --tls-key=, --client-ca=, --trace-endpoint=, --trace-rate=, and after -- what tritonserver takes" ;;
   esac
   shift
 done
@@ -50,6 +56,9 @@ key=$(<"$key_file")
   fail "$repository: no hsnn_retrieve there; publish first: hsnn publish RUN --repository DIR"
 [[ ($tls_cert && $tls_key) || -z $tls_cert$tls_key ]] || fail "--tls-cert and --tls-key: give both or neither"
 [[ -z $client_ca || $tls_cert ]] || fail "--client-ca: needs --tls-cert and --tls-key"
+[[ -z $trace_endpoint || $trace_endpoint =~ ^https?://[^/]+/. ]] ||
+  fail "--trace-endpoint: got '$trace_endpoint', expected a collector's address like http://otel-collector:4318/v1/traces"
+[[ $trace_rate =~ ^[1-9][0-9]*$ ]] || fail "--trace-rate: got '$trace_rate', expected a whole number above 0: every n-th request"
 for file in "$tls_cert" "$tls_key" "$client_ca"; do
   [[ -z $file || -r $file ]] || fail "$file: no such file, or not readable by user $(id -u)"
 done
@@ -77,6 +86,17 @@ if [[ $tls_cert ]]; then
   )
 fi
 
+if [[ $trace_endpoint ]]; then
+  # Triton and the orchestrator read it.
+  export OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=$trace_endpoint
+  options+=(
+    --trace-config=mode=opentelemetry
+    --trace-config=level=TIMESTAMPS
+    "--trace-config=rate=$trace_rate"
+    "--trace-config=opentelemetry,resource=service.name=triton"
+  )
+fi
+
 url=http://127.0.0.1:$http_port
 
 # What lets a client read or change the server needs the key. Triton takes it as an argument only, so it is
@@ -85,7 +105,7 @@ restricted="model-repository,shared-memory,trace,logging:admin-key=$key"
 
 # A killed server leaves its regions; where /dev/shm outlives the container (Kubernetes) they would fill it.
 regions=hsnn-$HOSTNAME-
-rm -f "/dev/shm/$regions"*
+rm -f "/dev/shm/$regions"* "$busy_since"
 
 tritonserver \
   --model-repository="$repository" \
@@ -106,11 +126,12 @@ server=$!
 
 # Docker restarts a container that ended, not one that is unhealthy. So once the server has answered the smoke request, it
 # is asked again and again, and killed when it fails several times: whoever runs the container starts it anew. One that
-# refuses because it is busy is alive (--live).
+# refuses because it is busy is alive (--live), unless it answered nobody for minutes (--busy-since).
 watch() {
   local said answered='' failures=0
   while sleep 2 2>/dev/null; do
-    if said=$(python3 "$tools/probe.py" --url "$url" --repository "$repository" --timeout 3 --live 2>&1); then
+    if said=$(python3 "$tools/probe.py" --url "$url" --repository "$repository" --timeout 3 \
+      --live --busy-since "$busy_since" 2>&1); then
       answered=yes failures=0
     elif [[ $answered ]]; then
       failures=$((failures + 1))

@@ -29,7 +29,8 @@ WORKDIR /tmp
 EXPOSE 8000 8001 8002
 # The smoke request: Triton's own readiness goes on saying yes for an orchestrator whose process has died.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=5m --retries=3 \
-  CMD ["python3", "/opt/hsnn/probe.py", "--url", "http://127.0.0.1:8000", "--repository", "/models", "--timeout", "3"]
+  CMD ["python3", "/opt/hsnn/probe.py", "--url", "http://127.0.0.1:8000", "--repository", "/models", "--timeout", "3", \
+       "--ready"]
 # The base image's own entrypoint first: it makes CUDA's forward compatibility work, then executes the rest.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "hsnn-triton"]
 

@@ -71,7 +71,7 @@ def supervisor(
         return promote(repository, server.admin)
 
     def ask() -> Verdict:
-        return probe(server.urls.http, repository, PROBE_SECONDS)
+        return probe(server.urls.http, repository, PROBE_SECONDS, metrics=server.urls.metrics)
 
     return Supervisor(Served(server, repository), start_again, ask, patience, say)
 

@@ -100,8 +100,9 @@ def add_commands(commands: Any) -> None:
         description="Ask a server the smoke request of the snapshot it serves, over HTTP, and look at what comes back. "
         "Prints one line;\nexits with 0 when it is healthy, 1 when not. The serving image has the same as "
         "hsnn_server/probe.py.",
-        epilog="examples:\n  hsnn health --repository repo\n  hsnn health --repository repo --live     "
-        "for what restarts it: busy is not dead",
+        epilog="examples:\n  hsnn health --repository repo\n  hsnn health --repository repo --ready    "
+        "for what sends it requests: busy is well, wrong answers are not\n  hsnn health --repository repo --live     "
+        "for what restarts it: neither is dead",
     )  # fmt: skip
     add_arguments(health)
     health.set_defaults(run_command=run_health)

@@ -4,7 +4,13 @@ Standard library only: the serving image runs this file as it is, `python probe.
 user's request is asked, so a probe costs as much as any request.
 
 A server that refuses because it is busy (QueueFull, DeadlineUnmeetable, DeadlineExceeded) is alive. Who restarts what
-fails must not restart that one, or an overload would take away what is left: `--live` counts it as success.
+fails must not restart that one, or an overload would take away what is left. So there are two more questions:
+
+    --ready   may it get requests?       healthy or busy; not one that answers wrongly
+    --live    would a restart only harm? that, and wrong answers: the same files would be loaded
+
+`--live` also asks the writer of item updates, whose process nobody else brings back in a container. And where it is
+told a file to remember in, a server that has been busy for five minutes and answered nobody in them hangs: it is dead.
 """
 
 from __future__ import annotations
@@ -22,17 +28,19 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-MODEL = "hsnn_retrieve"
+MODEL, WRITER = "hsnn_retrieve", "hsnn_index"
 HEALTHY, BUSY, WRONG, DEAD = "healthy", "busy", "wrong", "dead"
-TIMEOUT = 1.0  # seconds
+TIMEOUT = 2.0  # seconds; Triton takes one to say that a stub is dead
+HANGING = 300.0  # seconds of refusals without an answer to anybody; an overload answers as many as it can
 # Of a probability. TensorRT multiplies float32 in TF32, which has 10 bits of mantissa.
 TOLERANCE = 5e-3
 _REFUSALS = ("QueueFull", "DeadlineUnmeetable", "DeadlineExceeded")
+_DEAD_STUB = re.compile(r"Stub process .* is not healthy")
 _ATTEMPTS = 2  # a rollout may change the served version between the two calls of a probe
 _WIRE = {"<f4": ("FP32", "f"), "<i8": ("INT64", "q"), "<i4": ("INT32", "i"), "<f8": ("FP64", "d")}
 _FORMATS = dict(_WIRE.values())
@@ -41,16 +49,23 @@ _FORMATS = dict(_WIRE.values())
 @dataclass(frozen=True)
 class Verdict:
     """What one probe found: ``state`` HEALTHY; BUSY (it refused, clearly and in time); WRONG (it answered, but not as
-    its snapshot does); DEAD (anything else, no answer included). ``reason``: one line; ``seconds``: what it took."""
+    its snapshot does); DEAD (anything else, no answer included). ``reason``: one line; ``seconds``: what it took;
+    ``answered``: of a busy server, the requests that its version has answered so far, None where that is not known."""
 
     state: str
     reason: str
     seconds: float
+    answered: int | None = None
 
     @property
     def alive(self) -> bool:
         """Whether restarting could only do harm."""
         return self.state != DEAD
+
+    @property
+    def ready(self) -> bool:
+        """Whether it should get requests."""
+        return self.state in (HEALTHY, BUSY)
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reason} ({1000 * self.seconds:.0f} ms)"
@@ -75,31 +90,105 @@ class _Array:
         return struct.unpack_from(f"<{count}{code}", self.data)
 
 
-def probe(url: str, repository: str | Path, timeout: float = TIMEOUT) -> Verdict:
+@dataclass(frozen=True)
+class Standstill:
+    """That a server is busy and answers nobody: ``since`` when, on a clock of seconds that only goes forward, and how
+    many requests it had ``answered`` then."""
+
+    since: float
+    answered: float
+
+    @classmethod
+    def after(cls, before: Standstill | None, verdict: Verdict, now: float) -> Standstill | None:
+        """What is known after ``verdict`` where ``before`` was; None: it has answered, or was never counted."""
+        if verdict.state in (HEALTHY, WRONG):
+            return None
+        if verdict.answered is None or (
+            before and before.answered == verdict.answered and before.since <= now
+        ):
+            return before
+        return cls(now, verdict.answered)
+
+    def hangs(self, verdict: Verdict, now: float, patience: float = HANGING) -> bool:
+        """Whether it has lasted until ``verdict``, and too long to be an overload."""
+        return verdict.answered == self.answered and now - self.since >= patience
+
+    def reason(self, now: float, verdict: Verdict) -> str:
+        """What to say of it then."""
+        return f"it has refused for {now - self.since:.0f} s and answered nobody in them; {verdict.reason}"
+
+
+def probe(
+    url: str,
+    repository: str | Path,
+    timeout: float = TIMEOUT,
+    *,
+    writer: bool = False,
+    metrics: str | None = None,
+) -> Verdict:
     """Ask the server at ``url`` (http://host:port) that serves ``repository`` its smoke request once; never raises for
-    what a server or a repository may be like. Takes at most ``timeout`` seconds; the server is told a tenth less."""
+    what a server or a repository may be like. Takes at most ``timeout`` seconds; the server is told a tenth less.
+
+    ``writer``: an item writer (hsnn_index) whose process has died makes a server DEAD that is not busy; one that is not
+    loaded, refuses, or takes longer (a large batch) does not. ``metrics``: where a busy server counts its answers
+    (http://host:port), for `Verdict.answered`."""
     began = time.monotonic()
+    answered = None
     try:
-        reason = _Probe(url, Path(repository), began + timeout, timeout).run()
-        state = HEALTHY
+        asked = _Probe(url, Path(repository), began + timeout, timeout)
+        state, reason = asked.found()
+        if state == BUSY and metrics is not None:
+            answered = asked.answered(metrics)
+        elif writer and state in (HEALTHY, WRONG) and (said := asked.dead_writer()):
+            state, reason = DEAD, f"the process of {WRITER} has died: {said}"
     except _Unanswered as found:
         state, reason = found.args
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        state, reason = WRONG, f"what answers at {url} is not the {MODEL} of {repository} ({error!r})"
-    return Verdict(state, reason, time.monotonic() - began)
+    return Verdict(state, reason, time.monotonic() - began, answered)
 
 
 class _Probe:
     def __init__(self, url: str, repository: Path, until: float, timeout: float) -> None:
-        address = urlsplit(url if "//" in url else f"http://{url}")
-        if address.scheme != "http" or not address.hostname:
-            raise _Unanswered(DEAD, f"--url {url}: expected http://host:port, Triton's HTTP endpoint")
-        self._host, self._port = address.hostname, address.port or 8000
-        self._repository, self._until, self._timeout = repository, until, timeout
+        self._address = _address(url, 8000)
+        self._url, self._repository, self._until, self._timeout = url, repository, until, timeout
+        self._version = 0
 
-    def run(self) -> str:
+    def found(self) -> tuple[str, str]:
+        """State and reason."""
+        try:
+            return HEALTHY, self._run()
+        except _Unanswered as found:
+            state, reason = found.args
+            return state, reason
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            return WRONG, f"what answers at {self._url} is not the {MODEL} of {self._repository} ({error!r})"
+
+    def dead_writer(self) -> str:
+        """What Triton says of an item writer whose process has died, "" when it does not say that. A call of no update
+        takes the log's lock and gives it back."""
+        updates = {"name": "updates", "datatype": "BYTES", "shape": [0], "data": []}
+        asked = json.dumps({"inputs": [updates], "outputs": [{"name": "position"}]}).encode()
+        try:
+            status, _, body = self._call("POST", f"/v2/models/{WRITER}/infer", asked)
+        except _Unanswered:
+            return ""
+        said = _error(body)
+        return said if status != 200 and _DEAD_STUB.search(said) else ""
+
+    def answered(self, metrics: str) -> int | None:
+        """How many requests the version has answered by the metrics at this address."""
+        pattern = re.compile(
+            rf'hsnn_requests_total{{(?=.*outcome="ok")(?=.*version="{self._version}").*}} (\S+)'
+        )
+        try:
+            _, _, body = self._call("GET", "/metrics", address=_address(metrics, 8002))
+            lines = [line for text in body.decode().splitlines() if (line := pattern.match(text))]
+            return sum(int(float(line[1])) for line in lines) if lines else None
+        except (_Unanswered, ValueError):
+            return None
+
+    def _run(self) -> str:
         for attempt in range(_ATTEMPTS):
-            version = self._served()
+            version = self._version = self._served()
             smoke = self._smoke(version)
             if smoke is None:
                 continue
@@ -161,13 +250,19 @@ class _Probe:
         return "POST", f"/v2/models/{MODEL}/infer", head + b"".join(parts), headers
 
     def _call(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        address: tuple[str, int] | None = None,
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         left = self._until - time.monotonic()
         late = f"no answer within {self._timeout:g} s"
         if left <= 0:
             raise _Unanswered(DEAD, late)
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
+        host, port = address or self._address
+        connection = http.client.HTTPConnection(host, port, timeout=left)
         try:
             connection.request(method, path, body, dict(headers or {}))
             response = connection.getresponse()
@@ -175,16 +270,12 @@ class _Probe:
         except TimeoutError as error:
             raise _Unanswered(DEAD, late) from error
         except (OSError, http.client.HTTPException, socket.gaierror) as error:
-            raise _Unanswered(DEAD, f"nobody answers at {self._host}:{self._port} ({error})") from error
+            raise _Unanswered(DEAD, f"nobody answers at {host}:{port} ({error})") from error
         finally:
             connection.close()
 
     def _refused(self, status: int, body: bytes) -> None:
-        try:
-            text = str(json.loads(body)["error"])
-        except (ValueError, KeyError, TypeError):
-            text = body[:200].decode(errors="replace")
-        text = " ".join(text.split())
+        text = _error(body)
         if text.partition(":")[0] in _REFUSALS:
             raise _Unanswered(BUSY, f"it refused the smoke request: {text}")
         raise _Unanswered(DEAD, f"HTTP {status}: {text}")
@@ -219,6 +310,26 @@ class _Probe:
                 f"{TOLERANCE:g}), expected at least half of them, as no item has changed since: roll back",
             )
         return f"version {version} answers {count} items, {same} of them as at its export"
+
+
+def _address(url: str, port: int) -> tuple[str, int]:
+    """Host and port, ``port`` where it names none."""
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    try:
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, parts.port or port
+    except ValueError:  # no number, or none of a port
+        pass
+    raise _Unanswered(DEAD, f"{url}: expected http://host:port, an endpoint of Triton's HTTP")
+
+
+def _error(body: bytes) -> str:
+    """What Triton says that failed, in one line."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        text = body[:200].decode(errors="replace")
+    return " ".join(text.split())
 
 
 def _rows(values: Sequence[float], width: int) -> list[Sequence[float]]:
@@ -287,15 +398,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
                         help="for the whole probe, the server is told (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--live", action="store_true", help="for what restarts it: a server that refuses as it is "
-                        "busy, or answers wrongly, is alive")  # fmt: skip
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--ready", action="store_true", help="for what sends it requests: a server that refuses as it "
+                       "is busy is well, one that answers wrongly is not")  # fmt: skip
+    modes.add_argument("--live", action="store_true", help="for what restarts it: a server that refuses as it is "
+                       "busy, or answers wrongly, is alive; one whose item writer has died is not")  # fmt: skip
+    parser.add_argument("--busy-since", type=Path, metavar="FILE", help="with --live, remembered from one probe to the "
+                        f"next: busy for {HANGING:g} s without an answer to anybody is dead; remove it where the "
+                        "server is started")  # fmt: skip
+    parser.add_argument("--metrics-url", default="http://127.0.0.1:8002", metavar="URL",
+                        help="Triton's metrics, which --busy-since needs (default: %(default)s)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
-    """Probe and print one line; 0: healthy (with --live: alive), 1: not."""
-    verdict = probe(options.url, options.repository, options.timeout)
+    """Probe and print one line; 0: healthy (with --ready: or busy; with --live: alive), 1: not."""
+    remembers = options.live and options.busy_since is not None
+    verdict = probe(
+        options.url,
+        options.repository,
+        options.timeout,
+        writer=options.live,
+        metrics=options.metrics_url if remembers else None,
+    )
+    if remembers:
+        verdict = _remembered(verdict, options.busy_since, time.monotonic())
     print(verdict)
-    return 0 if verdict.state == HEALTHY or (options.live and verdict.alive) else 1
+    good = verdict.alive if options.live else verdict.ready if options.ready else verdict.state == HEALTHY
+    return 0 if good else 1
+
+
+def _remembered(verdict: Verdict, path: Path, now: float) -> Verdict:
+    """The verdict in the light of those before it; a file that cannot be read or written remembers nothing."""
+    try:
+        before = Standstill(*map(float, path.read_text().split()))
+    except (OSError, ValueError, TypeError):
+        before = None
+    standstill = Standstill.after(before, verdict, now)
+    try:
+        if standstill is None:
+            path.unlink(missing_ok=True)
+        elif standstill != before:
+            path.write_text(f"{standstill.since!r} {standstill.answered}")
+    except OSError:
+        pass
+    if standstill is None or not standstill.hangs(verdict, now):
+        return verdict
+    return replace(verdict, state=DEAD, reason=standstill.reason(now, verdict))
 
 
 if __name__ == "__main__":

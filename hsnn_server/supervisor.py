@@ -8,6 +8,7 @@ What it looks at, and what it does about it:
     a stub died while its version was unloaded              start it again: Triton never ends that unload
     the probe found it dead several times in a row          start it again (it hangs, or was stopped)
     the probe was refused for want of room or time          nothing: it is busy, and busier still after a restart
+    so for minutes, and nobody at all was answered          start it again: its workers hang
     it answers wrongly                                      nothing but saying so: the same files would be loaded
 
 The first attempt comes at once; as long as none holds, the next ones wait longer, and do not try the smaller means.
@@ -22,7 +23,7 @@ from typing import Protocol
 
 from hsnn_core.errors import HsnnError, ServerError
 
-from .probe import DEAD, HEALTHY, WRONG, Verdict
+from .probe import DEAD, HANGING, HEALTHY, WRONG, Standstill, Verdict
 from .stubs import Dead
 
 
@@ -39,14 +40,16 @@ class Supervised(Protocol):
 @dataclass(frozen=True)
 class Patience:
     """Seconds: ``look`` between looks at the processes, ``probe`` between probes; ``failures``: probes in a row that
-    must fail; ``unloading``: after which a version that unloads without a stub never ends; ``settled``: healthy for so
-    long, an attempt has held; ``attempts``: that may fail in a row, after ``pause``, twice, four times ... seconds, at
-    most ``longest``; ``revivals``: stubs brought back in one life of the server, which keeps the shared memory and the
-    threads of those that died at work (4 MiB each, Triton 2.51)."""
+    must fail; ``hanging``: busy for so long without an answer to anybody, its workers hang; ``unloading``: after which
+    a version that unloads without a stub never ends; ``settled``: healthy for so long, an attempt has held;
+    ``attempts``: that may fail in a row, after ``pause``, twice, four times ... seconds, at most ``longest``;
+    ``revivals``: stubs brought back in one life of the server, which keeps the shared memory and the threads of those
+    that died at work (4 MiB each, Triton 2.51)."""
 
     look: float = 0.2
     probe: float = 1.0
     failures: int = 3
+    hanging: float = HANGING
     unloading: float = 10.0
     settled: float = 20.0
     attempts: int = 6
@@ -66,7 +69,8 @@ class Supervisor:
     """Watches a running ``server`` in the thread that calls `run`.
 
     ``start_again``: ends it, starts it and loads what was promoted last, whose version it returns; ``probe``: asks the
-    server its smoke request; ``say``: gets one line for everything that was done.
+    server its smoke request, and a busy one how many it has answered (without that number, it is never taken to
+    hang); ``say``: gets one line for everything that was done.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Supervisor:
         self._patience, self._say, self._clock, self._sleep = patience, say, clock, sleep
         self._attempts = self._failures = self._revived = 0
         self._wrong = False
+        self._standstill: Standstill | None = None
         self._healthy_since: float | None = None
         self._next_probe = clock()
         self._unloading: dict[Dead, float] = {}  # since when it has been seen so
@@ -126,6 +131,10 @@ class Supervisor:
         verdict = self._probe()
         now = self._clock()
         self._next_probe = now + self._patience.probe
+        self._standstill = Standstill.after(self._standstill, verdict, now)
+        if self._standstill is not None and self._standstill.hangs(verdict, now, self._patience.hanging):
+            self._start_again(self._standstill.reason(now, verdict))
+            return
         if verdict.state == DEAD:
             self._healthy_since = None
             self._failures += 1
@@ -176,7 +185,7 @@ class Supervisor:
             if not self._pause(pause):
                 return
             began = self._clock()
-            self._unloading = {}
+            self._unloading, self._standstill = {}, None
             self._failures, self._revived, self._healthy_since = 0, 0, None
             try:
                 version = self._restart()

@@ -31,11 +31,12 @@ def envoy_binary() -> Path | None:
 
 class Backend(service_pb2_grpc.GRPCInferenceServiceServicer):
     """A server that answers every ModelInfer with its own name as the model's version, or with ``refusal``; its HTTP
-    port says that the orchestrator is ready."""
+    port says that the orchestrator is ready. ``headers``: the last request's."""
 
     def __init__(self, name: str) -> None:
         self.name, self.calls, self.others = name, 0, 0
         self.refusal: grpc.StatusCode | None = None
+        self.headers: dict[str, str] = {}
         self.grpc_port, self.http_port = free_ports(2)
         self._server = grpc.server(ThreadPoolExecutor(4))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -46,6 +47,7 @@ class Backend(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
         self.calls += 1
+        self.headers = dict(context.invocation_metadata())
         if self.refusal is not None:
             context.abort(self.refusal, "QueueFull: try another server")
         return service_pb2.ModelInferResponse(model_name=request.model_name, model_version=self.name)

@@ -26,6 +26,7 @@ from hsnn_core.errors import ServerError
 from hsnn_server.binaries import environment, find_wheel, lay_out
 from hsnn_server.probe import add_arguments as add_probe_arguments
 from hsnn_server.processes import free_ports, remove_regions, wait_until
+from hsnn_server.tracing import ENDPOINT, Tracing
 from hsnn_server.triton import RESTRICTED
 
 ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
@@ -188,6 +189,7 @@ def test_a_server_that_answers_no_more_is_killed_so_that_the_container_ends(plac
     add_probe_arguments(probe)
     options = probe.parse_args(asked)
     assert options.live  # one that is busy must not be restarted
+    assert options.busy_since is not None
     assert options.repository == place / "models"
     assert path.endswith("/probe.py")
 
@@ -231,6 +233,25 @@ def test_certificates_are_checked_and_handed_over(place: Path) -> None:
     assert "--client-ca: needs --tls-cert" in refused(place, tls[2])
     (place / "tls").unlink()
     assert "tls: no such file, or not readable" in refused(place, *tls[:2])
+
+
+def test_traces_are_asked_for_as_hsnn_serve_asks_for_them(place: Path) -> None:
+    tracing = Tracing("http://collector:4318/v1/traces", 50)
+    told = f'echo "${ENDPOINT}" > {place}/env; exit 0'
+    with start(place, f"--trace-endpoint={tracing.endpoint}", "--trace-rate=50", then=told) as process:
+        process.communicate(timeout=10)
+    assert [a for a in arguments(place) if a.startswith("--trace")] == tracing.arguments()
+    assert (place / "env").read_text().strip() == tracing.endpoint
+    (place / "bin" / "arguments").unlink()
+    with start(place, then=told) as process:
+        process.communicate(timeout=10)
+    assert not [a for a in arguments(place) if a.startswith("--trace")]
+    assert (place / "env").read_text() == "\n"
+    (place / "bin" / "arguments").unlink()
+    assert "got 'collector:4318', expected a collector's address" in refused(
+        place, "--trace-endpoint=collector:4318"
+    )
+    assert "--trace-rate: got '0', expected a whole number above 0" in refused(place, "--trace-rate=0")
 
 
 def test_shared_memory_that_a_killed_server_left_is_removed(place: Path) -> None:
@@ -351,7 +372,7 @@ def test_every_flag_is_one_of_the_real_tritonserver(place: Path) -> None:
         pytest.skip(str(error))
     (place / "file").touch()
     files = [f"--{name}={place / 'file'}" for name in ("tls-cert", "tls-key", "client-ca")]
-    with start(place, *files, then="exit 0") as process:
+    with start(place, *files, "--trace-endpoint=http://collector:4318/v1/traces", then="exit 0") as process:
         process.communicate(timeout=10)
     shown = subprocess.run(
         [str(wheel.server), "--help"], env=environment(wheel, 1), capture_output=True, text=True, check=False

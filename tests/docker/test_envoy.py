@@ -50,6 +50,14 @@ def envoy(tmp_path: Path, stable: Backend, canary: Backend) -> Iterator[Envoy]:
         proxy.stop()
 
 
+def _size_limit() -> int:
+    """Bytes of the largest request that the configuration lets through."""
+    (listener, _) = yaml.safe_load((FOLDER / "envoy.yaml").read_text())["static_resources"]["listeners"]
+    filters = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+    (buffer,) = (f for f in filters if f["name"] == "envoy.filters.http.buffer")
+    return int(buffer["typed_config"]["max_request_bytes"])
+
+
 @needs_envoy
 def test_the_configuration_is_valid_without_a_warning(tmp_path: Path) -> None:
     text = (FOLDER / "envoy.yaml").read_text().replace("/etc/envoy", str(tmp_path))
@@ -105,8 +113,24 @@ def test_refusals_are_not_repeated_and_only_retrieval_is_let_through(
         assert denied.value.code() == grpc.StatusCode.PERMISSION_DENIED
     assert stable.calls + canary.calls == asked
     assert envoy.ask(id="7", raw_input_contents=[bytes(200_000)])
+    limit = _size_limit()
+    assert envoy.ask(raw_input_contents=[bytes(limit - 200)])
+    asked = stable.calls + canary.calls
+    with pytest.raises(grpc.RpcError, match="Payload Too Large"):
+        envoy.ask(raw_input_contents=[bytes(limit)])
+    assert stable.calls + canary.calls == asked
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{envoy.stats_port}/quitquitquit")
+
+
+@needs_envoy
+def test_no_client_decides_that_it_is_traced(envoy: Envoy, stable: Backend, canary: Backend) -> None:
+    request = service_pb2.ModelInferRequest(model_name=MODEL)
+    sent = [("traceparent", f"00-{1:032x}-{1:016x}-01"), ("tracestate", "a=b"), ("other", "kept")]
+    answered = envoy.stub.ModelInfer(request, timeout=2, metadata=sent).model_version
+    headers = {"stable": stable, "canary": canary}[answered].headers
+    assert headers["other"] == "kept"
+    assert not {"traceparent", "tracestate"} & set(headers)
 
 
 @needs_envoy

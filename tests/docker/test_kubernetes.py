@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -151,8 +152,15 @@ def test_servers_are_probed_drained_and_have_the_room_that_they_need(
             probes[kind] = probe_options(command[2:])
             assert str(probes[kind].repository) == given.get("repository", "/models")
             assert probes[kind].timeout < probe["timeoutSeconds"] <= probe["periodSeconds"]
-        # Wrong answers keep a server from starting; one that is only busy is neither taken out nor restarted.
-        assert [probes[kind].live for kind in ("startup", "readiness", "liveness")] == [False, True, True]
+        # Wrong answers keep a server from starting and take it out; one that is only busy is neither taken out nor
+        # restarted, unless it stays so for ever.
+        kinds = ("startup", "readiness", "liveness")
+        assert [probes[kind].ready for kind in kinds] == [False, True, False]
+        assert [probes[kind].live for kind in kinds] == [False, False, True]
+        remembered = probes["liveness"].busy_since
+        assert f"busy_since={remembered} " in ENTRYPOINT and str(remembered.parent) in {
+            mount["mountPath"] for mount in container["volumeMounts"]
+        }
         assert given["probe-failures"] == "0"
         # A server that is dead is not drained for a minute before it is started anew.
         assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 1
@@ -196,6 +204,35 @@ def test_whoever_asks_a_server_with_tls_speaks_it(built: dict[str, list[Object]]
         mounts = {mount["mountPath"] for mount in follower["volumeMounts"]}
         assert all((file is not None) == asks for file in files)
         assert all(str(Path(file).parent) in mounts for file in files if file is not None)
+
+
+def test_spans_find_the_way_out_to_the_collector_and_updates_to_the_brokers(
+    built: dict[str, list[Object]],
+) -> None:
+    objects = built["components"]
+    (server,) = (c for _, _, c in containers(objects) if c["name"] == "triton")
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in server["args"])
+    assert int(given["trace-rate"]) > 1, "every request would be traced"
+    (follower,) = (c for _, _, c in containers(objects) if c["name"] == "follower")
+    brokers = next(a for a in follower["args"] if a.startswith("--brokers="))
+    (policy,) = (value for value in objects if value["kind"] == "NetworkPolicy")
+    ways = {
+        (
+            port["port"],
+            *(to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for to in rule.get("to", [])),
+        )
+        for rule in policy["spec"]["egress"]
+        for port in rule["ports"]
+    }  # fmt: skip
+    collector = urlsplit(given["trace-endpoint"])
+    assert collector.hostname is not None
+    assert ways == {
+        (53, "kube-system"),
+        (collector.port, collector.hostname.split(".")[1]),
+        (int(brokers.rpartition(":")[2]),),
+    }
+    (alone,) = (value for value in built["base"] if value["kind"] == "NetworkPolicy")
+    assert alone["spec"]["egress"] == []
 
 
 def test_the_console_reaches_what_the_runbook_asks_for(built: dict[str, list[Object]]) -> None:

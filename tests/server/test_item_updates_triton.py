@@ -19,6 +19,7 @@ from clients.items import ItemClient
 from hsnn_core.errors import DeadlineExceeded, RequestError, ServerError
 from hsnn_core.item_log import Entry, ItemLog, LogReader
 from hsnn_core.item_updates import Update
+from hsnn_server.probe import _Probe
 from hsnn_server.processes import wait_until
 from hsnn_server.triton import TritonServer
 
@@ -211,10 +212,13 @@ def test_versions_of_one_server_write_side_by_side_and_another_server_is_refused
 def test_a_killed_stub_is_loaded_again_and_a_killed_server_leaves_the_log_to_the_next(tmp_path: Path) -> None:
     write_index(tmp_path, 1)
     server = TritonServer(tmp_path, models=["hsnn_index"]).start()
+    asked = _Probe(server.urls.http, tmp_path, time.monotonic() + 60, 60)
     with ItemClient(server.urls.grpc) as client:
         client.upsert([{"id": 1, "sequence": 4}])
+        assert asked.dead_writer() == "" and client.stats().position == 1, "a probe changes nothing"
         (stub,) = (pid for pid in server.pids if pid != server.pid)
         os.kill(stub, signal.SIGKILL)
+        assert asked.dead_writer() == "Stub process 'hsnn_index_0_0' is not healthy."
         with pytest.raises(
             ServerError, match="the process of hsnn_index at .* has died .*; load the model again"
         ):

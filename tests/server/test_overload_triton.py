@@ -13,7 +13,8 @@ from tiny_snapshot import LAYERS, TinySnapshot, tiny_users, write_configs, write
 from clients.encode import UserEncoder
 from clients.load import FAILED, Fates, each_user, poisson_load, serialise
 from clients.retrieval import RetrievalClient
-from hsnn_core.errors import DeadlineExceeded, Overloaded, RequestError, ServerError
+from hsnn_core.errors import DeadlineExceeded, HsnnError, Overloaded, RequestError, ServerError
+from hsnn_server.probe import HEALTHY, _Probe
 from hsnn_server.triton import TritonServer
 
 pytestmark = pytest.mark.triton
@@ -115,3 +116,19 @@ def test_other_failures_are_told_apart(server: TritonServer, snapshot: TinySnaps
     fates = poisson_load(server.urls.grpc, messages, 50.0, 0.5, 1.0)
     assert (fates.outcome == FAILED).all()
     assert any("nosuch" in failure for failure in fates.failures)
+
+
+def test_the_probe_counts_answers_and_no_refusals(server: TritonServer, snapshot: TinySnapshot) -> None:
+    """What tells an overload from workers that hang."""
+    asked = _Probe(server.urls.http, snapshot.root, time.monotonic() + 60, 60)
+    assert asked.found()[0] == HEALTHY
+    time.sleep(0.5)  # counters are reported four times a second
+    before = asked.answered(server.urls.metrics)
+    assert before is not None and before > 0
+    with RetrievalClient(server.urls.grpc, timeout=20) as client:
+        for _ in range(3):
+            client.retrieve(tiny_users())
+        with pytest.raises(HsnnError):
+            client.retrieve(tiny_users() * 8, timeout=0.0011)
+    time.sleep(0.5)
+    assert asked.answered(server.urls.metrics) == before + 3

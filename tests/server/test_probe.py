@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -40,6 +41,12 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.versions = ["3"]
         self.answer: Answer = lambda head, data: tensors()
+        self.writer: Answer = lambda head, data: (200, b"{}", {})
+        self.metrics = (
+            'hsnn_requests_total{outcome="ok",version="2"} 90\n'
+            'hsnn_requests_total{outcome="ok",version="3"} 41.000000\n'
+            'hsnn_requests_total{outcome="overload",version="3"} 7\n'
+        )
 
     @property
     def url(self) -> str:
@@ -53,12 +60,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self._send(200, self.server.metrics.encode(), {})
+            return
         assert self.path == "/v2/models/hsnn_retrieve"
         self._send(200, json.dumps({"name": "hsnn_retrieve", "versions": self.server.versions}).encode(), {})
 
     def do_POST(self) -> None:
-        assert self.path == "/v2/models/hsnn_retrieve/infer"
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v2/models/hsnn_index/infer":
+            self._send(*self.server.writer(json.loads(body), b""))
+            return
+        assert self.path == "/v2/models/hsnn_retrieve/infer"
         at = int(self.headers["Inference-Header-Content-Length"])
         self._send(*self.server.answer(json.loads(body[:at]), body[at:]))
 
@@ -161,6 +174,47 @@ def test_a_refusal_is_not_a_death(
     assert verdict.alive == (state == BUSY)
 
 
+def test_an_item_writer_whose_process_died_is_a_dead_server(server: Server, repository: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(head: dict[str, Any], data: bytes) -> tuple[int, bytes, dict[str, str]]:
+        asked.append(head)
+        return 500, b'{"error":"Stub process \'hsnn_index_0_0\' is not healthy."}', {}
+
+    server.writer = answer
+    assert probe(server.url, repository).state == HEALTHY and not asked, "only who restarts it asks"
+    verdict = probe(server.url, repository, writer=True)
+    assert verdict.state == DEAD
+    assert verdict.reason == (
+        "the process of hsnn_index has died: Stub process 'hsnn_index_0_0' is not healthy."
+    )
+    [head] = asked
+    assert head["inputs"] == [{"name": "updates", "datatype": "BYTES", "shape": [0], "data": []}]
+    server.answer = refusal(503, "QueueFull: full")
+    assert probe(server.url, repository, writer=True).state == BUSY, "an overload is no time for a restart"
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (404, "Request for unknown model: 'hsnn_index' is not found"),
+        (500, "LogError: .items/log.db: can't be written (database or disk is full)"),
+        (500, "in ensemble, Stub process is healthy again"),
+    ],
+)
+def test_a_restart_would_not_help_an_item_writer_that_refuses(
+    server: Server, repository: Path, status: int, text: str
+) -> None:
+    server.writer = refusal(status, text)
+    assert probe(server.url, repository, writer=True).state == HEALTHY
+
+
+def test_an_item_writer_at_a_long_batch_is_not_dead(server: Server, repository: Path) -> None:
+    server.writer = lambda head, data: (time.sleep(0.6), tensors())[1]
+    verdict = probe(server.url, repository, 0.3, writer=True)
+    assert verdict.state == HEALTHY and verdict.seconds < 0.5
+
+
 def test_another_programs_server_raises_nothing(server: Server, repository: Path) -> None:
     server.versions = ["one"]
     verdict = probe(server.url, repository)
@@ -180,7 +234,8 @@ def test_it_takes_no_longer_than_it_is_given(server: Server, repository: Path) -
 
 def test_nobody_there_and_nothing_loaded(server: Server, repository: Path, tmp_path: Path) -> None:
     assert "nobody answers at 127.0.0.1:1" in probe("http://127.0.0.1:1", repository).reason
-    assert "expected http://host:port" in probe("grpc://127.0.0.1:1", repository).reason
+    for url in ("grpc://127.0.0.1:1", "127.0.0.1:http"):
+        assert f"{url}: expected http://host:port" in probe(url, repository).reason
     assert "expected --repository to be the one that is served" in probe(server.url, tmp_path).reason
     server.versions = []
     assert probe(server.url, repository).reason == "no version of hsnn_retrieve is loaded"
@@ -234,13 +289,59 @@ def test_the_command_and_the_file_alone(server: Server, repository: Path, capsys
     assert re.fullmatch(r"healthy: version 3 answers .* \(\d+ ms\)\n", capsys.readouterr().out)
     server.answer = refusal(503, "QueueFull: full")
     assert main(["health", *arguments]) == 1
-    assert main(["health", *arguments, "--live"]) == 0
+    assert main(["health", *arguments, "--live"]) == main(["health", *arguments, "--ready"]) == 0
+    server.answer = lambda head, data: tensors(probabilities=PROBABILITIES[:, ::-1])
+    assert main(["health", *arguments, "--live"]) == 0, "a restart would load the same files"
+    assert main(["health", *arguments, "--ready"]) == 1, "it would go on answering wrongly"
+    server.writer = refusal(500, "Stub process 'hsnn_index_0_0' is not healthy.")
+    assert main(["health", *arguments, "--live"]) == 1
     capsys.readouterr()
     server.answer = refusal(500, "Stub process 'hsnn_retrieve_0_0' is not healthy.")
     ended = subprocess.run(
         [sys.executable, "-I", "-S", module.__file__, *arguments, "--live"], capture_output=True, text=True
     )
     assert ended.returncode == 1 and ended.stdout.startswith("dead: HTTP 500: Stub process"), ended
+
+
+def test_who_is_busy_for_minutes_and_answers_nobody_hangs(
+    server: Server, repository: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, now = tmp_path / "busy", [1000.0]
+    options = argparse.ArgumentParser()
+    module.add_arguments(options)
+    given = options.parse_args(
+        ["--url", server.url, "--repository", str(repository), "--live", "--busy-since", str(memory),
+         "--metrics-url", server.url, "--timeout", "1e6"]
+    )  # fmt: skip
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def after(seconds: float) -> int:
+        now[0] += seconds
+        return module.run(given)
+
+    server.answer = refusal(503, "QueueFull: full")
+    assert [after(0), after(299), after(1), after(3)] == [0, 0, 1, 1]
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert said.startswith(
+        "dead: it has refused for 300 s and answered nobody in them; it refused the smoke request"
+    )
+    server.metrics = server.metrics.replace(" 41.0", " 42.0")
+    assert after(1) == 0, "somebody was answered: an overload, however long"
+    assert [after(299), after(1)] == [0, 1]
+    full, server.metrics = server.metrics, ""
+    assert after(1) == 0, "without the number it is not known"
+    server.metrics = full
+    assert after(1) == 1
+    server.answer = lambda head, data: tensors()
+    assert after(1) == 0 and not memory.exists()
+    server.answer = refusal(503, "QueueFull: full")
+    memory.write_text("not what was written")
+    assert [after(0), after(299)] == [0, 0]
+    now[0] = 5.0
+    assert after(0) == 0, "another machine's clock, or it has been booted since"
+    assert memory.read_text() == "5.0 42"
+    given.busy_since = tmp_path / "nowhere" / "busy"
+    assert [after(0), after(400)] == [0, 0]
 
 
 @given(

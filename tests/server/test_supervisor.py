@@ -18,6 +18,7 @@ class World:
     def __init__(self, **patience: float) -> None:
         self.now = 0.0
         self.running, self.state = True, HEALTHY
+        self.answered: int | None = 7
         self.dead: list[tuple[Any, ...]] = []
         self.starts = True
         self.unrevived: Exception | None = None
@@ -50,7 +51,7 @@ class World:
         return 3
 
     def probe(self) -> Verdict:
-        return Verdict(self.state, "so it is", 0.0)
+        return Verdict(self.state, "so it is", 0.0, self.answered if self.state == BUSY else None)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -149,6 +150,38 @@ def test_a_busy_or_wrong_server_is_not_restarted(state: str, lines: int) -> None
     world.state = state
     world.run(100)
     assert not world.did and len(world.said) == lines
+
+
+def test_a_server_that_refuses_all_for_minutes_is_started_again() -> None:
+    world = World(hanging=300).run(1)
+    world.state = BUSY
+    world.run(298)
+    assert not world.did
+    world.run(10)
+    [did] = world.did
+    assert did.endswith("start") and 299 < float(did.split()[0]) < 303
+    assert "and answered nobody in them; so it is; starting" in world.said[0]
+    world.state, world.answered = BUSY, 0  # it hangs again, and is given as long again
+    world.run(290)
+    assert len(world.did) == 1
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_an_overload_may_last(unknown: bool) -> None:
+    world = World(hanging=10).run(1)
+    world.state = BUSY
+    for minute in range(20):
+        world.answered = None if unknown else minute
+        world.run(5)
+    assert not world.did
+
+
+def test_a_hanging_server_may_fail_a_probe_between_two_refusals() -> None:
+    world = World(hanging=10, failures=3).run(1)
+    for state in [BUSY, DEAD] * 8:
+        world.state = state
+        world.run(1)
+    assert [text.split()[1] for text in world.did] == ["start"]
 
 
 def test_failures_must_be_in_a_row() -> None:
