@@ -21,8 +21,8 @@ from collector import Collector, collecting
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from opentelemetry.sdk.trace import TracerProvider
 from index_repository import write_index
+from opentelemetry.sdk.trace import TracerProvider
 from tiny_snapshot import LAYERS, item_ids, tiny_users, write_configs, write_snapshot
 
 from clients.aio import AsyncRetrievalClient
@@ -42,7 +42,8 @@ ALERTS = CONFIGURATION.parent / "alerts.yml"
 VERSION = 7
 NAMES = [
     "HsnnDown", "HsnnNotAnswering", "HsnnErrors", "HsnnSlow", "HsnnRefusing", "HsnnNearCapacity",
-    "HsnnEmptyResults", "HsnnItemLogBehind", "HsnnUpdatesFailed", "HsnnUpdatesUnanswered", "HsnnCompactionDue", "HsnnSnapshotOld", "HsnnBlsFailures",
+    "HsnnEmptyResults", "HsnnItemLogBehind", "HsnnUpdatesFailed", "HsnnUpdatesUnanswered", "HsnnCompactionDue",
+    "HsnnSnapshotOld", "HsnnBlsFailures",
 ]  # fmt: skip
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 METRIC = re.compile(r"\b((?:hsnn|nv)_\w+?)(?:_bucket|_sum|_count)?\b(?=[{\[)]| >| <| /)")
