@@ -7,7 +7,6 @@ another server's, another schema's) fails all of a call, with the reason, and ke
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +40,6 @@ from hsnn_core.request_log import (  # noqa: E402
 from hsnn_core.schema import Schema  # noqa: E402
 
 PARAMETERS = ("clock",)  # the client's, microseconds since the epoch, where its sequences come from it
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 class TritonPythonModel:
@@ -108,7 +106,7 @@ class TritonPythonModel:
         invalid = isinstance(error, RequestError | SchemaMismatch)
         outcome, name = ("invalid", "INVALID_ARGUMENT") if invalid else ("error", "INTERNAL")
         logged = self._log.add(
-            Refused(outcome, name, error, {"updates": updates}, request.request_id(), seconds)
+            Refused(outcome, name, error, {"updates": updates}, _request_id(request), seconds)
         )
         if logged and not isinstance(error, HsnnError):
             pb_utils.Logger.log_error("hsnn_index: " + traceback_without_features(error))
@@ -124,7 +122,7 @@ class TritonPythonModel:
         first = outcome.messages[outcome.status.index(status)]
         error = LogError(first) if failed else FeatureError(_without_values(first))
         facts = {"updates": len(outcome.status), "refused": refused, "failed": failed}
-        self._log.add(Refused(status, "OK", error, facts, request.request_id(), seconds))
+        self._log.add(Refused(status, "OK", error, facts, _request_id(request), seconds))
 
 
 class _Metrics:
@@ -168,7 +166,15 @@ def _without_values(text: str) -> str:
     """Why an update was refused, as far as it holds no value of an item: what is wrong, not what was got. The client
     has the whole text."""
     what, got, _ = text.partition(": got ")
-    return f"{what}: not as expected" if got else _QUOTED.sub("'…'", what)
+    return f"{what}: not as expected" if got else what.replace('"', "'").partition("'")[0].rstrip()
+
+
+def _request_id(request: Any) -> str:
+    """What the client called its call; nothing when that is no text."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
 
 
 def _check_own_core() -> None:

@@ -240,6 +240,18 @@ def test_updates_that_cannot_be_written_and_calls_that_are_refused_are_logged(
     assert "KeyError" in index.pb_utils.Logger.lines[-1], "the unexpected is in the server's log"
 
 
+def test_a_call_whose_id_is_no_text_is_answered_and_logged_without_it(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_text(_: Any) -> str:
+        raise UnicodeDecodeError("utf-8", b"\x80", 0, 1, "invalid start byte")
+
+    monkeypatch.setattr(fake_pb_utils.Request, "request_id", no_text)
+    assert index.send({"id": "x"}, {"id": 1, "sequence": 1}).tensors["status"].tolist() == [2, 0]
+    (line,) = index.lines()
+    assert line["request_id"] == ""
+
+
 def test_of_many_bad_calls_some_are_logged(index: Index) -> None:
     for _ in range(30):
         index.send({"id": "x"})
