@@ -195,7 +195,7 @@ class Crashes:
 
     def _bring_back(self, kind: str) -> None:
         if kind in (WRITER, ORCHESTRATOR_STUB, SERVER):
-            # A model whose stub is dead never ends unloading (Triton 2.51), so the server is started anew.
+            # Without the supervisor of `hsnn serve` a model whose stub is dead never ends unloading (Triton 2.51).
             for pid in self._server.pids:
                 os.kill(pid, signal.SIGKILL)
             self._server.stop()
@@ -314,7 +314,7 @@ def report(outcomes: Mapping[str, Outcome], updates: int, command: str, name: st
         "",
         "Lost: an acknowledged update that the log has neither itself nor a later one of. Served otherwise: items that "
         f"a search shows, or does not, against the log, {PATIENCE:g} seconds after all runs again. Seconds hold what "
-        "the bench does to bring things back: starting a server, which a killed stub needs as well, a whole rollout "
+        "the bench does to bring things back: starting a server, after a killed stub too, a whole rollout "
         "after a killed one.",
     ])  # fmt: skip
     write_bytes(stem.with_suffix(".md"), (text + "\n").encode())

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clients.retrieval import RetrievalClient
+from export.exported import open_export
 from export.pbtxt import ServingOptions
 from export.publish import publish
 from export.repository import orchestrator_directory
@@ -25,11 +26,12 @@ from hsnn_cli.provenance import commit, machine, run_name
 from hsnn_core.bundle import Bundle
 from hsnn_core.errors import DataError
 from hsnn_core.files import write_bytes
+from hsnn_server.state import Urls
 from hsnn_server.triton import TritonServer
 from hsnn_train.checkpoint import write_json
 
 from .fuzz_files import KINDS, fuzz_kind
-from .fuzz_wire import DEADLINE, Fuzzer, Tally, Target
+from .fuzz_wire import DEADLINE, Elsewhere, Fuzzer, Tally, Target
 
 NOW = 1.7e9  # of every good request, or ads would begin and end while it runs
 
@@ -43,17 +45,25 @@ def served(run: Path) -> Iterator[Target]:
         with TritonServer(repository, log_file=Path(folder) / "triton.log") as server:
             version = promote(repository, server.admin)
             bundle = Bundle.open(orchestrator_directory(repository, version))
-            with RetrievalClient(server.urls.grpc, timeout=DEADLINE) as client:
-                model = client.connect()
-            context = {
-                tensor.name: np.full((1, *tensor.shape), NOW)
-                for tensor in model.schema.context_wire()
-                if tensor.datatype == "FP64"
-            }
-            items = frozenset(bundle.index.item_ids.tolist())
-            yield Target(
-                server, model, bundle.smoke().users, context, items, lambda: promote(repository, server.admin)
-            )
+            yield _target(server, bundle, lambda: promote(repository, server.admin))
+
+
+@contextmanager
+def serving_elsewhere(run: Path, urls: Urls) -> Iterator[Target]:
+    """A server that runs already and serves the export of ``run``, unchanged. ServerError when it does not answer."""
+    yield _target(Elsewhere(urls), Bundle.open(open_export(run).bundle), lambda: None)
+
+
+def _target(server: TritonServer | Elsewhere, bundle: Bundle, load: Callable[[], object]) -> Target:
+    with RetrievalClient(server.urls.grpc, timeout=DEADLINE) as client:
+        model = client.connect()
+    context = {
+        tensor.name: np.full((1, *tensor.shape), NOW)
+        for tensor in model.schema.context_wire()
+        if tensor.datatype == "FP64"
+    }
+    items = frozenset(bundle.index.item_ids.tolist())
+    return Target(server, model, bundle.smoke().users, context, items, load)
 
 
 def run_fuzz(
@@ -66,10 +76,12 @@ def run_fuzz(
     progress: bool = True,
     earlier: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], object] = lambda report: None,
+    elsewhere: Urls | None = None,
 ) -> dict[str, Any]:
     """Send ``requests`` malformed requests and read ``mutations`` mutated files of each of ``kinds`` (default: all);
-    returns the report. ``save`` is given it after every part; what an ``earlier`` one of the same commit, seed and
-    numbers has is not done again. Raises DataError for an unknown kind."""
+    returns the report. ``elsewhere``: a server that runs already and serves ``run``, instead of one of its own.
+    ``save`` is given the report after every part; what an ``earlier`` one of the same commit, seed and numbers has is
+    not done again. Raises DataError for an unknown kind."""
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise DataError(f"kinds {unknown} are unknown, expected among {', '.join(KINDS)}")
@@ -82,7 +94,8 @@ def run_fuzz(
     if "sent" not in report:
         tally = Tally()
         if requests:
-            with served(run) as target, _bar(requests, "requests", progress) as step:
+            serving = served(run) if elsewhere is None else serving_elsewhere(run, elsewhere)
+            with serving as target, _bar(requests, "requests", progress) as step:
                 tally = Fuzzer(target, seed).run(requests, step)
         report |= _wire(tally)
         save(report)
@@ -106,9 +119,10 @@ def _wire(tally: Tally) -> dict[str, Any]:
         for (why, what, detail), times in tally.findings.most_common()
     ]
     return {
-        "seconds": tally.seconds, "sent": dict(tally.sent.most_common()), "refused": tally.refused,
-        "answered": tally.answered, "good": tally.good, "left_out": tally.left_out, "restarts": tally.restarts,
-        "tritons": dict(tally.tritons.most_common()), "wire_findings": found,
+        "seconds": tally.seconds, "sent": dict(tally.sent.most_common()), "malformed": tally.malformed,
+        "harmless": tally.harmless, "refused": tally.refused, "answered": tally.answered, "good": tally.good,
+        "left_out": tally.left_out, "restarts": tally.restarts, "tritons": dict(tally.tritons.most_common()),
+        "wire_findings": found,
     }  # fmt: skip
 
 
@@ -148,9 +162,9 @@ def render(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     if sent:
         lines += [
-            f"{sent:,} malformed requests over gRPC and HTTP in {report['seconds']:.0f} s "
-            f"({sent / max(report['seconds'], 1e-9):.0f} a second): {report['refused']:,} refused, "
-            f"{report['answered']:,} answered (their change left a good request). Between them {report['good']:,} good "
+            f"{report['malformed']:,} malformed requests over gRPC and HTTP, and {report['harmless']:,} whose change "
+            f"left a good one, in {report['seconds']:.0f} s ({sent / max(report['seconds'], 1e-9):.0f} a second): "
+            f"{report['refused']:,} refused, {report['answered']:,} answered. Between them {report['good']:,} good "
             f"requests, each with its own user's items, as before. {report['left_out']:,} more were not sent: Triton "
             f"2.51 ends at them (docs/security.md). The server was started anew {report['restarts']} times.", "",
             "| changed | requests |", "|---|--:|",

@@ -23,6 +23,7 @@ from clients.encode import DTYPES
 from clients.load import METHOD, each_user, serialise
 from clients.wire import OUTPUTS, ServedModel
 from hsnn_core.errors import ServerError
+from hsnn_server.state import Urls
 from hsnn_server.triton import TritonServer
 
 from .fuzz_http_requests import HttpRequests
@@ -77,13 +78,15 @@ _TRITONS = (
 
 @dataclass
 class Tally:
-    """What was sent and found. ``sent``: malformed requests by what was changed; ``refused``, ``answered``: of them;
-    ``good``: requests between them that got their own answer; ``left_out``: not sent, as Triton 2.51 would have ended;
+    """What was sent and found. ``sent``: changed requests by what was changed; ``refused``, ``answered``: of them;
+    ``harmless``: of the answered those whose change left a good request; ``good``: requests between them that got their
+    own answer; ``left_out``: not sent, as Triton 2.51 would have ended;
     ``findings``: (why, what, detail) -> how often; ``tritons``: what is Triton's own, how often."""
 
     sent: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     answered: int = 0
+    harmless: int = 0
     good: int = 0
     seconds: float = 0.0
     restarts: int = 0
@@ -91,6 +94,11 @@ class Tally:
     tritons: Counter[str] = field(default_factory=Counter)
     findings: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     examples: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    @property
+    def malformed(self) -> int:
+        """Those that were sent and were not good requests all the same."""
+        return self.refused + self.answered - self.harmless
 
     def find(self, why: str, what: str, detail: str, body: bytes) -> None:
         """Count a finding; numbers and quoted texts in its detail are left out, the first one's request is kept."""
@@ -103,12 +111,19 @@ class Tally:
         self.examples.setdefault((why, what, plain), f"{detail[:300]} | {body[:2000].hex()}")
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A server that runs already, at ``urls``, and whose processes are not ours to watch or to start."""
+
+    urls: Urls
+
+
 class Target:
     """A served snapshot under test: its good requests, one user each, and the items that each must get. ``load``: load
     the snapshot into a server that was started anew."""
 
     def __init__(
-        self, server: TritonServer, model: ServedModel, wire: Mapping[str, np.ndarray],
+        self, server: TritonServer | Elsewhere, model: ServedModel, wire: Mapping[str, np.ndarray],
         context: Mapping[str, np.ndarray], items: frozenset[int], load: Callable[[], object],
     ) -> None:  # fmt: skip
         self.server, self.model, self.items, self.load = server, model, items, load
@@ -153,21 +168,23 @@ class Fuzzer:
         self.tally = Tally()
 
     def run(self, requests: int, progress: Callable[[int], object] = lambda count: None) -> Tally:
-        """Send this many malformed ones. The server is started anew when it is not what it was."""
+        """Send changed ones until this many were malformed. A server of our own is started anew when it is not what it
+        was; with another one it ends when a round's last request, a good one, fails."""
         asyncio.run(self._target.learn())
-        began = time.monotonic()
-        left = requests
-        while left > 0:
-            count = min(left, _ROUND)
-            before = set(self._target.server.pids)
-            asyncio.run(self._round(count))
-            self._look(before)
-            left -= count
-            progress(count)
+        began, server = time.monotonic(), self._target.server
+        while (left := requests - self.tally.malformed) > 0:
+            before = set(server.pids) if isinstance(server, TritonServer) else set()
+            well = asyncio.run(self._round(min(left, _ROUND)))
+            progress(left - (requests - self.tally.malformed))
+            if isinstance(server, TritonServer):
+                self._look(server, before)
+            elif not well:
+                break
         self.tally.seconds += time.monotonic() - began
         return self.tally
 
-    async def _round(self, count: int) -> None:
+    async def _round(self, count: int) -> bool:
+        """Send this many; whether a good request after them was answered as before."""
         free = asyncio.Semaphore(_UNDER_WAY)
         async with grpc.aio.insecure_channel(self._target.server.urls.grpc) as channel:
 
@@ -184,7 +201,7 @@ class Fuzzer:
                     works.append(self._check(channel, int(self._rng.integers(len(self._target.good)))))
             # And one after all of them: the round's smoke request.
             await asyncio.gather(*(one(work) for work in works))
-            await self._check(channel, 0)
+            return await self._check(channel, 0)
 
     def _draw(self) -> Malformed:
         requests = self._http if self._rng.random() < _HTTP else self._grpc
@@ -192,8 +209,7 @@ class Fuzzer:
             self.tally.left_out += 1
         return malformed
 
-    def _look(self, before: set[int]) -> None:
-        server = self._target.server
+    def _look(self, server: TritonServer, before: set[int]) -> None:
         gone = before - set(server.pids)
         if gone:
             self.tally.find("crash", "the server", f"{len(gone)} processes ended", server.log_tail().encode())
@@ -202,19 +218,20 @@ class Fuzzer:
             self._target.load()
             self.tally.restarts += 1
 
-    async def _check(self, channel: grpc.aio.Channel, user: int) -> None:
-        """A good request gets the items of its own user."""
+    async def _check(self, channel: grpc.aio.Channel, user: int) -> bool:
+        """Whether a good request got the items of its own user."""
         message, expected = self._target.good[user], self._target.expected[user]
         try:
             got = items_of(await channel.unary_unary(METHOD)(message, timeout=DEADLINE))
         except (grpc.aio.AioRpcError, ValueError) as error:
             self.tally.find("good request failed", "a good request", _text(error), message)
-            return
+            return False
         if got != expected:
             others = "another user's" if got in self._target.expected else "unknown"
             self.tally.find("wrong answer", "a good request", f"{others} items", message)
-            return
+            return False
         self.tally.good += 1
+        return True
 
     async def _send(self, channel: grpc.aio.Channel, malformed: Malformed) -> None:
         if not malformed.method:
@@ -228,7 +245,9 @@ class Fuzzer:
         self.tally.answered += 1
         if malformed.refused:
             self.tally.find("accepted", malformed.what, "answered", malformed.body)
-        elif malformed.method == METHOD:
+            return
+        self.tally.harmless += 1
+        if malformed.method == METHOD:
             self._judge_items(malformed, lambda: items_of(answer))
 
     def _judge_error(self, malformed: Malformed, error: grpc.aio.AioRpcError) -> None:
@@ -273,7 +292,9 @@ class Fuzzer:
                 self.tally.find(
                     "accepted", malformed.what, body[:80].decode(errors="replace"), malformed.body
                 )
-            elif not malformed.short:
+                return
+            self.tally.harmless += 1
+            if not malformed.short:
                 self._judge_items(malformed, lambda: _json_items(body))
             return
         self.tally.refused += 1

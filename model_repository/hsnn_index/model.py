@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,21 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 from updater import Outcome, Updater  # noqa: E402
 
 import hsnn_core  # noqa: E402
-from hsnn_core.errors import HsnnError, RequestError, SchemaMismatch, ServerError  # noqa: E402
-from hsnn_core.item_updates import STATUSES  # noqa: E402
+from hsnn_core.errors import (  # noqa: E402
+    FeatureError,
+    HsnnError,
+    LogError,
+    RequestError,
+    SchemaMismatch,
+    ServerError,
+)
+from hsnn_core.item_updates import FAILED, REFUSED, STATUSES  # noqa: E402
+from hsnn_core.request_log import (  # noqa: E402
+    Refused,
+    RequestLog,
+    text_of,
+    traceback_without_features,
+)
 from hsnn_core.schema import Schema  # noqa: E402
 
 PARAMETERS = ("clock",)  # the client's, microseconds since the epoch, where its sequences come from it
@@ -49,7 +62,9 @@ class TritonPythonModel:
             )
         repository = HERE.parent.parent
         self._updater = Updater(repository / facts["item_log"], schema)
-        self._metrics = _Metrics(int(args["model_version"]))
+        version = int(args["model_version"])
+        self._metrics = _Metrics(version)
+        self._log = RequestLog(args["model_name"], version, "updates")
         try:
             self._updater.open()
         except HsnnError as error:
@@ -60,11 +75,14 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._updater.close()
+        self._log.close()
 
     def _answer(self, request: Any) -> Any:
+        began, sent = time.perf_counter(), None
         try:
             clock = _clock(json.loads(request.parameters() or "{}"))
             texts = pb_utils.get_input_tensor_by_name(request, "updates").as_numpy().tolist()
+            sent = len(texts)
             outcome = self._updater.apply(texts, clock)
             self._metrics.add(outcome)
             tensors = {
@@ -76,10 +94,35 @@ class TritonPythonModel:
             if "stats" in asked:
                 tensors["stats"] = np.array([json.dumps(self._updater.stats()).encode()], np.object_)
         except Exception as error:  # whatever it is, this call's client must hear of it
-            return _failure(error)
+            return self._failure(request, error, sent, time.perf_counter() - began)
+        self._report(request, outcome, time.perf_counter() - began)
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, value) for name, value in tensors.items() if name in asked]
         )
+
+    def _failure(self, request: Any, error: Exception, updates: int | None, seconds: float) -> Any:
+        """The answer to a call of which nothing was taken, and its line in the log."""
+        codes = pb_utils.TritonError
+        invalid = isinstance(error, RequestError | SchemaMismatch)
+        outcome, name = ("invalid", "INVALID_ARGUMENT") if invalid else ("error", "INTERNAL")
+        logged = self._log.add(
+            Refused(outcome, name, error, {"updates": updates}, _request_id(request), seconds)
+        )
+        if logged and not isinstance(error, HsnnError):
+            pb_utils.Logger.log_error("hsnn_index: " + traceback_without_features(error))
+        code = codes.INVALID_ARG if invalid else codes.INTERNAL
+        return pb_utils.InferenceResponse(error=codes(f"{type(error).__name__}: {text_of(error)}", code))
+
+    def _report(self, request: Any, outcome: Outcome, seconds: float) -> None:
+        """A line in the log for a call of which some updates were refused or could not be written."""
+        refused, failed = outcome.status.count(REFUSED), outcome.status.count(FAILED)
+        if not refused and not failed:
+            return
+        status = FAILED if failed else REFUSED
+        first = outcome.messages[outcome.status.index(status)]
+        error = LogError(first) if failed else FeatureError(_without_values(first))
+        facts = {"updates": len(outcome.status), "refused": refused, "failed": failed}
+        self._log.add(Refused(status, "OK", error, facts, _request_id(request), seconds))
 
 
 class _Metrics:
@@ -119,12 +162,19 @@ def _clock(parameters: dict[str, Any]) -> int | None:
     return clock
 
 
-def _failure(error: Exception) -> Any:
-    codes = pb_utils.TritonError
-    code = codes.INVALID_ARG if isinstance(error, RequestError | SchemaMismatch) else codes.INTERNAL
-    if not isinstance(error, HsnnError):
-        pb_utils.Logger.log_error("hsnn_index: " + "".join(traceback.format_exception(error)))
-    return pb_utils.InferenceResponse(error=codes(f"{type(error).__name__}: {error}", code))
+def _without_values(text: str) -> str:
+    """Why an update was refused, as far as it holds no value of an item: what is wrong, not what was got. The client
+    has the whole text."""
+    what, got, _ = text.partition(": got ")
+    return f"{what}: not as expected" if got else what.replace('"', "'").partition("'")[0].rstrip()
+
+
+def _request_id(request: Any) -> str:
+    """What the client called its call; nothing when that is no text."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
 
 
 def _check_own_core() -> None:

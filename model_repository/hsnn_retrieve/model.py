@@ -28,13 +28,6 @@ from admission import DeadlineUnmeetable, Job, QueueFull  # noqa: E402
 from bls_runner import BlsRunner  # noqa: E402
 from item_follower import items_of  # noqa: E402
 from request_decoding import Ask, Deadline, decode_ask  # noqa: E402
-from request_log import (  # noqa: E402
-    Refused,
-    RequestLog,
-    text_of,
-    traceback_without_features,
-    without_features,
-)
 from request_spans import Parent, SpanExporter, Spans, Stage  # noqa: E402
 from retriever import Found, Retriever, answer_tensors  # noqa: E402
 from serving_config import ServingConfig  # noqa: E402
@@ -55,6 +48,13 @@ from hsnn_core.errors import (  # noqa: E402
 )
 from hsnn_core.manifest import read_manifest  # noqa: E402
 from hsnn_core.onnx_runner import OnnxRunner  # noqa: E402
+from hsnn_core.request_log import (  # noqa: E402
+    Refused,
+    RequestLog,
+    text_of,
+    traceback_without_features,
+    without_features,
+)
 from hsnn_core.scorer import PAIRS_PER_MESSAGE  # noqa: E402
 
 # After this, what a version's end hangs in is given up: the process is killed, and Triton ends the unload.
@@ -176,9 +176,8 @@ class TritonPythonModel:
         seconds = call.deadline.seconds_since_start()
         self._metrics.finished(outcome, seconds)
         trace = None if call.parent is None else call.parent.trace
-        refused = Refused(
-            outcome, _NAMES[outcome], error, call.users, call.asked_k(), call.request_id, trace, seconds
-        )
+        facts = {"users": call.users, "k": call.asked_k()}
+        refused = Refused(outcome, _NAMES[outcome], error, facts, call.request_id, seconds, trace)
         if self._log.add(refused) and not isinstance(error, HsnnError):
             _report(error)
         if self._spans is not None and call.parent is not None:
@@ -226,12 +225,13 @@ class _Call:
             pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         )
 
-    def asked_k(self) -> Any:
-        """The k that it asks for, whatever that is; None for the default, or where its parameters can't be read."""
+    def asked_k(self) -> int | None:
+        """The k that it asks for; None for the default, for no number, or where its parameters can't be read."""
         try:
-            return json.loads(self.parameters or "{}").get("k")
+            k = json.loads(self.parameters or "{}").get("k")
         except Exception:  # nested too deeply, for one
             return None
+        return k if isinstance(k, int) else None
 
     def whole(self, outcome: str) -> Stage:
         """The request from its arrival until now."""

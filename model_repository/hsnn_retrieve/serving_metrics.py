@@ -18,6 +18,8 @@ from items import Items
 
 # Refused are "overload" (the queue was full) and "unmeetable" (its deadline could not be met).
 OUTCOMES = ("ok", "invalid", "deadline", "overload", "unmeetable", "error")
+# Those whose times say what a client waited for an answer: refusals and failures would make it look fast.
+_WAITED = ("ok", "deadline")
 PERIOD = 0.25  # seconds between reports
 TIMED = 500  # answers per period whose times are reported, the first: more would keep the reporter busy
 SECONDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
@@ -66,19 +68,20 @@ class _Period:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.candidates = [0] * layers
         self.users = self.empty = 0
+        self.under_way = 0.0
         self.timed: list[tuple[float, Sequence[LayerUse]]] = []
         self.eligible: list[float] = []
 
 
 class ServingMetrics:
-    """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_layer_seconds{layer}, hsnn_candidates_total{layer},
-    hsnn_users_total, hsnn_empty_results_total, hsnn_eligible_share, hsnn_bls_failures_total{model},
-    hsnn_requests_in_flight, hsnn_workers, hsnn_items, hsnn_items_changed, hsnn_item_log_behind,
-    hsnn_snapshot_created_seconds; each also labelled with the model's version.
+    """hsnn_requests_total{outcome}, hsnn_request_seconds, hsnn_under_way_seconds_total, hsnn_layer_seconds{layer},
+    hsnn_candidates_total{layer}, hsnn_users_total, hsnn_empty_results_total, hsnn_eligible_share,
+    hsnn_bls_failures_total{model}, hsnn_requests_in_flight, hsnn_workers, hsnn_items, hsnn_items_changed,
+    hsnn_item_log_behind, hsnn_snapshot_created_seconds; each also labelled with the model's version.
 
-    All requests are counted. Times are those of answers that were searched for (not of refusals, which take none),
-    of at most TIMED a period; so are shares, of at most TIMED users. ``bls_failures``: calls that failed so far, by
-    model, read at every report.
+    All requests are counted, and the seconds that they were under way summed up, whatever became of them. The
+    histograms of times hold those that were answered or whose deadline passed, of at most TIMED a period; shares are of
+    at most TIMED users. ``bls_failures``: calls that failed so far, by model, read at every report.
     """
 
     def __init__(self, snapshot: Snapshot, items: Items, bls_failures: Mapping[str, int]) -> None:
@@ -92,8 +95,15 @@ class ServingMetrics:
         family = self._family
         requests = family("hsnn_requests_total", "Requests by outcome", counter)
         self._requests = {o: requests.Metric(labels=labels | {"outcome": o}) for o in OUTCOMES}
-        seconds = family("hsnn_request_seconds", "Seconds from arrival to answer, by request", histogram)
+        seconds = family(
+            "hsnn_request_seconds", "Seconds from arrival to answer, or to the deadline's end", histogram
+        )
         self._seconds = seconds.Metric(labels=labels, buckets=SECONDS)
+        self._under_way = family(
+            "hsnn_under_way_seconds_total",
+            "Seconds from arrival to answer or refusal, of all requests",
+            counter,
+        ).Metric(labels=labels)
         layers = family("hsnn_layer_seconds", "Seconds in one layer of the search, by request", histogram)
         self._layer_seconds = [layers.Metric(labels=label, buckets=SECONDS) for label in by_layer]
         candidates = family("hsnn_candidates_total", "Nodes scored, by layer", counter)
@@ -146,7 +156,8 @@ class ServingMetrics:
             period.empty += answered.empty
             for number, layer in enumerate(answered.layers):
                 period.candidates[number] += layer.candidates
-            if outcome not in ("overload", "unmeetable") and len(period.timed) < TIMED:
+            period.under_way += seconds
+            if outcome in _WAITED and len(period.timed) < TIMED:
                 period.timed.append((seconds, answered.layers))
             if len(period.eligible) < TIMED:
                 period.eligible.extend(answered.eligible)
@@ -179,9 +190,10 @@ class ServingMetrics:
         self._gauges["hsnn_items"].set(found)
         self._gauges["hsnn_items_changed"].set(added + view.items - found)
         self._gauges["hsnn_item_log_behind"].set(self._items.behind)
-        counts = [
+        counts: list[tuple[Any, float]] = [
             *((self._requests[outcome], count) for outcome, count in period.outcomes.items()),
             *zip(self._candidates, period.candidates),
+            (self._under_way, period.under_way),
             (self._users, period.users),
             (self._empty, period.empty),
             *((self._failures[model], self._new_failures(model)) for model in self._failures),

@@ -265,7 +265,7 @@ def test_the_autoscaler_and_the_adapter_speak_of_one_metric_of_the_server(
     series = rule["name"]["matches"].strip("^$")
     assert rule["seriesQuery"].startswith(f"{series}{{")
     sources = (ROOT / "model_repository" / "hsnn_retrieve").glob("*.py")
-    assert any(f'"{series.removesuffix("_sum")}"' in source.read_text() for source in sources)
+    assert any(f'"{series}"' in source.read_text() for source in sources)
     # Fewer under way than workers, or nothing would grow before requests wait.
     assert quantity(metric["pods"]["target"]["averageValue"]) < ServingOptions().workers
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hsnn_bench.fuzz import findings, render, run_fuzz, write_report
+from hsnn_bench.fuzz import findings, render, run_fuzz, served, write_report
 from hsnn_bench.fuzz_bytes import mutated, mutated_json
 from hsnn_bench.fuzz_files import KINDS, Kind, fuzz_kind
 from hsnn_bench.fuzz_http_requests import kills
-from hsnn_core.errors import DataError, FormatError
+from hsnn_bench.fuzz_wire import Fuzzer
+from hsnn_cli.main import main
+from hsnn_core.errors import DataError, FormatError, ServerError
 
 
 def test_mutations_follow_from_the_seed() -> None:
@@ -70,24 +72,41 @@ def test_what_dies_hangs_or_accepts_is_found(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.triton
 def test_some_of_everything(shop: Path, tmp_path: Path) -> None:
-    report = run_fuzz(shop / "run", 300, 0, seed=3, progress=False)
+    """By a server of its own, then by one that runs already, and at last by none."""
+    with served(shop / "run") as target:
+        tally = Fuzzer(target, seed=5).run(100)
+        assert (tally.malformed, dict(tally.findings)) == (100, {})
+        elsewhere = target.server.urls
+        report = run_fuzz(shop / "run", 200, 0, seed=3, progress=False, elsewhere=elsewhere)
     assert report["wire_findings"] == [], render(report)
-    assert sum(report["sent"].values()) == 300
+    assert report["malformed"] == 200
+    assert sum(report["sent"].values()) == 200 + report["harmless"] == report["refused"] + report["answered"]
+    assert report["harmless"] > 0
     assert report["good"] > 7
+    with pytest.raises(ServerError, match=elsewhere.grpc):
+        run_fuzz(shop / "run", 1, 0, seed=3, progress=False, elsewhere=elsewhere)
     text = write_report(report, tmp_path).read_text()
     assert "0 findings" in text and "| missing |" in text
 
 
-FAST = [name for name in KINDS if "impressions" not in name and not name.startswith(("items.", "updates"))]
+TABLES = [name for name in KINDS if name.startswith(("impressions.", "items.", "updates."))]
 
 
-def test_some_files_of_every_kind(shop: Path) -> None:
-    """Tables, which are the simulated world's, are left to the long form."""
-    report = run_fuzz(shop / "run", 0, 6, seed=4, kinds=FAST, progress=False)
+@pytest.mark.parametrize(
+    ("kinds", "mutations"),
+    [([name for name in KINDS if name not in TABLES], 6), (TABLES, 3)],
+    ids=["files", "tables"],
+)
+def test_some_files_of_every_kind(shop: Path, kinds: list[str], mutations: int) -> None:
+    report = run_fuzz(shop / "run", 0, mutations, seed=4, kinds=kinds, progress=False)
     assert findings(report) == 0, render(report)
-    assert all(
-        sum(outcome[n] for n in ("refused", "valid", "same")) == 6 for outcome in report["files"].values()
-    )
+    for outcome in report["files"].values():
+        assert sum(outcome[n] for n in ("refused", "valid", "same")) == mutations
+
+
+def test_a_server_is_named_by_both_its_addresses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "fuzz", "nowhere", "--url", "h:8001"]) == 1
+    assert "--url: got h:8001, --http: got None, expected both or neither" in capsys.readouterr().err
 
 
 def test_unknown_kinds_are_listed(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def make(call: Callable[[Any], InferenceResponse]) -> types.ModuleType:
         "PreferredMemory": lambda kind, device: (kind, device),
         "TRITONSERVER_MEMORY_CPU": 0,
         "TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1,
+        "get_input_tensor_by_name": lambda request, name: Tensor(name, request._inputs[name]),
         "get_output_tensor_by_name": lambda response, name: Tensor(name, response.tensors[name]),
     }
     for name, value in facts.items():

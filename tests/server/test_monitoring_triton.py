@@ -21,10 +21,12 @@ from collector import Collector, collecting
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from index_repository import write_index
 from opentelemetry.sdk.trace import TracerProvider
 from tiny_snapshot import LAYERS, item_ids, tiny_users, write_configs, write_snapshot
 
 from clients.aio import AsyncRetrievalClient
+from clients.items import ItemClient
 from clients.retrieval import RetrievalClient
 from clients.tracing import Trace
 from hsnn_bench.dashboard import FILE, draw, panels
@@ -40,7 +42,8 @@ ALERTS = CONFIGURATION.parent / "alerts.yml"
 VERSION = 7
 NAMES = [
     "HsnnDown", "HsnnNotAnswering", "HsnnErrors", "HsnnSlow", "HsnnRefusing", "HsnnNearCapacity",
-    "HsnnEmptyResults", "HsnnItemLogBehind", "HsnnCompactionDue", "HsnnSnapshotOld", "HsnnBlsFailures",
+    "HsnnEmptyResults", "HsnnItemLogBehind", "HsnnUpdatesFailed", "HsnnUpdatesUnanswered", "HsnnCompactionDue",
+    "HsnnSnapshotOld", "HsnnBlsFailures",
 ]  # fmt: skip
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 METRIC = re.compile(r"\b((?:hsnn|nv)_\w+?)(?:_bucket|_sum|_count)?\b(?=[{\[)]| >| <| /)")
@@ -156,10 +159,11 @@ def collector() -> Iterator[Collector]:
 def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     snapshot = write_snapshot(tmp_path_factory.mktemp("repository"), VERSION)
     write_configs(snapshot.root, snapshot.schema, {"hsnn_retrieve": {"workers": "1", "queue": "2"}})
+    write_index(snapshot.root, VERSION, snapshot.schema)
     networks = ["hsnn_user_tower", *(f"hsnn_scorer_l{layer}" for layer in range(1, LAYERS + 1))]
     with TritonServer(
         snapshot.root,
-        models=[*networks, "hsnn_retrieve"],
+        models=[*networks, "hsnn_retrieve", "hsnn_index"],
         tracing=Tracing(collector.endpoint, rate=10**6),
         arguments=["--trace-config=opentelemetry,bsp_schedule_delay=100"],
     ) as running:
@@ -172,6 +176,7 @@ def prometheus(promtool: Path, server: TritonServer) -> Iterator[Prometheus]:
     with (
         Prometheus([server.urls.metrics], interval=0.25) as running,
         RetrievalClient(server.urls.grpc, timeout=20) as client,
+        ItemClient(server.urls.grpc) as items,
         ThreadPoolExecutor(8) as pool,
     ):
         options: list[dict[str, Any]] = [
@@ -189,6 +194,7 @@ def prometheus(promtool: Path, server: TritonServer) -> Iterator[Prometheus]:
         until = time.monotonic() + 2
         while time.monotonic() < until:
             list(pool.map(ask, range(64)))
+            items.upsert([{"id": 1, "features": {"unknown": 1}}])
         yield running
 
 
@@ -241,6 +247,11 @@ def test_the_dashboards_figures_are_true(prometheus: Prometheus) -> None:
         one.labels["outcome"]: one.values[0] for one in prometheus.query(by_title["Refused, by reason"])
     }
     assert refused["overload"] > 0
+    updates = {
+        one.labels["outcome"]: one.values[0]
+        for one in prometheus.query(by_title["Item updates a second, by outcome"])
+    }
+    assert updates["refused"] > 0 == updates["applied"] == updates["failed"]
     (age,) = prometheus.query(by_title["Snapshot age"])
     assert 0 < age.values[0] < 600
     (servers,) = prometheus.query("count(hsnn_workers)")

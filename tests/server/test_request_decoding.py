@@ -6,14 +6,20 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_snapshot import ORCHESTRATOR, SCHEMA
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tiny_snapshot import ORCHESTRATOR, SCHEMA, orchestrator_modules
 
-from hsnn_core.errors import FeatureError, RequestError
+from hsnn_core.eligibility import Context
+from hsnn_core.errors import FeatureError, RequestError, SchemaMismatch
+from hsnn_core.features import FeatureTransform
 from hsnn_core.schema import KEY_MISSING, Schema
 
 PLAIN = Schema.from_dict(SCHEMA)
@@ -134,3 +140,89 @@ def test_a_user_needs_a_tensor_of_every_feature(decoding: ModuleType) -> None:
         FeatureError, match="user features .'age'. are missing, expected a tensor of every one"
     ):
         decoding.check_complete(TARGETED, without)
+
+
+TRANSFORM = FeatureTransform.fit(
+    TARGETED,
+    {
+        "age": np.arange(3, dtype=np.float32)[:, None],
+        "country": np.arange(3)[:, None],
+        "history": np.zeros((3, 5), np.int64),
+    },
+    {
+        "item": np.arange(3)[:, None],
+        "category": np.zeros((3, 3), np.int64),
+        "price": np.arange(3, dtype=np.float32)[:, None],
+    },
+    np.arange(3),
+)
+WIRE = {tensor.name: tensor for tensor in (*TARGETED.user_wire(), *TARGETED.context_wire())}
+DTYPES = {"FP32": np.float32, "FP64": np.float64, "INT64": np.int64}
+# Of the types that Triton gives parameters. Tensors may be of any type and shape, as where a configuration was changed.
+VALUES = st.text(max_size=8) | st.integers(-(2**63), 2**63 - 1) | st.booleans() | st.floats()
+LIKELY = st.sampled_from(["1", "7", "4,8", "click", "bid", "click,conversion", TARGETED.hash, 1, 100, 101, 0])
+PARAMETERS = st.dictionaries(
+    st.sampled_from(["k", "widths", "rank_by", "tasks", "after", "schema_hash", "triton_x"])
+    | st.text(max_size=3),
+    VALUES | LIKELY,
+    max_size=4,
+)
+
+
+NUMBERS = st.sampled_from(
+    [0, 1, -1, 7.5, np.nan, np.inf, -np.inf, 2**31, 2**62, -(2**63), KEY_MISSING, 1e300]
+)
+TYPES = st.sampled_from(
+    [np.float32, np.float64, np.int64, np.int32, np.uint64, np.bool_, np.float16, np.object_]
+)
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
+# How a tensor comes, mostly as it should.
+FORMS = st.sampled_from(["good", "good", "good", "good", "good", "good", "other", "none"])
+
+
+@pytest.fixture(scope="module")
+def request_decoding() -> Iterator[ModuleType]:
+    """The module once for all that is drawn."""
+    with orchestrator_modules("request_decoding") as modules:
+        yield modules.request_decoding
+
+
+@st.composite
+def tensors_of_a_request(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    users = draw(st.integers(1, 3))
+    drawn = {}
+    for name, tensor in WIRE.items():
+        form, width = draw(FORMS), tensor.shape[0] if tensor.shape[0] >= 0 else users
+        if form != "none":
+            dtype = DTYPES[tensor.datatype] if form == "good" else draw(TYPES)
+            with np.errstate(all="ignore"):
+                drawn[name] = np.zeros((users, width) if form == "good" else draw(SHAPES)).astype(dtype)
+                drawn[name].flat[:1] = np.array(draw(NUMBERS)).astype(dtype)
+    return drawn
+
+
+@given(parameters=PARAMETERS)
+def test_whatever_parameters_come_are_decoded_or_refused(
+    request_decoding: ModuleType, parameters: dict[str, Any]
+) -> None:
+    """Never another error than those that clients know, and what is decoded is as the search expects it."""
+    default = request_decoding.Ask(10, (4, 8), (1.0, 0.5))
+    with suppress(RequestError, SchemaMismatch):
+        asked = request_decoding.decode_ask(json.dumps(parameters), default, 100, TARGETED)
+        assert 1 <= asked.k <= 100
+        assert len(asked.widths) == 2 and min(asked.widths) >= 1
+        assert len(asked.rank) == 2 and type(asked.by_bid) is bool and asked.after >= 0
+
+
+@given(tensors=tensors_of_a_request())
+def test_whatever_tensors_come_are_decoded_or_refused(
+    request_decoding: ModuleType, tensors: dict[str, np.ndarray]
+) -> None:
+    with suppress(FeatureError):
+        features, beside = request_decoding.split_inputs(TARGETED, tensors)
+        request_decoding.check_complete(TARGETED, features)
+        users = TRANSFORM.encode_users(features)
+        context, excluded = request_decoding.decode_context(TARGETED, beside, len(users), now=99.9)
+        assert np.isfinite(users.dense).all() and (users.ids >= 0).all()
+        assert isinstance(context, Context) and len(context) == len(users) == len(excluded)
+        assert np.isfinite(context.ranges["running"]).all()

@@ -1,8 +1,9 @@
-"""One line of JSON for every request that was refused or failed, for whoever asks later why.
+"""One line of JSON for every request to a model of ours that was refused or failed, for whoever asks later why.
 
 On standard output, because Triton writes its own log, which quotes what a model says, to standard error: a log
 shipper gets lines that it can parse as they are. No line holds a user's features. They reach the server as numbers, so
 numbers are left out of every text but those of errors that are known to speak of the request's settings and times.
+Item updates come as text, so `hsnn_index` leaves out more.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from threading import Event, Lock, Thread
 from typing import Any
 
-from hsnn_core.errors import DeadlineExceeded, Overloaded, RequestError, SchemaMismatch
+from .errors import DeadlineExceeded, Overloaded, RequestError, SchemaMismatch
 
 PERIOD = 1.0  # seconds
 LINES = 10  # per period and outcome; the others are counted
@@ -31,18 +32,17 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\w.+-]*|inf\b)")
 
 @dataclass(frozen=True)
 class Refused:
-    """What the log says of a request: ``outcome``, one of `serving_metrics.OUTCOMES`; ``code``: the gRPC status it was
-    answered with; ``k``: None when it asked for the default; ``seconds`` since its arrival; ``trace``: its trace id, if
-    it was traced."""
+    """What the log says of a request: ``outcome``, as its model counts it; ``code``: the gRPC status it was answered
+    with; ``facts``: what else its model says of one, as JSON has it; ``seconds`` since its arrival; ``trace``: its
+    trace id, if it was traced."""
 
     outcome: str
     code: str
     error: Exception
-    users: int
-    k: Any
+    facts: Mapping[str, int | None]
     request_id: str
-    trace: str | None
     seconds: float
+    trace: str | None = None
 
 
 def _to_standard_output(text: str) -> None:
@@ -55,18 +55,20 @@ def _to_standard_output(text: str) -> None:
 class RequestLog:
     """Writes at most LINES lines per second and outcome, the first ones, then one that says how many more there were.
 
-    ``add`` only notes the request: a thread writes, so that a reader who is slow holds up no request.
+    ``add`` only notes the request: a thread writes, so that a reader who is slow holds up no request. ``event``: what
+    lines call a request of this model.
     """
 
     def __init__(
         self,
         model: str,
         version: int,
+        event: str = "request",
         write: Callable[[str], None] = _to_standard_output,
         period: float = PERIOD,
     ) -> None:
         self._who = {"model": model, "version": version}
-        self._write, self._period = write, period
+        self._event, self._write, self._period = event, write, period
         self._lock = Lock()
         self._lines: list[dict[str, Any]] = []
         self._counts: dict[str, int] = {}
@@ -91,17 +93,15 @@ class RequestLog:
         self._writer.join(_PATIENCE)
 
     def _line(self, refused: Refused) -> dict[str, Any]:
-        k = refused.k
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "level": "error" if refused.outcome == "error" else "warning",
-            "event": "request",
+            "level": "error" if refused.outcome in ("error", "failed") else "warning",
+            "event": self._event,
             "outcome": refused.outcome,
             "code": refused.code,
             "error": type(refused.error).__name__,
             "message": without_features(refused.error),
-            "users": refused.users,
-            "k": k if isinstance(k, int) else None,
+            **refused.facts,
             "request_id": refused.request_id[:_LONGEST],
             "trace_id": refused.trace,
             "seconds": round(refused.seconds, 6),
