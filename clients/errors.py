@@ -63,8 +63,7 @@ def _translated(
         return DeadlineExceeded(text)
     if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
         return DeadlineExceeded(
-            f"no answer from {model} at {url} within {timeout * 1000:.0f} ms ({text}); "
-            f"allow a longer timeout, or {less}"
+            f"no answer from {model} at {url} within {timeout * 1000:.0f} ms ({text}); {_late(less)}"
         )
     if kind:
         return ServerError(text)
@@ -86,6 +85,11 @@ def _translated(
             f"Triton at {url} has no {model} ({text}); publish a snapshot, load it, then ask again"
         )
     return ServerError(f"{model} at {url} failed with {status or 'no status'}: {text}; see the server's log")
+
+
+def _late(less: str) -> str:
+    """What to do when no answer came in time: of a stub that has died, Triton's calls hang until their deadline."""
+    return f"allow a longer timeout, or {less}; when other calls hang too, it may be dead: ask another server"
 
 
 def told(left: float) -> int:
@@ -140,7 +144,7 @@ class Patience:
         if left <= 0:
             late = DeadlineExceeded(
                 f"no answer from {self._model} at {self._url} within {self._timeout * 1000:.0f} ms; "
-                f"allow a longer timeout, or {self._less}"
+                f"{_late(self._less)}"
             )
             late.status = "DEADLINE_EXCEEDED"
             raise late

@@ -32,24 +32,26 @@ SHARED_MIB, LOG_MIB = 96, 192  # an item log keeps up to 64 MiB beside itself
 _CLOSED_SECONDS = 3.0
 _UPDATES = 20.0  # a second
 _TICK = 0.1
-_MANY = 16  # users of one request
+_EXCLUDED = 1_200_000  # items: 9 MiB in one request, where a region begins with 4 and grows by 4
 _UNKNOWN, _DELETES = 1 << 42, 50_000
 
 
 @dataclass(frozen=True)
 class Failure:
-    """``strike``: breaks it; what it gives is left after ``hold`` seconds, which undoes it."""
+    """``strike``: breaks it; what it gives is left after ``hold`` seconds, which undoes it. ``no_room``: it fills a
+    small disk, and this is in what whoever needs room there is told; "" for one that fills none."""
 
     name: str
     hold: float
     strike: Callable[[Rig], AbstractContextManager[object]]
-    small_disks: bool = False
+    no_room: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Of one failure. ``recovered``: seconds from the strike to the first answer after which all was answered, 0 when
-    no call failed, None when that did not come in `GIVEN_UP` seconds; ``held``: how long it lasted by itself.
+    no call failed, None when that did not come in `GIVEN_UP` seconds; ``held``: how long it lasted by itself;
+    ``undone``: whether something ended it then. ``exercised``: False for a full disk where nobody was told of it.
     ``answered``, ``refused`` and ``failed`` (by gRPC status and class of error): calls sent from the strike on;
     ``messages``: one text of each; ``longest``: seconds; ``outlived``: calls that took longer than their timeout.
     ``updates_failed``: item updates by what the client was told. ``supervisor``: what it did."""
@@ -57,6 +59,8 @@ class Outcome:
     failure: str
     recovered: float | None
     held: float
+    undone: bool
+    exercised: bool
     answered: int
     refused: int
     failed: dict[str, int]
@@ -77,8 +81,14 @@ def failures(mode: Mode) -> list[Failure]:
         Failure("orchestrator's stub stopped (SIGSTOP)", 15.0, _stopped(lambda rig: rig.stub(ORCHESTRATOR))),
         Failure("server stopped for 2 s (SIGSTOP, SIGCONT)", 2.0, _stopped(lambda rig: rig.server.pid)),
         Failure("server stopped for 15 s", 15.0, _stopped(lambda rig: rig.server.pid)),
-        Failure("/dev/shm full for 5 s", 5.0, _full_shared_memory, small_disks=True),
-        Failure("item log's disk full for 5 s", 5.0, _full_log, small_disks=True),
+        Failure("/dev/shm full for 5 s", 5.0, _full_shared_memory, "No space left"),
+        Failure(
+            "orchestrator's stub dies while /dev/shm is full (5 s)",
+            5.0,
+            _killed_without_room,
+            "No space left",
+        ),
+        Failure("item log's disk full for 5 s", 5.0, _full_log, "no room on the disk"),
     ]
     return found if mode == "bls" else [failure for failure in found if "tower" not in failure.name]
 
@@ -108,10 +118,10 @@ def run_failures(
         raise RequestError(
             f"--only {only!r}: no failure has this in its name; there are {[f.name for f in failures(mode)]}"
         )
-    mounted = any(failure.small_disks for failure in todo) and own_mounts()
+    mounted = any(failure.no_room for failure in todo) and own_mounts()
     if mounted:
         mount_small(SHARED_MEMORY, SHARED_MIB)
-    left_out = [failure.name for failure in todo if failure.small_disks and not mounted]
+    left_out = [failure.name for failure in todo if failure.no_room and not mounted]
     todo = [failure for failure in todo if failure.name not in left_out]
     found: list[Outcome] = []
     with rig(
@@ -180,22 +190,28 @@ def _outcome(
     changes: ItemChanges,
 ) -> Outcome:
     failed = [call for call in seen if not _good(call)]
+    messages = {f"{call.status} {call.kind}": call.message for call in failed}
+    updates = {
+        what: count - before.get(what, 0)
+        for what, count in dict(changes.failures).items()
+        if count != before.get(what, 0)
+    }
+    supervisor = [line.removeprefix("supervisor: ") for _, line in served.lines[lines:]]
     return Outcome(
         failure=failure.name,
         recovered=recovered,
         held=held,
+        undone=failure.hold > 0,
+        exercised=any(failure.no_room in text for text in (*supervisor, *messages.values(), *updates))
+        or not failure.no_room,
         answered=sum(call.status == OK for call in seen),
         refused=sum(call.kind == "Overloaded" for call in seen),
         failed=by_status(failed),
-        messages={f"{call.status} {call.kind}": call.message for call in failed},
+        messages=messages,
         longest=max((call.seconds for call in seen), default=0.0),
         outlived=sum(call.seconds > timeout + LATE for call in seen),
-        updates_failed={
-            what: count - before.get(what, 0)
-            for what, count in dict(changes.failures).items()
-            if count != before.get(what, 0)
-        },
-        supervisor=[line.removeprefix("supervisor: ") for _, line in served.lines[lines:]],
+        updates_failed=updates,
+        supervisor=supervisor,
     )
 
 
@@ -255,17 +271,24 @@ def _stopped(process: Callable[[Rig], int]) -> Callable[[Rig], AbstractContextMa
 
 @contextmanager
 def _full_shared_memory(served: Rig) -> Iterator[None]:
-    """And a request of many users, for which the stubs' regions must grow."""
+    """And a request for which the orchestrator's region must grow: what has its region needs no other room."""
     with full(SHARED_MEMORY):
+        user = WireUsers({name: values[:1] for name, values in served.users.items()})
         try:
-            with RetrievalClient(served.server.urls.grpc, timeout=5.0, retries=0) as client:
-                client.retrieve(
-                    WireUsers({name: values[:_MANY] for name, values in served.users.items()}), k=served.k
-                )
+            with RetrievalClient(served.server.urls.grpc, timeout=20.0, retries=0) as client:
+                client.retrieve(user, k=served.k, exclude_items=range(_UNKNOWN, _UNKNOWN + _EXCLUDED))
+            told = "answered"
         except HsnnError as error:
-            served.lines.append(
-                (time.monotonic(), f"a request of {_MANY} users: {type(error).__name__}: {error}")
-            )
+            told = f"{error.status} {type(error).__name__}: {error}"
+        served.lines.append((time.monotonic(), f"a request that excludes {_EXCLUDED:,} items: {told}"))
+        yield
+
+
+@contextmanager
+def _killed_without_room(served: Rig) -> Iterator[None]:
+    """Its new stub needs a region, and finds no room."""
+    with full(SHARED_MEMORY):
+        served.kill_stub(ORCHESTRATOR)
         yield
 
 

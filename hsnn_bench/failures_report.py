@@ -42,17 +42,17 @@ def render(report: Mapping[str, Any]) -> str:
         f"share the machine. Commit {report['commit']}; {report['machine']}; {report['date']}."
         f"{' **The data are simulated.**' if report['simulated'] else ''}",
         "",
-        "| failure | serves again after, s: median (most) | answered | refused | failed, by gRPC status | longest "
-        "call, ms | calls beyond their timeout | item updates failed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| failure | serves again after, s: median (most) | after it was undone, s | answered | refused | "
+        "failed, by gRPC status | longest call, ms | calls beyond their timeout | item updates failed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in by_failure.items():
         total = {key: sum(o[key] for o in outcomes) for key in ("answered", "refused", "outlived")}
         longest = 1000 * max(o["longest"] for o in outcomes)
         lines.append(
-            f"| {name} | {_recovery(outcomes)} | {total['answered']:,} | {total['refused']:,} | "
-            f"{_counts(outcomes, 'failed')} | {longest:,.0f} | {total['outlived']:,} | "
-            f"{sum(sum(o['updates_failed'].values()) for o in outcomes):,} |"
+            f"| {name}{_unneeded(outcomes)} | {_recovery(outcomes)} | {_after_undone(outcomes)} | "
+            f"{total['answered']:,} | {total['refused']:,} | {_counts(outcomes, 'failed')} | {longest:,.0f} | "
+            f"{total['outlived']:,} | {sum(sum(o['updates_failed'].values()) for o in outcomes):,} |"
         )
     if report["left_out"]:
         lines += [
@@ -62,9 +62,10 @@ def render(report: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Target: {TARGET:g} s after a killed stub. *Serves again*: from the failure to the first answer after which "
-        "all calls are answered; 0 when none failed. *Refused*: at once, by a server that had too much to do at that "
-        "moment. Calls are those sent from the failure until all had been answered for three seconds; full disks are "
-        "small ones that only the bench sees.",
+        "all calls are answered; 0 when none failed. *After it was undone*: the part of that after the end of what "
+        "something ends: the room is back, the process goes on. *Refused*: at once, by a server that had too much to "
+        "do at that moment. Calls are those sent from the failure until all had been answered for three seconds; full "
+        "disks are small ones that only the bench sees.",
         "",
         "| failure | what the supervisor did, and what the bench asked besides |",
         "|---|---|",
@@ -91,6 +92,19 @@ def _recovery(outcomes: list[Mapping[str, Any]]) -> str:
     never = len(outcomes) - len(seconds)
     text = f"{np.median(seconds):.2f} ({max(seconds):.2f})" if seconds else "never"
     return f"{text}; {never} never" if seconds and never else text
+
+
+def _after_undone(outcomes: list[Mapping[str, Any]]) -> str:
+    seconds = [max(0.0, o["recovered"] - o["held"]) for o in outcomes if o["recovered"] is not None]
+    if not outcomes[0]["undone"] or not seconds:
+        return "–"
+    return f"{np.median(seconds):.2f} ({max(seconds):.2f})"
+
+
+def _unneeded(outcomes: list[Mapping[str, Any]]) -> str:
+    idle = sum(not o["exercised"] for o in outcomes)
+    times = "" if idle == len(outcomes) else f" in {idle} of {len(outcomes)} rounds"
+    return f" (**nothing needed the room**{times})" if idle else ""
 
 
 def _counts(outcomes: list[Mapping[str, Any]], key: str) -> str:

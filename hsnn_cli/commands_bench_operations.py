@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .commands_bench_serving import at_least_one, typed
 from .provenance import run_name
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -15,15 +16,17 @@ def add_kinds(kinds: Any) -> None:
     """Register below `hsnn bench`."""
     tracing = kinds.add_parser(
         "tracing", help="what tracing adds to a request", formatter_class=FORMAT,
-        description="Send the same requests to a server without tracing and to one with, traced and not, side by side. "
-        "Writes tracing-RUN.json and .md.",
-        epilog="examples:\n  hsnn bench tracing runs/ads\n  hsnn bench tracing runs/ads --mode bls --rounds 500",
+        description="Send the same requests to servers without tracing and with, traced and not, side by side; pairs "
+        "of\nservers are started anew, for two processes differ by themselves. Writes tracing-RUN.json and .md.",
+        epilog="examples:\n  hsnn bench tracing runs/ads\n  hsnn bench tracing runs/ads --mode bls --pairs 20",
     )  # fmt: skip
     tracing.add_argument("run", type=Path, help="run directory that hsnn export finished")
-    tracing.add_argument("--mode", choices=("bls", "in_process"), default="in_process",
-                         help="how networks are called (default: %(default)s)")  # fmt: skip
-    tracing.add_argument("--rounds", type=int, default=250, metavar="N",
-                         help="over the users of the smoke request, each way (default: %(default)s)")  # fmt: skip
+    tracing.add_argument("--mode", choices=("bls", "in_process"), action="append",
+                         help="how networks are called (may be repeated; default: both)")  # fmt: skip
+    tracing.add_argument("--pairs", type=int, default=6, metavar="N",
+                         help="of servers, at least 2 (default: %(default)s)")  # fmt: skip
+    tracing.add_argument("--rounds", type=int, default=20, metavar="N",
+                         help="over the smoke request's users, of each comparison (default: %(default)s)")  # fmt: skip
     tracing.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
                          help="where the report goes (default: %(default)s)")  # fmt: skip
     tracing.set_defaults(run_command=run_tracing)
@@ -48,8 +51,11 @@ def run_tracing(options: argparse.Namespace) -> None:
     """hsnn bench tracing."""
     from hsnn_bench.tracing import measure, report
 
-    found = measure(options.run, options.mode, options.rounds)
-    command = f"hsnn bench tracing {options.run} --mode {options.mode} --rounds {options.rounds}"
+    at_least_one(options, "rounds")
+    modes = options.mode or ["in_process", "bls"]
+    found = [measure(options.run, mode, options.pairs, options.rounds) for mode in modes]
+    chosen = "".join(f" --mode {mode}" for mode in options.mode or ())
+    command = typed(options, f"hsnn bench tracing {options.run}{chosen}", pairs=6, rounds=20)
     path = report(found, command, run_name(options.run), options.results)
     print(path.read_text())
     print(f"written: {path}")

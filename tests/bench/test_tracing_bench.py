@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,55 @@ from tritonclient.grpc import service_pb2
 from clients.wire import ServedModel
 from hsnn_bench.dashboard import Panel, Query, draw
 from hsnn_bench.dashboard_run import _messages
+from hsnn_bench.orchestrator import Answer, Ask
 from hsnn_bench.prometheus import Series
-from hsnn_bench.tracing import OFF, TRACED, report
+from hsnn_bench.tracing import COSTS, NOT_THIS, OFF, TRACED, compare, measure, report, summary
+from hsnn_core.errors import RequestError
 from hsnn_core.schema import Schema
 
 
-def test_the_report_says_what_tracing_adds(tmp_path: Path) -> None:
-    spread = {"median": 1000.0, "p10": 900.0, "p90": 1300.0}
-    ways = {
-        OFF: {"microseconds": spread, "p99": 1500.0, "added": 0.0},
-        TRACED: {"microseconds": spread | {"median": 1100.0}, "p99": 1800.0, "added": 95.4},
-    }
-    path = report({"mode": "bls", "requests": 40, "ways": ways}, "hsnn bench tracing x", "x", tmp_path)
+def _times(server: float, traced: float) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Of one pair: requests that differ, a tracing process slower by ``server``, a trace that costs ``traced``."""
+    request = np.array([900.0, 1000.0, 5000.0])
+    ways = {OFF: request, NOT_THIS: request + server, TRACED: request + server + traced}
+    return {(way, base): (ways[way], ways[base]) for way, base in COSTS}
+
+
+def test_neither_way_finds_its_server_more_used_than_the_other_does() -> None:
+    last: list[str] = []
+
+    def ask(name: str) -> Ask:
+        def way(wire: Mapping[str, np.ndarray]) -> Answer:
+            took = 80.0 if last[-1:] == [name] else 100.0  # faster right after a request of its own
+            last.append(name)
+            return Answer(np.array([]), took, [])
+
+        return way
+
+    first, second = compare((ask("a"), ask("b")), [{}] * 4, rounds=20)
+    assert len(first) == len(second) == 80 and last[:2] == ["b", "a"]
+    assert np.median(first - second) == 0 and abs(np.mean(first - second)) <= 20 / 80
+
+
+def test_processes_that_differ_widen_the_interval_and_are_no_cost(tmp_path: Path) -> None:
+    found = summary([_times(-300, 50), _times(300, 50), _times(-200, 50), _times(200, 50)])
+    not_this, traced, within = found["costs"]
+    assert (within["of"], within["against"]) == (TRACED, NOT_THIS)
+    assert (within["mean"], within["low"], within["high"]) == pytest.approx((50, 50, 50))
+    assert not_this["mean"] == pytest.approx(0) and not_this["pairs"] == [-300, 300, -200, 200]
+    # t(0.975, 3) = 3.182, the pairs' standard deviation sqrt(260000 / 3), over sqrt(4)
+    assert not_this["high"] == -not_this["low"] == pytest.approx(3.182 * 294.39 / 2, rel=1e-3)
+    assert (traced["low"] + traced["high"]) / 2 == pytest.approx(50)
+    path = report([{"mode": "bls", "requests": 3, **found}], "hsnn bench tracing x", "x", tmp_path)
     text = path.read_text()
-    assert "Mode bls, 40 requests" in text
-    assert "1,100 (900 to 1,300)  1,800" in text
-    assert "+95" in text
-    assert json.loads(path.with_suffix(".json").read_text())["ways"][TRACED]["added"] == 95.4
+    assert "## bls: 4 pairs of servers, 3 requests a pair and line" in text
+    assert "-468 to +468" in text and "-300 to +300" in text and "46.8%" in text
+    assert json.loads(path.with_suffix(".json").read_text())["modes"][0]["costs"][2]["mean"] == 50
+
+
+def test_one_pair_of_servers_has_no_spread(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--pairs: got 1, expected at least 2"):
+        measure(tmp_path, "bls", pairs=1, rounds=1)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [0.25, 0.5], []])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +92,36 @@ def test_a_large_disk_is_never_filled(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_that_nobody_noticed_is_no_result():
+    told = "INTERNAL ServerError: Error: No space left on device"
+    full = failures.Failure("/dev/shm full", 5.0, lambda _: nullcontext(), "No space left")
+    served = SimpleNamespace(lines=[(0.0, "supervisor: of another failure")])
+    changes = SimpleNamespace(failures={})
+
+    def outcome(failure, lines, calls=(), recovered=0.0):
+        served.lines[1:] = [(1.0, line) for line in lines]
+        return asdict(failures._outcome(failure, recovered, 5.0, list(calls), 1.0, served, 1, {}, changes))
+
+    idle, noticed = outcome(full, ["a request: answered"]), outcome(full, [f"a request: {told}"])
+    by_a_client = outcome(full, [], [Call(1.0, 0.1, "INTERNAL", "ServerError", told)], recovered=7.5)
+    assert [o["exercised"] for o in (idle, noticed, by_a_client)] == [False, True, True]
+    killed = outcome(failures.Failure("killed", 0.0, full.strike), [], recovered=6.0)
+    assert killed["exercised"]
+    page = _page([idle, noticed, by_a_client, killed])
+    assert (
+        "| /dev/shm full (**nothing needed the room** in 1 of 3 rounds) | 0.00 (7.50) | 0.00 (2.50) |" in page
+    )
+    assert "| killed | 6.00 (6.00) | – |" in page
+    assert "| /dev/shm full (**nothing needed the room**) | 0.00 (0.00) |" in _page([idle])
+
+
+def _page(outcomes):
+    facts = dict.fromkeys(("recipe", "command", "commit", "machine", "date", "mode"), "x")
+    facts |= dict.fromkeys(("items", "k", "capacity", "load", "timeout", "rounds"), 1)
+    facts |= {"simulated": False, "left_out": []}
+    return render({**facts, "outcomes": outcomes})
+
+
 @pytest.mark.triton
 def test_a_short_endurance_run_and_its_report_alone(shop, tmp_path, capsys):
     command = ["bench", "endurance", str(shop / "run"), "--results", str(tmp_path)]
@@ -120,7 +152,7 @@ def test_a_killed_stub_in_the_failures_report(shop, tmp_path):
     )  # fmt: skip
     [outcome] = report["outcomes"]
     assert outcome["answered"] > 0 and outcome["outlived"] == 0
-    assert outcome["recovered"] is not None
+    assert outcome["recovered"] is not None and outcome["exercised"]
     assert any("loaded again in" in line for line in outcome["supervisor"])
     page = render(report)
     assert "| orchestrator's stub killed |" in page and "`hsnn bench failures`" in page
