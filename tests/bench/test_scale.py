@@ -282,7 +282,7 @@ def test_random_histories_return_nothing_that_must_not_be(tiny_run, tmp_path, mo
     page = filtering.report(tally, "hsnn bench filtering runs/tiny", "tiny", 1, tmp_path)
     assert "640 requests" in page.read_text() and "**0**" in page.read_text()
     # The check sees a filter that lets everything through.
-    monkeypatch.setattr(TargetingFilter, "counts", lambda self, layer, users, nodes: np.ones(len(nodes), int))
+    monkeypatch.setattr(TargetingFilter, "passes", lambda self, users, items: np.ones(len(items), bool))
     assert filtering.run_filtering(folder, 60, 1, users, progress=False).wrong
 
 
