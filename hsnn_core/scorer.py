@@ -21,9 +21,9 @@ from .features import Encoded
 from .i2if import I2IF, Crossings, Postings, Query
 from .row_table import RowTable
 
-# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache;
-# larger calls take longer per pair, smaller ones pay for the calls (docs/performance.md).
-PAIRS_PER_CALL = 1024
+# <user, node> pairs of one call when the layer declares no buckets: their activations stay in a core's cache, and
+# smaller ones pay for the calls (docs/performance.md).
+PAIRS_PER_CALL = 2048
 # Pairs that are crossed at once: I2IF is a row of small array operations whose overhead many calls share.
 PAIRS_PER_PROBE = 1 << 14
 # Pairs of one message to another process, which cuts them into calls itself: a message costs about as much as a call.
