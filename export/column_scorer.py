@@ -4,7 +4,7 @@
 on a CPU then spends its time on loops of 4 floats: of a request, nine tenths went into the scorers' reductions,
 normalisations and products of tiny matrices (docs/performance.md). Here the same weights are applied to (B, F, e, C):
 every loop runs over candidates that lie side by side, every linear layer is one matrix product with them as its
-columns. The first linear step of the interaction tower is folded into its tables.
+columns. The mixing of the interaction tower's fields is folded into what makes them.
 
 The same sums in another order: results differ from `HSNN.score` by rounding. The parity gates compare with that.
 
@@ -14,9 +14,9 @@ out by a layer, P pairs, h heads, T tasks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,16 +36,25 @@ from hsnn_train.towers import AttentionFM, FieldGate, TowerBlock, TowerNetwork
 # Products of all pairs of tokens are written out here, k(k+1)/2 * d floats per candidate; beyond this many tokens a
 # product of matrices per candidate is the better form.
 MOST_TOKENS = 8
+# Row numbers of the table of crossed ids are computed in float32, which holds whole numbers up to here.
+MOST_ROWS = 1 << 24
 
 
 def has_column_form(model: object, layer: int) -> bool:
-    """Whether `ColumnScorer` can evaluate ``layer`` (from 1) of the model: a DHEN OverArch of few tokens."""
+    """Whether `ColumnScorer` can evaluate ``layer`` (from 1) of the model: a DHEN OverArch of few tokens, and not too
+    many different ids to match."""
     if not isinstance(model, HSNN):
         return False
     config = model.layer(layer).config
     crossings = config.interaction.num_embed if config.interaction is not None else 0
     tokens = max(config.item.num_embed + crossings, config.over.tokens)
-    return config.over.kind == "dhen" and tokens <= MOST_TOKENS
+    tower = model.layer(layer).interaction
+    rows = (
+        0
+        if tower is None
+        else sum(len(tower.tables.weight(space)) * n for space, n in _matches(tower).items())
+    )
+    return config.over.kind == "dhen" and tokens <= MOST_TOKENS and rows < MOST_ROWS
 
 
 class ColumnScorer(nn.Module):
@@ -58,6 +67,10 @@ class ColumnScorer(nn.Module):
         self.monn, self.over, self.ensemble = monn, monn.over, ensemble
         self.tasks = model.tasks
         self.interaction = None if monn.interaction is None else _Interaction(monn.interaction)
+        # Which floats of a packed embedding the towers read: one product with all of it is quicker than slices of it.
+        select = torch.eye(monn.item_width)[monn.item_vector_width :]
+        self.register_buffer("node", select, persistent=False)
+        self.register_buffer("earlier", _weights_of_earlier(ensemble.weight.detach()), persistent=False)
 
     def forward(
         self,
@@ -75,10 +88,13 @@ class ColumnScorer(nn.Module):
         tokens = user[..., width[0] :].reshape(
             -1, monn.config.user.num_embed, monn.config.user.dim
         )  # (B, nu, du)
-        node = item[..., width[1] :].transpose(-1, -2)  # (B, ni * d, C)
         dot = monn.dot
         scaled = vectors * (torch.exp(dot.log_scale) / dot.width).unsqueeze(-1)
-        logits = torch.matmul(scaled, item[..., : width[1]].transpose(-1, -2)) + dot.bias.unsqueeze(-1)
+        scaled = nn.functional.pad(scaled, (0, _size(self.node, 0)))  # type: ignore[arg-type]
+        select: Tensor = self.node + torch.zeros_like(scaled[:, :1, :1])  # type: ignore[operator]
+        products = torch.matmul(torch.cat([scaled, select], dim=1), item.transpose(-1, -2))
+        logits = products[:, : self.tasks] + dot.bias.unsqueeze(-1)
+        node = products[:, self.tasks :]  # (B, ni * d, C)
 
         pair = _regroup(node, monn.config.item.num_embed, monn.config.item.dim)  # (B, ni, d, C)
         if self.interaction is not None:
@@ -94,18 +110,32 @@ class ColumnScorer(nn.Module):
         weight = self.ensemble.weight  # (l, T)
         total = own * weight[-1].unsqueeze(-1) + self.ensemble.bias.unsqueeze(-1)
         if previous is not None:
-            earlier = previous.transpose(-1, -2)
-            for place in range(len(weight) - 1):
-                part = earlier[:, place * self.tasks : (place + 1) * self.tasks]
-                total = total + part * weight[place].unsqueeze(-1)
+            total = total + torch.matmul(self.earlier, previous.transpose(-1, -2))  # type: ignore[arg-type]
         return own.transpose(-1, -2), total.transpose(-1, -2)
+
+
+def _weights_of_earlier(weight: Tensor) -> Tensor:
+    """The ensemble's weights (l, T) of the layers before the last, as a matrix (T, (l-1) * T)."""
+    return torch.cat([weight[:0].T, *(torch.diag(row) for row in weight[:-1])], dim=1)
+
+
+def _matches(tower: InteractionTower) -> dict[str, int]:
+    """By id space the most matches of an interaction in it."""
+    most: dict[str, int] = {}
+    for space, start, stop in tower.cross.specs:
+        most[space] = max(most.get(space, 1), stop - start)
+    return most
 
 
 class _Interaction(nn.Module):
     """`InteractionTower`: (B, nu, du), (B, ni * di, C), crossings -> (B, nx, dx, C).
 
     Everything before the tower network's norm is linear in the crossings, in the rows of the tables, in the user's
-    and in the node's embeddings. So the mixing of many fields into few is done once, in the tables and weights.
+    and in the node's embeddings. So the mixing of many fields into few is done once, in the weights.
+
+    A gather per matched id costs more than its rows, so there is one, of all ids of a candidate. Its table holds the
+    spaces' tables one after the other, and those of several matches once more for each number of them, divided by it:
+    the sum of a candidate's rows is their mean.
     """
 
     def __init__(self, tower: InteractionTower) -> None:
@@ -123,17 +153,14 @@ class _Interaction(nn.Module):
 
         dense = torch.zeros(kept * width, CROSS_DENSE * len(specs))
         bias = torch.zeros(kept * width, 1)
-        self.slots: list[tuple[int, int, str]] = []
-        for place, ((space, start, stop), linear) in enumerate(zip(specs, tower.dense)):
+        for place, linear in enumerate(tower.dense):
             assert isinstance(linear, nn.Linear)
-            dense[:, CROSS_DENSE * place : CROSS_DENSE * (place + 1)] = mixed(
-                2 * place, linear.weight.detach()
-            )
+            part = slice(CROSS_DENSE * place, CROSS_DENSE * (place + 1))
+            dense[:, part] = mixed(2 * place, linear.weight.detach())
             bias += mixed(2 * place, linear.bias.detach().unsqueeze(-1))
-            table = mixed(2 * place + 1, tower.tables.weight(space).detach().T).T.contiguous()
-            table[0] = 0.0  # padding counts for nothing
-            self.register_buffer(f"table_{place}", table, persistent=False)
-            self.slots.append((start, stop, f"table_{place}"))
+        self.crossed = bool(specs)
+        if specs:
+            self._gather(tower, mixed)
         user_field, node_field = tower.user_field, tower.node_field
         self.with_node = user_field is not None and node_field is not None
         if user_field is not None and node_field is not None:
@@ -144,33 +171,51 @@ class _Interaction(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
+    def _gather(self, tower: InteractionTower, mixed: Callable[[int, Tensor], Tensor]) -> None:
+        """The table of all ids; ``rows``: the weights (kept * e, M * e) of what is gathered from it; and where: a
+        slot's row is its id plus ``first`` (M,) plus ``step`` (M, M) times which slots have one.
+
+        The blocks of a space stand in falling order of the number of matches, so that no match at all, which is id 0,
+        leads to the block behind them, where every table begins with zeros."""
+        specs, width = tower.cross.specs, tower.tables.width
+        blocks, behind, at = [], dict[str, int](), 0
+        for space, matches in _matches(tower).items():
+            table = tower.tables.weight(space).detach().clone()
+            table[0] = 0.0  # padding counts for nothing
+            blocks += [table / number for number in range(matches, 0, -1)]
+            at += matches * len(table)
+            behind[space] = at
+        slots = specs[-1][2]
+        first, step = torch.zeros(slots), torch.zeros(slots, slots)
+        rows = torch.zeros(len(mixed(0, torch.eye(width))), slots * width)
+        for place, (space, start, stop) in enumerate(specs):
+            size = len(tower.tables.weight(space))
+            first[start:stop], step[start:stop, start:stop] = behind[space], -size
+            rows[:, start * width : stop * width] = mixed(2 * place + 1, torch.eye(width)).repeat(
+                1, stop - start
+            )
+        table = torch.cat([*blocks, torch.zeros(1, width)])
+        for name, value in {"table": table, "first": first, "step": step, "rows": rows}.items():
+            self.register_buffer(name, value, persistent=False)
+
     def forward(self, user: Tensor, node: Tensor, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: Tensor = self.bias  # type: ignore[assignment]
-        if self.slots:
-            assert dense is not None and ids is not None
-            fields = fields + torch.matmul(self.dense, dense.transpose(-1, -2))  # type: ignore[arg-type]
-            fields = fields + self._matched(ids).transpose(-1, -2)
         if self.with_node:
             of_user: Tensor = torch.matmul(_row(user), self.user.T)  # type: ignore[arg-type]
-            fields = fields + of_user.unsqueeze(-1)
+            fields = fields + of_user.unsqueeze(-1)  # what all candidates share is added to them once
             fields = fields + torch.matmul(self.node, node)  # type: ignore[arg-type]
+        if self.crossed:
+            assert dense is not None and ids is not None
+            fields = fields + torch.matmul(self.dense, dense.transpose(-1, -2))  # type: ignore[arg-type]
+            fields = fields + torch.matmul(self.rows, self._matched(ids).transpose(-1, -2))  # type: ignore[arg-type]
         return _network(self.tower.network, _regroup(fields, self.kept, self.width))
 
     def _matched(self, ids: Tensor) -> Tensor:
-        """(B, C, M) -> (B, C, kept * e): per interaction the mean of the matched ids' rows, added up."""
-        slots = ids.transpose(-1, -2).contiguous()  # (B, M, C): each slot's ids side by side
-        total: Tensor | None = None
-        for start, stop, name in self.slots:
-            table: Tensor = getattr(self, name)
-            rows = table[slots[:, start]]  # (B, C, kept * e)
-            for slot in range(start + 1, stop):
-                rows = rows + table[slots[:, slot]]
-            if stop - start > 1:
-                found = (slots[:, start:stop] != 0).to(rows.dtype).sum(1)
-                rows = rows / found.clamp(min=1.0).unsqueeze(-1)
-            total = rows if total is None else total + rows
-        assert total is not None
-        return total
+        """(B, C, M) int32 -> (B, C, M * e): each slot's row, divided by how many of its interaction matched."""
+        given = (ids != 0).to(torch.float32)
+        blocks = torch.addmm(self.first, given.flatten(0, 1), self.step)  # type: ignore[arg-type]  # whole numbers
+        table: Tensor = self.table  # type: ignore[assignment]
+        return _merged(table[ids + blocks.to(torch.int32).view_as(ids)])
 
 
 def _size(x: Tensor, axis: int) -> int:
@@ -242,65 +287,89 @@ def _softmax(x: Tensor, axis: int) -> Tensor:
     return grown / grown.sum(axis, keepdim=True)
 
 
+def _average(x: Tensor) -> Tensor:
+    """The mean over the axis before the last, (..., d, C) -> (..., 1, C), as a product: reductions over an axis that is
+    not the last are slow."""
+    return torch.matmul(torch.full((1, _size(x, -2)), 1 / _size(x, -2)), x)
+
+
+def _standard(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Layer norm over the axis before the last, (..., d, C), without its weights."""
+    centred = x - _average(x)
+    return centred / torch.sqrt(_average(centred * centred) + norm.eps)
+
+
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Layer norm over the axis before the last: (..., d, C)."""
-    centred = x - x.mean(-2, keepdim=True)
-    scale = torch.sqrt((centred * centred).mean(-2, keepdim=True) + norm.eps)
-    return centred / scale * norm.weight.unsqueeze(-1) + norm.bias.unsqueeze(-1)
+    return _standard(norm, x) * norm.weight.unsqueeze(-1) + norm.bias.unsqueeze(-1)
+
+
+def _linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """``linear`` of all of `_norm`'s result, (B, F, e, C) -> (B, out, C), whose weights are put into the linear's."""
+    fields = _size(x, 1)
+    weight = linear.weight * norm.weight.repeat(fields)
+    bias = linear.bias + torch.matmul(linear.weight, norm.bias.repeat(fields))
+    return torch.matmul(weight, _flat(_standard(norm, x))) + bias.unsqueeze(-1)
 
 
 def _network(network: TowerNetwork, x: Tensor) -> Tensor:
     """`TowerNetwork` after its mixing: (B, F, e, C) -> (B, num_embed, dim, C)."""
-    x = _norm(network.norm, x)
+    norm = network.norm
     for block in network.blocks:
         assert isinstance(block, TowerBlock)
-        x = _block(block, x)
-    return _regroup(_linear(network.out, _flat(x)), *network.shape)
+        x = _block(block, _norm(norm, x))
+        norm = block.norm
+    return _regroup(_linear_of_norm(network.out, norm, x), *network.shape)
 
 
 def _block(block: TowerBlock, x: Tensor) -> Tensor:
+    """Before the block's norm: (B, F, e, C) -> the same."""
     hidden = block.mlp[0]
     assert isinstance(hidden, nn.Linear)
     streams = [torch.relu(_linear(hidden, _flat(_gated(block.gate_mlp, x))))]
     if block.fm is not None and block.gate_fm is not None:
         streams.append(_attention_fm(block.fm, _gated(block.gate_fm, x)))
-    update = _regroup(_linear(block.bridge, torch.cat(streams, dim=1)), _size(x, 1), _size(x, 2))
-    return _norm(block.norm, x + update)
+    return x + _regroup(_linear(block.bridge, torch.cat(streams, dim=1)), _size(x, 1), _size(x, 2))
 
 
 def _gated(gate: FieldGate, x: Tensor) -> Tensor:
-    """(B, F, e, C) -> the same, each field times F times its softmax weight."""
-    weights = _softmax(_linear(gate.score, x).squeeze(2) + gate.bias.unsqueeze(-1), 1)
-    return x * (weights * _size(x, 1)).unsqueeze(2)
+    """(B, F, e, C) -> the same, each field times F times its softmax weight, to which what is added to all scores is
+    nothing."""
+    scores = torch.matmul(gate.score.weight, x).squeeze(2) + gate.bias.unsqueeze(-1)
+    grown = torch.exp(scores - scores.amax(1, keepdim=True))
+    return x * (grown / _average(grown)).unsqueeze(2)
 
 
 def _attention_fm(fm: AttentionFM, x: Tensor) -> Tensor:
     """(B, F, e, C) -> (B, e, C)."""
     pairs = x.index_select(1, fm.left) * x.index_select(1, fm.right)  # type: ignore[arg-type]  # (B, P, e, C)
-    weights = _softmax(_linear(fm.score, torch.relu(_linear(fm.project, pairs))), 1)  # (B, P, 1, C)
-    return (pairs * weights).sum(1)
+    scores = torch.matmul(fm.score.weight, torch.relu(_linear(fm.project, pairs)))  # (B, P, 1, C)
+    grown = torch.exp(scores - scores.amax(1, keepdim=True))
+    ones = torch.ones(1, _size(pairs, 1))
+    total = _regroup(torch.matmul(ones, _merged(pairs * grown)), _size(pairs, 2))
+    return total / torch.matmul(ones, grown.squeeze(2))
 
 
 def _over(over: DHENOverArch, user: Tensor, pair: Tensor) -> Tensor:
     """user (B, nu, d), pair (B, m, d, C) -> (B, T, C)."""
-    x = _ensemble_layer(over.first, user, pair)
+    x, norm = _ensemble_layer(over.first, user, pair), over.first.norm
     for layer in over.rest:
         assert isinstance(layer, EnsembleLayer)
-        x = _ensemble_layer(layer, None, x)
+        x, norm = _ensemble_layer(layer, None, _norm(norm, x)), layer.norm
     hidden, last = over.head[0], over.head[-1]
     assert isinstance(hidden, nn.Linear) and isinstance(last, nn.Linear)
-    return _linear(last, torch.relu(_linear(hidden, _flat(x))))
+    return _linear(last, torch.relu(_linear_of_norm(hidden, norm, x)))
 
 
 def _ensemble_layer(layer: EnsembleLayer, user: Tensor | None, pair: Tensor) -> Tensor:
-    """(B, m, d, C) -> (B, k, d, C)."""
+    """Before the layer's norm: (B, m, d, C) -> (B, k, d, C)."""
     parts = [_regroup(_module(module, user, pair), layer.tokens, layer.width) for module in layer.parallel]
     update = _linear(layer.project, torch.cat(parts, dim=2))
     short = _across(layer.shortcut, pair)
     if layer.user_shortcut is not None:
         assert user is not None
         short = short + torch.matmul(layer.user_shortcut.weight, user).unsqueeze(-1)
-    return _norm(layer.norm, update + short)
+    return update + short
 
 
 def _module(module: nn.Module, user: Tensor | None, pair: Tensor) -> Tensor:
@@ -326,8 +395,8 @@ def _split_linear(linear: SplitLinear, user: Tensor | None, pair: Tensor) -> Ten
 
 
 def _fm(module: FMModule, user: Tensor | None, pair: Tensor) -> Tensor:
-    left, right = map(torch.from_numpy, np.triu_indices(module.pair_tokens))
-    dots = [(pair.index_select(1, left) * pair.index_select(1, right)).sum(2)]  # (B, own, C)
+    products = torch.cat([pair[:, n : n + 1] * pair[:, n:] for n in range(module.pair_tokens)], dim=1)
+    dots = [products.sum(2)]  # (B, own, C), as `np.triu_indices` orders them
     if user is not None:
         dots.append(_flat(torch.matmul(user.unsqueeze(1), pair)))  # (B, m * nu, C)
     weight = module.out.weight * module.scale

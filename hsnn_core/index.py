@@ -24,20 +24,21 @@ class HierarchicalIndex:
     """A corpus of V items under N-1 layers of nodes; layers are numbered from 1 (coarsest) to N (items).
 
     ``item_ids``          (V,) int64, by position.
-    ``row_of_position``   (V,) int32, row of the item in the corpus table the index was built from.
     ``child_ptr``         for l = 1..N-1 (I_l + 1,) int64: the children of node i of layer l are the nodes
                           ``child_ptr[l-1][i]:child_ptr[l-1][i+1]`` of layer l+1.
     ``representative``    for l = 1..N-1 (I_l,) int32: position of the node's representative item.
     ``codes``             for l = 1..N-1 (I_l, l) int32: the path (m_1..m_l) of every node (Eq. 5-7).
+    ``built_from``        (V,) int32: row of the item at each position in the table that the index was built from; of an
+                          index that was opened, whose tables stand by position, None.
 
     Raises FormatError when the arrays contradict each other.
     """
 
     item_ids: np.ndarray
-    row_of_position: np.ndarray
     child_ptr: tuple[np.ndarray, ...]
     representative: tuple[np.ndarray, ...]
     codes: tuple[np.ndarray, ...]
+    built_from: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -74,7 +75,7 @@ class HierarchicalIndex:
             nearest = np.lexsort((ids, distances[:, layer], node_of[layer]))
             representative.append(nearest[starts[layer]].astype(np.int32))
             codes.append(np.ascontiguousarray(paths[starts[layer], : layer + 1], dtype=np.int32))
-        return cls(ids, order.astype(np.int32), tuple(child_ptr), tuple(representative), tuple(codes))
+        return cls(ids, tuple(child_ptr), tuple(representative), tuple(codes), order.astype(np.int32))
 
     @property
     def layers(self) -> int:
@@ -85,6 +86,11 @@ class HierarchicalIndex:
     def items(self) -> int:
         """V."""
         return len(self.item_ids)
+
+    @property
+    def row_of_position(self) -> np.ndarray:
+        """(V,) int32 row of the item in the corpus's table: the one the index was built from, or the opened one."""
+        return self._every_position if self.built_from is None else self.built_from
 
     def nodes(self, layer: int) -> int:
         """I_l; for layer N the number of items."""
@@ -161,8 +167,8 @@ class HierarchicalIndex:
             raise ValueError(f"layer {layer} does not exist; expected 1..{self.layers}")
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays for an array file."""
-        arrays = {"item_ids": self.item_ids, "row_of_position": self.row_of_position}
+        """Named arrays for an array file, which knows nothing of the table that the index was built from."""
+        arrays = {"item_ids": self.item_ids}
         for number, (ptr, representative, codes) in enumerate(
             zip(self.child_ptr, self.representative, self.codes), start=1
         ):
@@ -176,7 +182,7 @@ class HierarchicalIndex:
         """The inverse of `to_arrays`; views, no copies. Raises FormatError on missing or contradicting
         arrays."""
         depth = sum(1 for name in arrays if name.startswith("layer") and name.endswith("_child_ptr"))
-        wanted = [("item_ids", np.int64, 1), ("row_of_position", np.int32, 1)]
+        wanted: list[tuple[str, type[np.generic], int]] = [("item_ids", np.int64, 1)]
         for number in range(1, depth + 1):
             wanted.append((f"layer{number}_child_ptr", np.int64, 1))
             wanted.append((f"layer{number}_representative", np.int32, 1))
@@ -195,7 +201,6 @@ class HierarchicalIndex:
         numbers = range(1, depth + 1)
         return cls(
             found["item_ids"],
-            found["row_of_position"],
             tuple(found[f"layer{number}_child_ptr"] for number in numbers),
             tuple(found[f"layer{number}_representative"] for number in numbers),
             tuple(found[f"layer{number}_codes"] for number in numbers),
@@ -303,13 +308,6 @@ def _checked_input(
     return ids.astype(np.int64), paths, distances
 
 
-def _all_different(numbers: np.ndarray) -> bool:
-    """Whether non-negative whole numbers (n,) hold none twice; those of a corpus lie close to 0..n-1."""
-    if numbers.max() < 4 * len(numbers):
-        return bool((np.bincount(numbers) <= 1).all())
-    return len(np.unique(numbers)) == len(numbers)
-
-
 def _validate(index: HierarchicalIndex) -> None:
     depth, items = len(index.child_ptr), len(index.item_ids)
     if items == 0:
@@ -322,9 +320,6 @@ def _validate(index: HierarchicalIndex) -> None:
     ordered = np.sort(index.item_ids)
     if (ordered[1:] == ordered[:-1]).any():
         raise FormatError("index: item_ids holds an id twice, expected every id once")
-    rows = index.row_of_position
-    if rows.shape != (items,) or rows.min() < 0 or not _all_different(rows):
-        raise FormatError(f"index: row_of_position of shape {rows.shape}, expected {items} different rows")
     for number in range(1, depth + 1):
         ptr = index.child_ptr[number - 1]
         below = items if number == depth else len(index.child_ptr[number]) - 1

@@ -72,7 +72,8 @@ class TrainConfig:
             the warm-up off.
         max_alpha, alpha_exponent, alpha_until: Eq. 8, over that fraction of the steps after init_at; exponent 0
             switches the schedule off.
-        commitment: weight of the pull of item vectors towards their codewords, so that what is indexed clusters.
+        commitment: weight of the pull of item vectors towards their codewords, so that what is indexed clusters;
+            of method "joint".
         node_distil: weight with which node layers learn what the item layer's towers think of the pool, where there is
             one; heat: by how much both sides are softened for it.
         balance: weight of the FLOPs regulariser; 0 switches it off.

@@ -288,5 +288,5 @@ def test_attributes_lie_in_the_index_by_position(tmp_path):
     bundle_module.write_bundle(tmp_path / "b", world.schema, world.transform, corpus, **settings)
     opened = Bundle.open(tmp_path / "b")
     np.testing.assert_array_equal(opened.attributes.keys["shop"], opened.index.item_ids)
-    np.testing.assert_array_equal(opened.attributes.bids, 1 + opened.index.row_of_position)
+    np.testing.assert_array_equal(opened.attributes.bids, 1 + corpus.index.row_of_position)
     assert bare.with_attributes(None) is bare

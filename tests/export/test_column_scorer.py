@@ -9,6 +9,7 @@ import torch
 from standin import StandIn
 from untrained import untrained_run
 
+from export import column_scorer
 from export.column_scorer import has_column_form
 from export.export_run import id_limits
 from export.graphs import ColumnScorerGraph, ScorerGraph, example_inputs, scorer_graph
@@ -70,6 +71,15 @@ def test_a_gate_that_differs_would_be_seen(tmp_path: Path) -> None:
     with torch.inference_mode():
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.signature.inputs]
         assert np.abs(graph(*tensors)[1].numpy() - expected["logits"]).max() > 1e-4
+
+
+def test_more_ids_than_row_numbers_in_float32_keep_the_models_own_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = model_of(["cpu_s"], tmp_path)
+    assert has_column_form(model, 1)
+    monkeypatch.setattr(column_scorer, "MOST_ROWS", 60)
+    assert type(scorer_graph(model, 1)) is ScorerGraph
 
 
 @pytest.mark.parametrize("preset", ["two_tower_xs", "cpu_mol"])
