@@ -125,7 +125,9 @@ def may_get(row: int, request: dict[str, Any]) -> bool:
 
 def best_of(snapshot: TinySnapshot, request: dict[str, Any], users: int = 8) -> list[list[int]]:
     """The best 20 of every item that the request may get, scored by all networks offline."""
-    allowed = np.array([may_get(row, request) for row in range(ITEMS)])[snapshot.index.row_of_position]
+    row_of = {item: row for row, item in enumerate(item_ids().tolist())}
+    rows = np.array([row_of[item] for item in snapshot.index.item_ids.tolist()])  # by position
+    allowed = np.array([may_get(row, request) for row in range(ITEMS)])[rows]
     tasks = request.get("tasks")
     rank = TARGETED.rank if tasks is None else np.array([float(t.name in tasks) for t in TARGETED.tasks])
     scorer = snapshot.bundle.scorer(OnnxRunner(snapshot.user_tower, snapshot.scorers))
@@ -136,7 +138,7 @@ def best_of(snapshot: TinySnapshot, request: dict[str, Any], users: int = 8) -> 
     for row, valid in enumerate(found.valid):
         scores = found.rank_score[row, :valid].astype(np.float64)
         if request.get("rank_by") == "bid":
-            bids = np.array(BIDS, np.float32)[snapshot.index.row_of_position[found.positions[row, :valid]]]
+            bids = np.array(BIDS, np.float32)[rows[found.positions[row, :valid]]]
             scores = scores + np.log(bids)
         order = np.argsort(-scores, kind="stable")[:20]
         answer.append(found.item_ids[row, :valid][order].tolist())
