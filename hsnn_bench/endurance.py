@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import date
 from pathlib import Path
+from statistics import median
 from threading import Event, Thread
 from typing import Any
 
@@ -33,6 +34,7 @@ SAMPLES = 720  # at most, and none shorter than a second
 MIB = 1 << 20
 LATE = 0.25  # seconds beyond its timeout, after which a call has outlived it
 _CLOSED_SECONDS = 5.0
+_CLOSED_TURNS = 5  # of which the median counts: one can fall into a fast or a slow moment of the machine
 _ERRORS_KEPT = 1000  # events of failed calls
 _TICK = 0.1
 
@@ -70,8 +72,8 @@ class Incident:
 
 @dataclass(frozen=True)
 class Plan:
-    """``load``: share of ``capacity``, requests a second (None: the measured closed-loop throughput); ``updates``: of
-    items a second; ``rollout_every``, ``kill_every``: minutes; ``timeout``: seconds of a request."""
+    """``load``: share of ``capacity``, requests a second (None: the closed-loop throughput, measured beside updates);
+    ``updates``: of items a second; ``rollout_every``, ``kill_every``: minutes; ``timeout``: seconds of a request."""
 
     minutes: float
     load: float
@@ -116,9 +118,7 @@ def run_endurance(
     stem.parent.mkdir(parents=True, exist_ok=True)
     with rig(run_dir, work, mode=plan.mode, k=plan.k, requests=plan.requests, say=say) as served:
         url = served.server.urls.grpc
-        capacity = plan.capacity or closed_loop(
-            url, served.users, served.k, WORKERS, _CLOSED_SECONDS, plan.timeout
-        )
+        capacity = plan.capacity or _capacity(served, plan)
         rate = plan.load * capacity
         say(
             f"{rate:.1f} requests a second, {plan.load:g} of a closed-loop throughput of {capacity:.1f}, for "
@@ -137,6 +137,16 @@ def run_endurance(
             _Sampler(served, calls, changes, journal, plan) as sampler,
         ):
             _incidents(served, plan, sampler, say)
+
+
+def _capacity(served: Rig, plan: Plan) -> float:
+    """Answers a second of closed loops while items change as they will."""
+    url = served.server.urls.grpc
+    with ItemChanges(url, plan.updates):
+        return median(
+            closed_loop(url, served.users, served.k, WORKERS, _CLOSED_SECONDS, plan.timeout)
+            for _ in range(_CLOSED_TURNS)
+        )
 
 
 def _incidents(served: Rig, plan: Plan, sampler: _Sampler, say: Callable[[str], None]) -> None:

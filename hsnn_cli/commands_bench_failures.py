@@ -31,7 +31,7 @@ def add_kinds(kinds: Any) -> None:
     endurance.add_argument("--load", type=float, default=0.7,
                            help="share of the closed-loop throughput (default: %(default)s)")  # fmt: skip
     endurance.add_argument("--capacity", type=float, metavar="RATE",
-                           help="closed-loop throughput (default: measured, two calls always under way)")  # fmt: skip
+                           help="closed-loop throughput (default: measured, two calls and updates)")  # fmt: skip
     endurance.add_argument("--updates", type=float, default=50.0, metavar="RATE",
                            help="item updates a second (default: %(default)s)")  # fmt: skip
     endurance.add_argument(
