@@ -25,6 +25,7 @@ from .requests import CHUNK, best_rows, everything
 
 faiss: Any = faiss_module  # its type hints lack half of what it has
 GRAPH_EFFORT = 200  # efConstruction
+_SCORES = 1 << 27  # in memory at once, of several requests
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def _answer(
 
 
 def _exact(items: np.ndarray, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
-    parts = [slice(start, start + CHUNK) for start in range(0, len(queries.vectors), CHUNK)]
+    step = max(1, min(CHUNK, _SCORES // len(items)))
+    parts = [slice(start, start + step) for start in range(0, len(queries.vectors), step)]
     best = [best_rows(queries.vectors[part] @ items.T, queries.eligible(part), k) for part in parts]
     return np.concatenate([rows for rows, _ in best]), np.concatenate([valid for _, valid in best])
 
