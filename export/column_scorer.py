@@ -283,8 +283,13 @@ def _across(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def _softmax(x: Tensor, axis: int) -> Tensor:
     """Written out, because engines transpose for a softmax over any axis but the last."""
-    grown = torch.exp(x - x.amax(axis, keepdim=True))
+    grown = _exponentials(x, axis)
     return grown / grown.sum(axis, keepdim=True)
+
+
+def _exponentials(x: Tensor, axis: int) -> Tensor:
+    """What a softmax over an axis divides by its sum."""
+    return torch.exp(x - x.amax(axis, keepdim=True))
 
 
 def _average(x: Tensor) -> Tensor:
@@ -336,7 +341,7 @@ def _gated(gate: FieldGate, x: Tensor) -> Tensor:
     """(B, F, e, C) -> the same, each field times F times its softmax weight, to which what is added to all scores is
     nothing."""
     scores = torch.matmul(gate.score.weight, x).squeeze(2) + gate.bias.unsqueeze(-1)
-    grown = torch.exp(scores - scores.amax(1, keepdim=True))
+    grown = _exponentials(scores, 1)
     return x * (grown / _average(grown)).unsqueeze(2)
 
 
@@ -344,7 +349,7 @@ def _attention_fm(fm: AttentionFM, x: Tensor) -> Tensor:
     """(B, F, e, C) -> (B, e, C)."""
     pairs = x.index_select(1, fm.left) * x.index_select(1, fm.right)  # type: ignore[arg-type]  # (B, P, e, C)
     scores = torch.matmul(fm.score.weight, torch.relu(_linear(fm.project, pairs)))  # (B, P, 1, C)
-    grown = torch.exp(scores - scores.amax(1, keepdim=True))
+    grown = _exponentials(scores, 1)
     ones = torch.ones(1, _size(pairs, 1))
     total = _regroup(torch.matmul(ones, _merged(pairs * grown)), _size(pairs, 2))
     return total / torch.matmul(ones, grown.squeeze(2))
