@@ -35,7 +35,7 @@ from .holdout import tuning_dataset
 from .implicit_models import MODELS
 from .published import PUBLISHED
 from .requests import load_requests, measure
-from .spaces import METHODS, method
+from .spaces import METHODS, method, methods_for
 from .tuning import RESULTS, tuned
 
 DEPTHS = (10, 20, 50, 100, 500)
@@ -44,7 +44,8 @@ TWIN_K = 100  # what the Faiss twin returns
 TWINS = ("ivf", "hnsw")
 ITEM_CHUNK = 4096
 LABELS = {
-    "popularity": "popularity", "item_knn": "item-KNN (implicit)", "als": "ALS (implicit)", "bpr": "BPR (implicit)",
+    "popularity": "popularity", "recent": "recent popularity", "item_knn": "item-KNN (implicit)",
+    "als": "ALS (implicit)", "bpr": "BPR (implicit)",
     "two_tower": "two-tower, exhaustive", "two_tower_ivf": "two-tower, Faiss IVF",
     "two_tower_hnsw": "two-tower, Faiss HNSW", "mol": "mixture of logits, exhaustive", "flat": "MoNN flat S",
     "hsnn": "HSNN",
@@ -53,7 +54,7 @@ LABELS = {
 
 def run_baselines(
     data: str,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (1, 2, 3),
     requests: int | None = 5000,
     candidates: str | None = None,
@@ -66,8 +67,8 @@ def run_baselines(
 
     Args:
         data: a shipped recipe's name or a YAML file.
-        methods: names of `spaces.METHODS`; parameters are those of tuned-<data>.json, else the
-            space's start, for ours the recipe's own.
+        methods: names of `spaces.METHODS`, None for those that the requests allow; parameters are those of
+            tuned-<data>.json, else the space's start, for ours the recipe's own.
         seeds: of training; a method without randomness runs once.
         requests: test requests at most, a choice that is the same for all methods and seeds; None: all.
         candidates: as `search.candidates` of a recipe; None: the recipe's.
@@ -78,10 +79,11 @@ def run_baselines(
     """
     from .baselines_report import write_report  # draws with matplotlib, which takes a while to load
 
-    for name in methods:
-        method(name)
     recipe = load_recipe(data)
     candidates = candidates or recipe.search.candidates
+    methods = methods_for(candidates) if methods is None else methods
+    for name in methods:
+        method(name)
     dataset = load_data(recipe)
     best = tuned(recipe.name, results)
     bench = _Bench(recipe, dataset, candidates, requests, work / recipe.name / "baselines")

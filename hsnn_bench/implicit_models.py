@@ -3,8 +3,8 @@
     model = MODELS["als"]().fit(dataset, params, seed)
     rows, valid = model.recommend(requests, k)        # (R, min(k, V)) int32 item rows, (R,) int64 that count
 
-All learn from the train split's positives of the first task. What a model cannot tell apart (a user it knows
-nothing of, items that are no neighbour of the history) it ranks by popularity in train. Everything runs on one
+All but `Recent` learn from the train split's positives of the first task. What a model cannot tell apart (a user it
+knows nothing of, items that are no neighbour of the history) it ranks by popularity in train. Everything runs on one
 thread, so that a seed gives one result and times compare.
 """
 
@@ -54,7 +54,7 @@ class Recommender(ABC):
         parts = []
         with threadpool_limits(limits=1):
             for part in requests.parts():
-                scores = self.scores(requests.user_key[part], requests.history[part])
+                scores = self.scores_of(requests, part)
                 parts.append(best_rows(scores, requests.eligible(part), k))
         found, valid = zip(*parts)
         return np.concatenate(found), np.concatenate(valid)
@@ -64,11 +64,22 @@ class Recommender(ABC):
         """Learn from csr (U, V) of ones."""
 
     @abstractmethod
+    def scores_of(self, requests: Requests, part: slice) -> np.ndarray:
+        """Scores (r, V) float32 of all items for the requests ``part``. DataError where it cannot."""
+
+
+class OfHistory(Recommender):
+    """Scores by the user and the history alone."""
+
+    def scores_of(self, requests: Requests, part: slice) -> np.ndarray:
+        return self.scores(requests.user_key[part], requests.history[part])
+
+    @abstractmethod
     def scores(self, user_key: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
         """Scores (R, V) float32 of all items for user keys (R,) int64 and histories (see `Requests`)."""
 
 
-class Popularity(Recommender):
+class Popularity(OfHistory):
     """The items of the most train positives, the same for every user."""
 
     def _fit(self, seen: sparse.csr_matrix, params: dict[str, Any], seed: int) -> None:
@@ -78,7 +89,38 @@ class Popularity(Recommender):
         return np.broadcast_to(self.popularity, history.shape)
 
 
-class ItemKNN(Recommender):
+class Recent(Recommender):
+    """The items of the most positives among the last ``positives`` of the whole log, every split's, strictly before the
+    request; items that have none rank by popularity in train. What a news site shows who it knows nothing of."""
+
+    defaults: ClassVar[Params] = {"positives": 5000}
+
+    def fit(self, dataset: Dataset, params: Params, seed: int) -> Recommender:
+        super().fit(dataset, params, seed)
+        parts = (dataset.train, dataset.valid, dataset.test)
+        hit = np.concatenate([part.labels[:, 0] > 0 for part in parts])
+        time = np.concatenate([part.time for part in parts])[hit]
+        order = np.argsort(time, kind="stable")
+        self.time = time[order]
+        self.item_row = np.concatenate([part.item_row for part in parts])[hit][order]
+        return self
+
+    def _fit(self, seen: sparse.csr_matrix, params: dict[str, Any], seed: int) -> None:
+        self.positives = params["positives"]
+
+    def scores_of(self, requests: Requests, part: slice) -> np.ndarray:
+        if requests.time is None:
+            raise DataError("Recent: needs requests whose times compare; set search.candidates: seen_before")
+        stop = np.searchsorted(self.time, requests.time[part])
+        return np.stack([self._counts(max(0, last - self.positives), last) for last in stop])
+
+    def _counts(self, first: int, last: int) -> np.ndarray:
+        """(V,) float32: how often each item is among these positives, and below 1 its popularity."""
+        count = np.bincount(self.item_row[first:last], minlength=len(self.popularity))
+        return (count + self.popularity / 2).astype(np.float32)
+
+
+class ItemKNN(OfHistory):
     """Nearest neighbours of the items of the request's history: score_i = Σ_j decay^age_j · sim(j, i).
 
     Parameters: ``weighting`` of the user-item matrix before the similarity: cosine, tfidf or bm25 (with ``k1``
@@ -117,7 +159,7 @@ class ItemKNN(Recommender):
         return np.where(scores > 0, scores, self.popularity - 2)
 
 
-class ALS(Recommender):
+class ALS(OfHistory):
     """Alternating least squares for implicit feedback; the request's history is folded in (`recalculate_user`),
     with confidence alpha · decay^age. An empty history is ranked by popularity."""
 
@@ -147,7 +189,7 @@ class ALS(Recommender):
         return np.where(known, scores, self.popularity)
 
 
-class BPR(Recommender):
+class BPR(OfHistory):
     """Bayesian personalised ranking; has no fold-in, so a request gets its user's trained factor, and a user
     without train positives is ranked by popularity."""
 
@@ -181,6 +223,7 @@ def _weighted(history: sparse.csr_matrix, decay: float) -> sparse.csr_matrix:
 
 MODELS: dict[str, type[Recommender]] = {
     "popularity": Popularity,
+    "recent": Recent,
     "item_knn": ItemKNN,
     "als": ALS,
     "bpr": BPR,

@@ -36,12 +36,14 @@ class Requests:
             before, and so on; items are distinct.
         wanted: per request the int32 rows of its relevant items.
         eligible: the candidates of a slice of r requests, (r, V) bool by item row; None when all are.
+        time: (R,) int64 where times of users compare ("seen_before"), else None.
     """
 
     user_key: np.ndarray
     history: sparse.csr_matrix
     wanted: list[np.ndarray]
     eligible: Callable[[slice], np.ndarray | None] = everything
+    time: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user_key)
@@ -68,7 +70,8 @@ def load_requests(
     if not len(found):
         raise DataError(f"no request in {split} has a positive to be found; change the recipe's split:")
     history = request_histories(dataset.earlier(split, found.rows), found.items)
-    return Requests(found.user_key, history, found.wanted, found.eligible)
+    time = found.time if candidates == "seen_before" else None
+    return Requests(found.user_key, history, found.wanted, found.eligible, time)
 
 
 def request_histories(histories: list[np.ndarray], items: int) -> sparse.csr_matrix:

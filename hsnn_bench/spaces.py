@@ -50,12 +50,14 @@ class Method:
         start: the first trial; a value for every knob.
         recipe: for our own methods, what makes the recipe this method: dotted keys and their values.
         ours: whether the method is trained from a recipe.
+        timed: whether it needs requests whose times compare (`search.candidates: seen_before`).
     """
 
     knobs: Mapping[str, Knob]
     start: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     ours: bool = False
+    timed: bool = False
 
 
 _OURS: dict[str, Knob] = {
@@ -75,6 +77,7 @@ def _flat(preset: str) -> Method:
 
 METHODS: dict[str, Method] = {
     "popularity": Method({}, {}),
+    "recent": Method({"positives": Whole(100, 200_000, log=True)}, {"positives": 5000}, timed=True),
     "item_knn": Method(
         {
             "weighting": Choice(("cosine", "tfidf", "bm25")),
@@ -109,6 +112,11 @@ METHODS: dict[str, Method] = {
     "flat": _flat("cpu_s"),
     "hsnn": Method(_OURS, _OURS_START, ours=True),
 }
+
+
+def methods_for(candidates: str) -> list[str]:
+    """The methods that such evaluation requests (`search.candidates`) allow."""
+    return [name for name, found in METHODS.items() if candidates == "seen_before" or not found.timed]
 
 
 def method(name: str) -> Method:

@@ -31,7 +31,7 @@ from . import ours
 from .holdout import tuning_dataset
 from .implicit_models import MODELS
 from .requests import load_requests, measure, metric
-from .spaces import METHODS, Choice, Knob, Method, Real, method
+from .spaces import Choice, Knob, Method, Real, method, methods_for
 
 RESULTS = Path("docs/results")
 STARTUP = 5  # trials drawn at random before TPE has something to go by
@@ -152,7 +152,7 @@ def recipe_objective(recipe: Recipe, dataset: Dataset, folder: Path, figure: str
 
 def run_tuning(
     data: str,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     trials: int = 12,
     minutes: float = 30.0,
     seed: int = 1,
@@ -167,7 +167,7 @@ def run_tuning(
 
     Args:
         data: a shipped recipe's name or a YAML file.
-        methods: names of `spaces.METHODS`.
+        methods: names of `spaces.METHODS`; None for those that the requests allow.
         trials, minutes: the budget of every method.
         figure: what is maximised, recall@K or ndcg@K over ``requests`` requests of valid.
         candidates: as `search.candidates` of a recipe; None: the recipe's.
@@ -176,9 +176,9 @@ def run_tuning(
     Raises DataError for an unknown method or figure, SchemaError for the recipe.
     """
     metric(figure)
-    chosen = {name: method(name) for name in methods}
     recipe = load_recipe(data)
     candidates = candidates or recipe.search.candidates
+    chosen = {name: method(name) for name in (methods_for(candidates) if methods is None else methods)}
     dataset = tuning_dataset(recipe, seed)
     for name, space in chosen.items():
         if space.ours:

@@ -181,7 +181,6 @@ def run_table(options: argparse.Namespace) -> None:
 def run_baselines(options: argparse.Namespace) -> None:
     """hsnn bench baselines."""
     from hsnn_bench import baselines
-    from hsnn_bench.spaces import METHODS
     from hsnn_core.errors import SchemaError
 
     if options.seeds < 1:
@@ -194,7 +193,7 @@ def run_baselines(options: argparse.Namespace) -> None:
     command += "" if options.requests == 5000 else f" --requests {options.requests}"
     baselines.run_baselines(
         options.data,
-        options.methods or tuple(METHODS),
+        options.methods or None,
         seeds=tuple(range(1, options.seeds + 1)),
         requests=options.requests or None,
         command=command,
@@ -223,13 +222,12 @@ def run_bench_follow(options: argparse.Namespace) -> None:
 def run_tune(options: argparse.Namespace) -> None:
     """hsnn bench tune."""
     from hsnn_bench import tuning
-    from hsnn_bench.spaces import METHODS
 
     from .tables import table
 
     found = tuning.run_tuning(
         options.data,
-        options.methods or tuple(METHODS),
+        options.methods or None,
         trials=options.trials,
         minutes=options.minutes,
         figure=options.figure,

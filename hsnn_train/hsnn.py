@@ -227,10 +227,15 @@ class HSNN(nn.Module):
         return term
 
     def set_items(self, items: Encoded, counts: np.ndarray) -> None:
-        """Tell the trunks of the corpus: V encoded items in the order of the item vocabulary, and their training
+        """Tell the model of the corpus: V encoded items in the order of the item vocabulary, and their training
         positives (V,)."""
+        known = torch.from_numpy(counts > 0)
         for trunk in self._trunks():
-            trunk.set_items(torch.from_numpy(np.array(items.ids)), torch.from_numpy(counts > 0))
+            trunk.set_items(torch.from_numpy(np.array(items.ids)), known)
+        for number in range(1, self.layers + 1):
+            interaction = self.layer(number).interaction
+            if interaction is not None:
+                interaction.set_items(known)
 
     def fix_temperature(self, temperature: float) -> None:
         """Set the temperature of every layer's inner product, and leave the item layer's there: one that is learnt

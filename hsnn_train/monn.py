@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hsnn_core.schema import Schema
+from hsnn_core.schema import ID_FIRST, ITEM_SPACE, Schema
 
 from .mol import MoLOverArch
 from .overarch import DHENOverArch, InnerProduct
@@ -71,6 +71,13 @@ class InteractionTower(nn.Module):
         self.user_field = nn.Linear(config.user.num_embed * config.user.dim, e) if node else None
         self.node_field = nn.Linear(config.item.num_embed * config.item.dim, e) if node else None
         self.network = TowerNetwork(2 * len(cross.specs) + (2 if node else 0), e, config.interaction)
+
+    @torch.no_grad()
+    def set_items(self, known: Tensor) -> None:
+        """Matches of items without a training positive (``known`` (V,) bool is False) get embeddings of zeros, which
+        stay: they were never trained, and noise of their own would rank what is new by chance."""
+        if any(space == ITEM_SPACE for space, _, _ in self.cross.specs):
+            self.tables.weight(ITEM_SPACE)[ID_FIRST:][~known] = 0.0
 
     def forward(self, user: Tensor, item: Tensor, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: list[Tensor] = []

@@ -28,6 +28,17 @@ def column(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
     return whole.dictionary_decode() if pa.types.is_dictionary(whole.type) else whole
 
 
+def coded_column(table: pa.Table, name: str, where: str, use: str) -> tuple[pa.Array, np.ndarray | None]:
+    """The column as its distinct values and where each row's stands among them, (R,) int64, when it is
+    dictionary-encoded without nulls; else as `column`, and None. What many rows share is then held once."""
+    if name in table.column_names and pa.types.is_dictionary(table.schema.field(name).type):
+        values = table.column(name).unify_dictionaries().combine_chunks()
+        whole = values if isinstance(values, pa.DictionaryArray) else values.chunk(0)
+        if not whole.null_count:
+            return whole.dictionary, np.asarray(whole.indices).astype(np.int64)
+    return column(table, name, where, use), None
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

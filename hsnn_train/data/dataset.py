@@ -28,7 +28,7 @@ from hsnn_core.item_attributes import ItemAttributes
 from hsnn_core.schema import KEY_MISSING, Feature, Schema
 
 from .attributes import read_attributes
-from .columns import column, missing_rows, wire_rows
+from .columns import coded_column, column, missing_rows, wire_rows
 from .history import Histories
 from .neighbours import FOLDS, fold_of, neighbours
 from .splits import NAMES, TRAIN, Split
@@ -220,7 +220,7 @@ class UserFeatures:
     def __init__(self, schema: Schema, log: Log, earlier: Callable[[int], EarlierKeys] | None = None) -> None:
         self.log = log
         self.notes: list[str] = []
-        self.of_impression: dict[str, np.ndarray] = {}
+        self.of_impression: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}  # values, and of which row
         self.of_user: dict[str, np.ndarray] = {}  # the last row is that of a user who is not in the table
         self.derived: dict[str, tuple[EarlierKeys, int]] = {}
         self.features = {f.name: f for f in schema.user_features}
@@ -240,8 +240,8 @@ class UserFeatures:
         tables = self.log.tables
         if feature.name in tables.impressions.column_names or tables.users is None:
             where = tables.where("impressions")
-            values = column(tables.impressions, feature.name, where, "user feature")
-            self.of_impression[feature.name] = wire_rows(values, feature, where)
+            values, of = coded_column(tables.impressions, feature.name, where, "user feature")
+            self.of_impression[feature.name] = wire_rows(values, feature, where), of
             return
         where = tables.where("users")
         use = f"user feature; {tables.where('impressions')} lacks it too"
@@ -272,14 +272,21 @@ class UserFeatures:
         return found | {name: keys(rows, length) for name, (keys, length) in self.derived.items()}
 
     def to_fit(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """As `raw` without the histories, whose ids are the item table's."""
-        found = self._declared(rows)
+        """As `raw` without the features `of: item`, whose ids are the item table's."""
+        found = self._declared(rows, lambda feature: feature.encoding != "item")
         return found or {name: missing_rows(self.features[name], 0) for name in self.derived}
 
-    def _declared(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        found = {name: values[rows] for name, values in self.of_impression.items()}
-        user_row = self.log.user_row[rows]
-        return found | {name: values[user_row] for name, values in self.of_user.items()}
+    def _declared(
+        self, rows: np.ndarray, wanted: Callable[[Feature], bool] = lambda feature: True
+    ) -> dict[str, np.ndarray]:
+        found = {}
+        for name, feature in self.features.items():
+            if name in self.of_impression and wanted(feature):
+                values, of = self.of_impression[name]
+                found[name] = values[rows if of is None else of[rows]]
+            elif name in self.of_user and wanted(feature):
+                found[name] = self.of_user[name][self.log.user_row[rows]]
+        return found
 
 
 class _Neighbours:

@@ -1,13 +1,14 @@
 """The external recommenders: one suite that all pass, hand-computed neighbours, fold-in, exclusion, eligibility."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from halves_world import SCHEMA
 
-from hsnn_bench.implicit_models import ALS, BPR, MODELS, ItemKNN, Popularity
+from hsnn_bench.implicit_models import ALS, BPR, MODELS, ItemKNN, Popularity, Recent
 from hsnn_bench.requests import Requests, load_requests, measure, request_histories, train_positives
 from hsnn_core.errors import DataError
 from hsnn_core.schema import Schema
@@ -35,7 +36,7 @@ def three_users():
     return build_dataset(tables.schema, tables, Split.from_dict({"by": "column", "column": "part"}), seed=1)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "popularity"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("popularity", "recent")])
 def test_finds_the_items_of_a_users_own_half(halves, name):
     model = MODELS[name]().fit(halves, SMALL.get(name, {}), seed=1)
     requests = load_requests(halves, "test", "new")
@@ -47,7 +48,7 @@ def test_finds_the_items_of_a_users_own_half(halves, name):
     assert measure(found, valid, requests.wanted, ("recall@4",))["recall@4"] > 0.6
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "recent"])
 def test_same_seed_same_answer_and_no_excluded_item(halves, name):
     requests = load_requests(halves, "test", "new", 20)
     answers = [
@@ -108,6 +109,22 @@ def test_popularity_and_eligibility(three_users):
     found, valid = model.recommend(asked([[], []], eligible=[[1, 1, 1, 1], [1, 0, 1, 0]]), 4)
     assert found[0].tolist() == [1, 0, 2, 3]
     assert valid.tolist() == [4, 2] and found[1, :2].tolist() == [0, 2]
+
+
+def test_recent_counts_the_last_positives_of_every_split_before_the_request(three_users):
+    model = Recent().fit(three_users, {"positives": 2}, seed=1)
+    requests = replace(asked([[], [], []]), time=np.array([3, 0, 6]))
+    found, _ = model.recommend(requests, 4)
+    assert found[0].tolist() == [
+        1,
+        0,
+        2,
+        3,
+    ]  # before 3: items 1 and 0 once each, the more popular in train first
+    assert found[1].tolist() == [1, 0, 2, 3]  # nothing before: popularity
+    assert found[2].tolist() == [1, 2, 0, 3]  # the last two: items 1 and 2
+    with pytest.raises(DataError, match="times compare; set search.candidates: seen_before"):
+        model.recommend(asked([[]]), 4)
 
 
 def test_refuses_what_it_does_not_know(three_users):

@@ -74,7 +74,7 @@ def test_every_space_starts_inside_itself():
             value = space.start[key]
             inside = value in knob.values if isinstance(knob, Choice) else knob.low <= value <= knob.high
             assert inside, f"{name}.{key}"
-    with pytest.raises(DataError, match="'svd': unknown; known: popularity, item_knn"):
+    with pytest.raises(DataError, match="'svd': unknown; known: popularity, recent, item_knn"):
         method("svd")
 
 

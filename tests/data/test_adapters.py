@@ -13,7 +13,7 @@ import yaml
 
 from hsnn_core.errors import DataError
 from hsnn_core.schema import Schema
-from hsnn_train.data.adapters import adapt, globo, ml_100k
+from hsnn_train.data.adapters import _trending, adapt, globo, ml_100k
 from hsnn_train.data.dataset import Dataset, load_dataset
 from hsnn_train.data.requests import evaluation_requests
 
@@ -115,6 +115,28 @@ def test_globo_by_hand(tmp_path: Path) -> None:
     assert last.impressions.column("article_id").to_pylist() == [6, 5, 7]
     assert last.items.column("first_seen").to_pylist()[0] == 0.0  # known from before the kept days
     assert whole.notes == ("1 of 5 clicks are outside the chosen days",)
+
+
+def test_trending_is_what_was_clicked_in_the_half_hour_before_the_last_full_five_minutes() -> None:
+    minute = 60_000
+    keys = np.array([50, 60, 70])
+    time = np.array([0, 1, 4, 5, 9, 36, 2]) * minute  # in the log's order, which is not that of time
+    article = np.array([0, 1, 1, 2, 0, 2, 0])
+    found = _trending(time, article, keys).to_pylist()
+    assert found[0] == found[1] == found[2] == found[6] == []  # nobody had clicked before the log began
+    assert found[3] == [
+        60,
+        50,
+    ]  # two clicks each by minute 5: the smaller key stands last; the click at 5 is no past
+    assert found[4] == found[3]
+    assert found[5] == [70, 50]  # at 35 the first five minutes are over half an hour ago
+
+
+def test_trending_keeps_the_most_clicked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hsnn_train.data.adapters.TRENDING", 2)
+    time = np.array([0, 0, 0, 0, 0, 0, 300_000])
+    found = _trending(time, np.array([0, 1, 1, 2, 2, 2, 0]), np.array([5, 6, 7]))
+    assert found.to_pylist()[-1] == [6, 7]
 
 
 @pytest.mark.parametrize(

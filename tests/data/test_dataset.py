@@ -6,6 +6,7 @@ from typing import Any
 
 import log_samples as sample
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from hsnn_core.errors import DataError
@@ -59,6 +60,34 @@ def test_nothing_is_fitted_on_held_out_users() -> None:
 def test_a_feature_of_the_impressions_wins_over_the_users() -> None:
     data = build({"fractions": [1, 0, 0]}, impressions=sample.impressions(age=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
     assert (np.diff(data.train.users.dense[:, 0]) > 0).all()
+
+
+def test_a_dictionary_encoded_feature_is_the_same_as_a_plain_one() -> None:
+    """What many impressions share, such as a list of what is popular now, need not be stored with each."""
+    features = sample.SCHEMA["features"]
+    user = features["user"] | {"popular": {"kind": "sequence", "of": "item", "length": 2}}
+    schema = sample.schema(features=features | {"user": user})
+    lists = [[10], [10, 20, 30], []]
+    of = [0, 0, 1, 2, 1, 1]
+    plain = sample.impressions(popular=[lists[number] for number in of])
+    coded = sample.impressions(
+        popular=pa.DictionaryArray.from_arrays(
+            pa.array(of, pa.int32()), pa.array(lists, pa.list_(pa.int64()))
+        )
+    )
+    split = {"fractions": [0.5, 0.25, 0.25]}
+    one, other = (build(split, schema=schema, impressions=table) for table in (plain, coded))
+    assert one.test.users.ids[:, -2:].tolist() == [[4, 2], [4, 2]]  # the last two: items 20 and 30
+    for name in ("train", "valid", "test"):
+        np.testing.assert_array_equal(getattr(one, name).users.ids, getattr(other, name).users.ids)
+    np.testing.assert_array_equal(one.raw_users("test", np.array([1]))["popular"], [[20, 30]])
+    nothing = sample.impressions(
+        popular=pa.DictionaryArray.from_arrays(
+            pa.array([0, None, 1, 2, 1, 1]), pa.array(lists, pa.list_(pa.int64()))
+        )
+    )
+    missing = build(split, schema=schema, impressions=nothing)
+    assert missing.train.users.ids[1, -2:].tolist() == [0, 0]
 
 
 def test_users_who_are_not_in_the_table_have_missing_features() -> None:

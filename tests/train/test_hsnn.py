@@ -122,6 +122,18 @@ def test_upper_layers_see_the_representative_not_the_item(world, dataset):
     assert not torch.allclose(out.monn[2][0, 0], out.monn[2][0, 1])
 
 
+def test_matches_of_items_without_a_training_positive_say_only_that_they_match(dataset, make_recipe):
+    model = make_model(make_recipe(), dataset.transform)
+    counts = dataset.item_counts.copy()
+    counts[[2, 5]] = 0
+    model.set_items(dataset.items, counts)
+    for number in (1, 2):
+        table = model.layer(number).interaction.tables.weight("item")
+        cold = [2 + 2, 2 + 5]  # ids begin after padding and unknown
+        assert not table[cold].any()
+        assert table[[2 + 3, 2 + 4]].abs().sum(-1).min() > 0
+
+
 @pytest.mark.parametrize("layers", [["small"], ["two_tower_xs"], ["small", "two_tower_xs"], ["small"] * 4])
 def test_any_depth_runs(dataset, make_recipe, layers):
     recipe = make_recipe(
