@@ -21,7 +21,7 @@ from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
 from hsnn_core.errors import DataError, HsnnError
 from hsnn_core.features import Encoded
-from hsnn_train.checkpoint import Run, check_inputs, write_json
+from hsnn_train.checkpoint import Run, write_json
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.requests import evaluation_requests
 from hsnn_train.recipe import Recipe, load_recipe
@@ -31,7 +31,6 @@ from hsnn_train.trainer import Interrupted
 from . import ours
 from .faiss_twin import Queries, approximate, exhaustive
 from .figures import Summary, by_figure, relative_change
-from .holdout import tuning_dataset
 from .implicit_models import MODELS
 from .published import PUBLISHED
 from .requests import load_requests, measure
@@ -207,10 +206,10 @@ class _Bench:
         figures |= {key: value for key, value in own.items() if value is not None}
         rows = {name: {"figures": figures, "settings": {"widths": report["widths"]}}}
         if name == "two_tower":
-            rows |= self._twins(run, recipe, figures)
+            rows |= self._twins(run, figures)
         return rows
 
-    def _twins(self, run: Run, recipe: Recipe, searched: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    def _twins(self, run: Run, searched: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """The Faiss rows of a trained two-tower. Raises HsnnError when the inner products of its vectors do not rank
         as its search does."""
         k = min(TWIN_K, self.requests.items)
@@ -225,9 +224,7 @@ class _Bench:
                 f"two-tower: inner products of its vectors and its search differ by {apart:.4f} in a figure; is its "
                 "OverArch a dot product?"
             )
-        lent = tuning_dataset(recipe, recipe.train.seed)
-        check_inputs(run.path, lent.schema, lent.transform, lent.items, lent.item_keys)
-        tuning = self._queries(run, lent, "valid")
+        tuning = self._queries(run, self.dataset, "valid")
         rows = {}
         for kind in TWINS:
             twin = approximate(kind, items, tuning, queries, k)

@@ -20,6 +20,7 @@ import numpy as np
 import optuna
 from tqdm import tqdm
 
+from hsnn_cli.commands_training import load_data
 from hsnn_cli.provenance import commit, machine
 from hsnn_core.errors import DataError, HsnnError
 from hsnn_train.checkpoint import write_json
@@ -28,7 +29,6 @@ from hsnn_train.recipe import Recipe, load_recipe
 from hsnn_train.trainer import Interrupted
 
 from . import ours
-from .holdout import tuning_dataset
 from .implicit_models import MODELS
 from .requests import load_requests, measure, metric
 from .spaces import Choice, Knob, Method, Real, method, methods_for
@@ -179,7 +179,12 @@ def run_tuning(
     recipe = load_recipe(data)
     candidates = candidates or recipe.search.candidates
     chosen = {name: method(name) for name in (methods_for(candidates) if methods is None else methods)}
-    dataset = tuning_dataset(recipe, seed)
+    dataset = load_data(recipe)
+    if not (dataset.valid.labels[:, 0] > 0).any():
+        raise DataError(
+            "tuning: the split has no positives in valid; change the recipe's split: to one that has, for example "
+            "{by: time, fractions: [0.8, 0.1, 0.1]}, or add valid_share to one by column"
+        )
     for name, space in chosen.items():
         if space.ours:
             search = {"search.requests": requests, "search.candidates": candidates}

@@ -5,6 +5,7 @@ split: {by: user_time, fractions: [0.8, 0.1, 0.1]}     every user's own log cut
 split: {by: last_days, valid_days: 1, test_days: 1, unit: s}
 split: {by: leave_one_out}                             a user's last positive: test, the one before: valid
 split: {by: column, column: split}                     a column that says train, valid or test
+split: {by: column, column: split, valid_share: 0.03}  the same, with this share of train, drawn at random, for valid
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ LONGEST_DAYS = 36_525  # a log of more than a century has its unit wrong
 @dataclass(frozen=True)
 class Split:
     """A way to divide; ``unit`` is that of the time column, ``task`` the one whose positives are left out
-    (default: the first)."""
+    (default: the first). ``valid_share`` is for splits published without a valid part, which would leave nothing to
+    tune or calibrate on."""
 
     by: str = "time"
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -37,6 +39,7 @@ class Split:
     test_days: float = 1.0
     unit: str = "s"
     column: str = "split"
+    valid_share: float = 0.0
     task: str | None = None
 
     @classmethod
@@ -55,6 +58,15 @@ class Split:
         for key in ("valid_days", "test_days"):
             if key in values and not (_is_number(values[key]) and values[key] >= 0):
                 raise SchemaError(f"split.{key}: got {values[key]!r}, expected a number of days >= 0")
+        share = values.get("valid_share", 0.0)
+        if not _is_number(share) or not 0 <= share < 1:
+            raise SchemaError(
+                f"split.valid_share: got {share!r}, expected a share of train, at least 0, below 1"
+            )
+        if share and values.get("by", "time") != "column":
+            raise SchemaError(
+                "split.valid_share: is for splits by column alone; the others have a valid part"
+            )
         if values.get("unit", "s") not in PER_DAY:
             raise SchemaError(f"split.unit: got {values['unit']!r}, expected one of {', '.join(PER_DAY)}")
         if "fractions" in values:
@@ -163,6 +175,8 @@ def _by_column(split: Split, log: Log) -> np.ndarray:
             f"{where}: column {split.column!r}, row {row}: got {values[row].as_py()!r}, expected "
             f"{', '.join(NAMES)}"
         )
+    drawn = np.random.default_rng(0).random(len(parts)) < split.valid_share
+    parts[(parts == TRAIN) & drawn] = VALID
     return parts
 
 

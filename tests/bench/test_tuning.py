@@ -3,18 +3,11 @@
 import json
 import math
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from halves_world import log
 
-from hsnn_bench.holdout import held_out, tuning_dataset
 from hsnn_bench.spaces import METHODS, Choice, Method, Real, Whole, method
 from hsnn_bench.tuning import keep, run_tuning, tune, tuned
 from hsnn_core.errors import DataError
-from hsnn_train.data.dataset import build_dataset
-from hsnn_train.data.splits import Split
-from hsnn_train.recipe import load_recipe
 
 SPACE = Method({"x": Real(-2, 2), "n": Whole(1, 8), "c": Choice(("a", "b"))}, {"x": 2.0, "n": 8, "c": "b"})
 
@@ -129,34 +122,8 @@ def test_tunes_from_a_recipe_file_and_goes_on(recipe_file, tmp_path, monkeypatch
         run_tuning(str(recipe_file), ["als"], figure="auc")
 
 
-def by_column(parts):
-    tables = log()
-    return tables.schema, type(tables)(
-        tables.schema, tables.impressions.append_column("part", pa.array(parts)), None, tables.items
-    )
-
-
-def test_a_split_without_valid_lends_train_positives_and_leaves_test_out():
-    parts = np.where(np.arange(320) % 8 < 6, "train", "test")
-    schema, tables = by_column(parts.tolist())
-    split = Split.from_dict({"by": "column", "column": "part"})
-    lent = held_out(tables, split, 0.34, seed=1)
-    data = build_dataset(schema, lent, split, seed=1)
-    assert len(data.test) == 0 and len(data.valid) == 40 * 2 and len(data.train) == 40 * 4
-    given = set(zip(tables.impressions["user"].to_pylist(), tables.impressions["item"].to_pylist(), parts))
-    for examples in (data.train, data.valid):
-        assert {(int(u), int(i), "train") for u, i in zip(examples.user_key, examples.item_row)} <= given
-    assert not {*zip(data.train.user_key, data.train.item_row)} & {
-        *zip(data.valid.user_key, data.valid.item_row)
-    }
-    other = held_out(tables, split, 0.34, seed=2)
-    assert other.impressions["item"].to_pylist() != lent.impressions["item"].to_pylist()
-
-
-def test_a_split_that_has_valid_is_used_and_one_that_cannot_lend_is_refused(recipe_file):
-    recipe = load_recipe(recipe_file)
-    assert len(tuning_dataset(recipe, seed=1).valid) == 40
+def test_a_split_without_valid_positives_is_refused(recipe_file, tmp_path):
     text = recipe_file.read_text().replace("by: leave_one_out", "{by: time, fractions: [0.5, 0.0, 0.5]}")
     recipe_file.write_text(text)
     with pytest.raises(DataError, match="the split has no positives in valid"):
-        tuning_dataset(load_recipe(recipe_file), seed=1)
+        run_tuning(str(recipe_file), ["popularity"], work=tmp_path / "w", results=tmp_path / "r")

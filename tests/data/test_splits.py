@@ -6,6 +6,7 @@ from typing import Any
 
 import log_samples as sample
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +109,27 @@ def test_split_by_a_column() -> None:
         Split.from_dict({"by": "column"}).assign(log)
 
 
+def test_a_share_of_train_for_valid() -> None:
+    rows = 4000
+    named = ["train", "test"] * (rows // 2)
+    table = pa.table(
+        {
+            "user_id": [1] * rows,
+            "item_id": [10] * rows,
+            "time": range(rows),
+            "hour": [1] * rows,
+            "part": named,
+        }
+        | {"click": [1] * rows, "buy": [0] * rows}
+    )
+    log = check_tables(sample.tables(impressions=table))
+    split = Split.from_dict({"by": "column", "column": "part", "valid_share": 0.1})
+    parts = split.assign(log)
+    assert (parts[1::2] == TEST).all()
+    assert 150 < (parts[::2] == VALID).sum() < 250
+    assert (split.assign(log) == parts).all()
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -125,6 +147,14 @@ def test_split_by_a_column() -> None:
         ({"fractions": [0.8, 0.3, 0.1]}, "split.fractions: got [0.8, 0.3, 0.1], expected"),
         ({"test_days": -1}, "split.test_days: got -1, expected a number of days >= 0"),
         ({"unit": "h"}, "split.unit: got 'h', expected one of s, ms, us"),
+        (
+            {"by": "column", "valid_share": 1},
+            "split.valid_share: got 1, expected a share of train, at least 0, below 1",
+        ),
+        (
+            {"valid_share": 0.1},
+            "split.valid_share: is for splits by column alone; the others have a valid part",
+        ),
     ],
 )
 def test_bad_split_sections(raw: dict[str, Any], message: str) -> None:
