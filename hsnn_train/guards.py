@@ -14,13 +14,17 @@ import torch
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Torch's deterministic kernels, on the CPU: with several threads the default backward of an index adds in any
-    order. On a GPU, where several of our operations have no such kernel, runs are equal up to rounding."""
-    before = torch.are_deterministic_algorithms_enabled()
+    order. On a GPU, where several of our operations have no such kernel, runs are equal up to rounding. New memory is
+    not filled, as torch then does by default: that finds reads of what nobody wrote, and takes a sixth of a step."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(device.type == "cpu")
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 @contextmanager
