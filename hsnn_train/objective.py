@@ -68,8 +68,14 @@ class Objective:
     ) -> tuple[Weighted, int]:
         t = self.train
         batch = moved(self.batches.make(self.examples, rows, state, rng), self.model.device)
-        out = self.model(batch, moment.alpha)
         labels, labelled = batch.pairs.labels, batch.pairs.labelled
+        if moment.warm:
+            everything = self.model.item_logits(*self.model.two_towers(batch.sides))  # (B, R, T)
+            own = everything.gather(1, batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks))
+            return {
+                "supervised": (1.0, losses.layered([own], labels, labelled, self.weights))
+            }, labelled.numel()
+        out = self.model(batch, moment.alpha)
         parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, labelled, self.weights))}
         if t.unlabelled and t.distil:
             free = torch.zeros_like(labelled)

@@ -65,9 +65,10 @@ class TrainConfig:
         teacher: run directory of a stronger model for the soft labels, as seen from where the command runs;
             none: this model's own last layer.
         refresh_steps: steps between two refreshes of hard paths and representatives.
+        towers_first: whether only the item layer's two towers are trained before init_at; with a pool they always are.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
-            index losses begin; with a pool, only the item layer's two towers are trained before it.
-        trunk_lr: learning rate of the trunk after that, as a share of the rest's, where there is a pool.
+            index losses begin.
+        trunk_lr: learning rate of the trunk after that, as a share of the rest's, where the towers came first.
         warmup: fraction, of the steps after init_at, over which the index losses' weight grows linearly; 0 switches
             the warm-up off.
         max_alpha, alpha_exponent, alpha_until: Eq. 8, over that fraction of the steps after init_at; exponent 0
@@ -96,6 +97,7 @@ class TrainConfig:
     distil: float = 0.1
     teacher: str = ""
     refresh_steps: int = 200
+    towers_first: bool = False
     init_at: float = 0.15
     trunk_lr: float = 0.2
     warmup: float = 0.1
@@ -111,6 +113,11 @@ class TrainConfig:
     interaction_pull: float = 0.1
     em_rounds: int = 3
     checkpoint_steps: int = 500
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether the item layer's two towers are trained alone before everything is."""
+        return self.towers_first or self.pool > 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,10 @@ def _section(kind: type[S], raw: Any, path: str) -> S:
             if not isinstance(value, list | tuple):
                 raise SchemaError(f"{path}.{key}: got {value!r}, expected a list")
             values[key] = tuple(value)
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise SchemaError(f"{path}.{key}: got {value!r}, expected true or false")
+            values[key] = value
         elif isinstance(default, float):
             if isinstance(value, bool) or not isinstance(value, int | float | str):
                 raise SchemaError(f"{path}.{key}: got {value!r}, expected a number")

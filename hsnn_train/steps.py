@@ -40,11 +40,11 @@ def make_optimizer(model: HSNN, train: TrainConfig) -> torch.optim.Optimizer:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, train: TrainConfig, factor: float, warm: bool
 ) -> None:
-    """``factor`` of the recipe's learning rate; beside a pool the trunk has a share of it, but while ``warm``, as long
-    as nothing else is trained."""
+    """``factor`` of the recipe's learning rate; where the two towers came first the trunk has a share of it, but while
+    ``warm``, as long as nothing else is trained."""
     trunk, rest = optimizer.param_groups
     rest["lr"] = train.lr * factor
-    trunk["lr"] = rest["lr"] * (train.trunk_lr if train.pool and not warm else 1.0)
+    trunk["lr"] = rest["lr"] * (train.trunk_lr if train.two_phases and not warm else 1.0)
 
 
 def gradient_step(

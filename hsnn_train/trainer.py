@@ -280,7 +280,7 @@ class Trainer:
     @property
     def _warming(self) -> bool:
         """Whether only the item layer's two towers are trained yet, so that nothing reads the index."""
-        return bool(self.recipe.train.pool) and self.step < self.init_step
+        return self.recipe.train.two_phases and self.step < self.init_step
 
     @property
     def _first_phase(self) -> tuple[Recipe, Dataset, HSNN, torch.optim.Optimizer, int]:
@@ -312,10 +312,10 @@ class Trainer:
         return gradient_step(self.optimizer, self.objective, rows, self.state, moment, self.step, where)
 
     def _lr_factor(self) -> float:
-        """Linear warm-up over 5% of the steps, then a cosine down to a tenth; with a pool once for the two towers
-        alone and once for the whole model."""
+        """Linear warm-up over 5% of the steps, then a cosine down to a tenth; where the two towers come first, once for
+        them and once for the whole model."""
         step, steps = self.step, self.steps
-        if self.recipe.train.pool:
+        if self.recipe.train.two_phases:
             start, end = (0, self.init_step) if self._warming else (self.init_step, self.steps)
             step, steps = step - start, end - start
         warm = max(1, steps // 20)

@@ -1,6 +1,6 @@
-"""Warm starts shared by runs. With a pool, training begins with the item layer's two towers alone, and what they are at
-the end of that phase depends on neither the layers above nor the index. So runs that agree in everything else may
-share it: the result is the same, bit for bit, as if each had trained it.
+"""Warm starts shared by runs. Where the two towers come first, training begins with the item layer's alone, and what
+they are at the end of that phase depends on neither the layers above nor the index. So runs that agree in everything
+else may share it: the result is the same, bit for bit, as if each had trained it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from .hsnn import HSNN
 from .recipe import Recipe
 
 #: of `train:`, what the first phase reads
-READ = ("batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negative_power")
+READ = (
+    "batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives", "unlabelled",
+    "negative_power",
+)  # fmt: skip
 
 
 class WarmStarts:
@@ -70,14 +73,14 @@ class WarmStarts:
                     "optimizer": {
                         name: state[number] for name, (_, number) in found.items() if number in state
                     },
-                    "history": [row for row in history if "retrieval" in row],
+                    "history": [row for row in history if "loss" in row],
                 },
                 f,
             )
 
     def _path(self, recipe: Recipe, dataset: Dataset, model: HSNN, steps: int) -> Path | None:
         """Where such a phase is kept; None when the run has none, or several trunks."""
-        if not recipe.train.pool or len(model.trunks) > 1:
+        if not recipe.train.two_phases or len(model.trunks) > 1:
             return None
         train = dataset.train
         content = hashlib.sha256()

@@ -12,6 +12,7 @@ from hsnn_train.trainer import Trainer, make_batches
 from hsnn_train.warm import WarmStarts
 
 POOLED = {"pool": 40, "negatives": 5, "hard": 3, "unlabelled": 0, "init_at": 0.5, "max_steps": 12}
+TOWERS_FIRST = {"towers_first": True, "init_at": 0.5, "max_steps": 12}
 
 
 def test_pooled_softmax_is_the_corrected_log_softmax_of_the_positive():
@@ -64,13 +65,14 @@ def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(data
     assert not everything.log_inclusion.any()
 
 
-def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_recipe, tmp_path):
+@pytest.mark.parametrize("train", [POOLED, TOWERS_FIRST], ids=["pool", "impressions"])
+def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_recipe, tmp_path, train):
     folder = WarmStarts(tmp_path / "warm")
 
     def trained(name, layers, warm):
         depth = len(layers) - 1
         model = {"layers": layers, "codebooks": [5] * depth, "dropout": 0.2}
-        recipe = make_recipe(model=model, search={"widths": [3] * depth}, train=POOLED)
+        recipe = make_recipe(model=model, search={"widths": [3] * depth}, train=train)
         return Trainer(recipe, dataset, tmp_path / name, progress=False, warm=warm)
 
     trained("first", ["cpu_s"], folder).train()
@@ -87,8 +89,11 @@ def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_rec
     assert len(list((tmp_path / "warm").iterdir())) == 1
 
 
-def test_an_interrupted_pooled_run_ends_where_an_uninterrupted_one_does(dataset, make_recipe, tmp_path):
-    recipe = make_recipe(model={"dropout": 0.2}, train=POOLED | {"checkpoint_steps": 4})
+@pytest.mark.parametrize("train", [POOLED, TOWERS_FIRST], ids=["pool", "impressions"])
+def test_an_interrupted_run_of_two_phases_ends_where_an_uninterrupted_one_does(
+    dataset, make_recipe, tmp_path, train
+):
+    recipe = make_recipe(model={"dropout": 0.2}, train=train | {"checkpoint_steps": 4})
     whole = Trainer(recipe, dataset, tmp_path / "whole", progress=False).train().state_dict()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_one_step", _stop_after(Trainer._one_step, 9))
@@ -140,6 +145,19 @@ def losses_of(trainer, step):
     trainer.step = step
     trainer.model.train()
     return trainer._one_step()[0]
+
+
+def test_before_the_index_only_the_item_layers_towers_learn_from_impressions(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(train=TOWERS_FIRST | {"init_at": 1.0})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    layers = trainer.model.layers
+    own = f"trunks.{trainer.model.trunk_of[-1]}.", f"monn.{layers - 1}.dot."
+    assert any(name.startswith(own[0]) for name in moved)
+    assert all(name.startswith(own) or name.startswith("lti.") for name in moved)
+    assert [row["supervised"] for row in trainer.history if "supervised" in row][-1] > 0
 
 
 def test_only_a_learnt_index_pulls_its_items_and_only_after_the_first_phase(dataset, make_recipe, tmp_path):
