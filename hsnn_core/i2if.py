@@ -9,6 +9,8 @@ those items that count. Per candidate there are three dense crossings and the id
     2  share of the item's terms that matched (0 without any)
 
 A term weighs as often as the user has it; in an interaction that fades, its occurrences lose weight with age.
+A node is crossed as its representative is; in an interaction of members, what all its items weigh is the
+representative's, for which the user's query is rewritten per layer.
 
 Two plans give the same bits: `probe` looks the user up from the candidates' forward lists (few candidates),
 `walk` runs over the postings of the user's terms (all nodes of a layer). Both only collect integers; one
@@ -17,7 +19,7 @@ function turns them into features. Padding (0) and unknown (1) never match and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from threading import local
@@ -36,6 +38,10 @@ DENSE_PER_INTERACTION = 3
 FRESH = 256
 # Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
 TABLE_ENTRIES = 1 << 20
+
+
+#: positions of items (n,) -> positions of the items that represent their nodes (n,)
+StandIn = Callable[[np.ndarray], np.ndarray]
 
 
 class CrossSpec(NamedTuple):
@@ -180,12 +186,22 @@ class I2IF:
         """Sum of the interactions' matches."""
         return self.id_slots[-1].stop
 
-    def query(self, user_ids: np.ndarray) -> Query:
-        """The terms of encoded user ids (B, S) int32. Raises FeatureError for ids outside their space."""
-        found: dict[str, np.ndarray] = {}
-        return Query(tuple(self._user_terms(spec, user_ids[:, spec.user], found) for spec in self.specs))
+    @property
+    def of_members(self) -> bool:
+        """Whether nodes need queries of their own, because an interaction counts their items."""
+        return any(spec.interaction.members for spec in self.specs)
 
-    def _user_terms(self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray]) -> Terms:
+    def query(self, user_ids: np.ndarray, stand_in: StandIn | None = None) -> Query:
+        """The terms of encoded user ids (B, S) int32; for nodes, ``stand_in`` says which item represents the node that
+        an item lies in. Raises FeatureError for ids outside their space."""
+        found: dict[str, np.ndarray] = {}
+        return Query(
+            tuple(self._user_terms(spec, user_ids[:, spec.user], found, stand_in) for spec in self.specs)
+        )
+
+    def _user_terms(
+        self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray], stand_in: StandIn | None
+    ) -> Terms:
         """``found``: positions of the items that a user feature names, for the interactions that share it."""
         limit = len(self.position_of_id) if spec.interaction.through else spec.cardinality
         if ids.size and (ids.min() < 0 or ids.max() >= limit):
@@ -194,12 +210,18 @@ class I2IF:
                 f"{limit - 1}; encode users with the transform of this snapshot"
             )
         weights = _occurrence_weights(ids, spec.interaction.fade)
-        if not spec.interaction.through:
+        of_nodes = spec.interaction.members and stand_in is not None
+        if not (spec.interaction.through or of_nodes):
             return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
         user = spec.interaction.user
         if user not in found:
             found[user] = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
         positions = found[user]
+        if of_nodes and stand_in is not None:
+            own = np.zeros(ids.shape, np.int32)
+            there = positions >= 0
+            own[there] = self.forward[spec.interaction.item].take(stand_in(positions[there]))[:, 0]
+            return _summed(own, weights)
         terms = self.forward[spec.interaction.item].take(np.maximum(positions, 0))  # (B, S, L)
         terms[positions < 0] = ID_PADDING
         spread = np.broadcast_to(weights[:, :, None], terms.shape)

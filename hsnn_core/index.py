@@ -117,6 +117,13 @@ class HierarchicalIndex:
         self._check_layer(layer)
         return np.repeat(np.arange(self.nodes(layer), dtype=np.int32), self.occupancy(layer))
 
+    def node_of(self, layer: int, positions: np.ndarray) -> np.ndarray:
+        """The nodes of a layer that positions (n,) lie in, int64."""
+        self._check_layer(layer)
+        if layer == self.layers:
+            return positions.astype(np.int64)
+        return np.searchsorted(self._item_ptrs[layer - 1], positions, side="right") - 1
+
     def item_ptr(self, layer: int) -> np.ndarray:
         """(I_l + 1,) int64: the items of node i are the positions item_ptr[i]:item_ptr[i+1]."""
         self._check_layer(layer)

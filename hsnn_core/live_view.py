@@ -165,6 +165,15 @@ class LiveView:
             numbers, _ = self.children(below, numbers)
         return numbers if self.gone is None else numbers[~bits_at(self.gone, numbers)]
 
+    def node_of(self, layer: int, positions: np.ndarray) -> np.ndarray:
+        """See `HierarchicalIndex.node_of`."""
+        if layer == self.layers:
+            return positions.astype(np.int64)
+        late = positions >= self.base.items
+        nodes = self.base.node_of(layer, np.where(late, 0, positions))
+        nodes[late] = self.added_nodes[positions[late] - self.base.items, layer - 1]
+        return nodes
+
     def representatives(self, layer: int) -> np.ndarray:
         """(I_l,) position of the item whose features stand for each node; an item stands for itself."""
         return self._every_position if layer == self.layers else self.representative[layer - 1]

@@ -110,7 +110,8 @@ class Interaction:
     """A crossing of a user feature with an item feature (I2IF), returning at most ``matches`` ids.
 
     ``through``: the user's ids are items, and it is the terms of those items that are matched. ``fade``: what an
-    occurrence in the user's sequence weighs relative to the one after it; 1: all weigh the same.
+    occurrence in the user's sequence weighs relative to the one after it; 1: all weigh the same. ``members``: a node is
+    crossed by what the user's items among all its items weigh, not by its representative alone.
     """
 
     name: str
@@ -119,11 +120,14 @@ class Interaction:
     matches: int
     through: bool
     fade: float = 1.0
+    members: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as written in a schema file."""
         entry: dict[str, Any] = {"user": self.user, "item": self.item, "matches": self.matches}
-        return entry if self.fade == 1.0 else entry | {"fade": self.fade}
+        if self.fade != 1.0:
+            entry["fade"] = self.fade
+        return entry | {"nodes": "members"} if self.members else entry
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
         path = f"interactions.{name}"
         _name(path, name)
         entry = _mapping(path, entry)
-        _known(path, entry, ("user", "item", "matches", "fade"))
+        _known(path, entry, ("user", "item", "matches", "fade", "nodes"))
         user, item = (_side(path, owner, entry.get(owner), features) for owner in OWNERS)
         through = user.space != item.space
         if through and user.space != ITEM_SPACE:
@@ -254,7 +254,16 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
             raise SchemaError(
                 f"{path}.fade: {user.name} is no sequence, so nothing in it is older; leave it out"
             )
-        found.append(Interaction(name, user.name, item.name, matches, through, fade))
+        nodes = entry.get("nodes", "representative")
+        if nodes not in ("representative", "members"):
+            raise SchemaError(f"{path}.nodes: got {nodes!r}, expected representative or members")
+        members = nodes == "members"
+        if members and (item.space != ITEM_SPACE or item.length != 1):
+            raise SchemaError(
+                f"{path}.nodes: members are counted by the item itself; {item.name} is not, cross a feature of one id "
+                "`of: item`"
+            )
+        found.append(Interaction(name, user.name, item.name, matches, through, fade, members))
     return tuple(found)
 
 

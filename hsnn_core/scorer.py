@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Protocol
 
@@ -62,14 +63,16 @@ class ScoredIndex(Protocol):
 
     def representatives(self, layer: int) -> np.ndarray: ...
 
+    def node_of(self, layer: int, positions: np.ndarray) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class UserState:
-    """What is computed once per request: the user tower's outputs and the I2IF query."""
+    """What is computed once per request: the user tower's outputs and the I2IF queries."""
 
     batch: int
     towers: tuple[np.ndarray, ...]  # (B, U_l) per layer
-    query: Query | None  # None without interactions
+    queries: tuple[Query, ...]  # per layer; none without interactions
 
 
 class LayerScorer:
@@ -149,8 +152,18 @@ class LayerScorer:
                     f"the user tower's {name} has shape {value.shape}, expected ({batch}, width)"
                 )
             towers.append(value)
-        query = None if self._i2if is None else self._i2if.query(users.ids)
-        return UserState(batch, tuple(towers), query)
+        return UserState(batch, tuple(towers), self._queries(users.ids))
+
+    def _queries(self, user_ids: np.ndarray) -> tuple[Query, ...]:
+        if self._i2if is None:
+            return ()
+        of_items, above = self._i2if.query(user_ids), range(1, self.index.layers)
+        if not self._i2if.of_members:
+            return (of_items,) * self.index.layers
+        return (*(self._i2if.query(user_ids, partial(self._stand_in, layer)) for layer in above), of_items)
+
+    def _stand_in(self, layer: int, positions: np.ndarray) -> np.ndarray:
+        return self.index.representatives(layer)[self.index.node_of(layer, positions)]
 
     def score(
         self, state: UserState, layer: int, nodes: np.ndarray, previous: np.ndarray
@@ -202,7 +215,7 @@ class LayerScorer:
         return _joined(monn), _joined(logits)
 
     def _walk(self, state: UserState, layer: int) -> dict[str, np.ndarray]:
-        if self._i2if is None or state.query is None:
+        if self._i2if is None:
             return {}
         # Requests share the scorer: the first one that walks a layer builds its postings for all.
         representatives = self.index.representatives(layer)
@@ -211,15 +224,15 @@ class LayerScorer:
             if built is None or built[0] is not representatives:
                 built = (representatives, self._i2if.postings(representatives))
                 self._postings[layer] = built
-        return _named(self._i2if.walk(state.query, built[1]))
+        return _named(self._i2if.walk(state.queries[layer - 1], built[1]))
 
     def _probe(self, state: UserState, layer: int, nodes: np.ndarray) -> dict[str, np.ndarray]:
-        if self._i2if is None or state.query is None:
+        if self._i2if is None:
             return {}
         # A node of the item layer is its own position: no table of V entries per request.
         item_layer = layer == self.index.layers
         positions = nodes if item_layer else self.index.representatives(layer)[nodes]
-        return _named(self._i2if.probe(state.query, positions))
+        return _named(self._i2if.probe(state.queries[layer - 1], positions))
 
 
 def _rows(table: np.ndarray | RowTable) -> RowTable:

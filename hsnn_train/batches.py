@@ -207,8 +207,8 @@ class BatchMaker:
         cross_dense: list[Tensor | None] = [None] * self.layers
         cross_ids: list[Tensor | None] = [None] * self.layers
         if self.i2ifs:
-            per_layer = [state.representative[layer][candidates] for layer in range(self.layers - 1)]
-            for layer, found in enumerate(self._crossings(users.ids, [*per_layer, candidates], fold)):
+            stand_ins = [*(state.representative[layer] for layer in range(self.layers - 1)), None]
+            for layer, found in enumerate(self._crossings(users.ids, candidates, stand_ins, fold)):
                 cross_dense[layer] = torch.from_numpy(found.dense)
                 cross_ids[layer] = torch.from_numpy(found.ids)
         return Pairs(
@@ -220,15 +220,26 @@ class BatchMaker:
         )
 
     def _crossings(
-        self, user_ids: np.ndarray, layers: Sequence[np.ndarray], fold: np.ndarray
+        self,
+        user_ids: np.ndarray,
+        candidates: np.ndarray,
+        stand_ins: Sequence[np.ndarray | None],
+        fold: np.ndarray,
     ) -> list[Crossings]:
-        """Of users (B, S) with positions (B, C) per layer, each user by its fold's lists."""
+        """Per layer of users (B, S) with what stands in there for candidates (B, C), each user by its fold's lists.
+        ``stand_ins``: (V,) int32 row of the representative of every item's node; None for the items themselves."""
         out: list[Crossings] = []
         for number in np.unique(fold):
             rows = np.flatnonzero(fold == number)
             i2if = self.i2ifs[number]
-            query = i2if.query(user_ids[rows])
-            found = [i2if.probe(query, positions[rows]) for positions in layers]
+            users, of_items = user_ids[rows], i2if.query(user_ids[rows])
+            found = []
+            for stand_in in stand_ins:
+                if stand_in is None:
+                    found.append(i2if.probe(of_items, candidates[rows]))
+                    continue
+                query = i2if.query(users, stand_in.__getitem__) if i2if.of_members else of_items
+                found.append(i2if.probe(query, stand_in[candidates[rows]]))
             if len(rows) == len(user_ids):
                 return found
             if not out:

@@ -85,6 +85,7 @@ SMALL_SCHEMA = {
     "interactions": {
         "topics": {"user": "history", "item": "category", "matches": 2},
         "seen": {"user": "history", "item": "item"},
+        "near": {"user": "history", "item": "item", "fade": 0.5, "nodes": "members"},
     },
 }
 

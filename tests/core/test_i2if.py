@@ -140,6 +140,31 @@ def test_both_plans_equal_the_slow_twin(seed, rows, nodes, few):
     equal(i2if.walk(query, i2if.postings(reps)), probed)
 
 
+def test_members_of_a_node_weigh_together_as_its_representative():
+    items = np.array([10, 20, 30, 40])
+    declared = ads()
+    declared["interactions"] = {"seen": {"user": "history", "item": "item", "nodes": "members"}}
+    schema = Schema.from_dict(declared)
+    raw = {"item": items[:, None], "category": np.full((4, 4), X)}
+    transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, raw, items)
+    i2if = I2IF.build(
+        schema, transform, transform.encode_items(raw), np.array([-1, -1, 0, 1, 2, -1], np.int32)
+    )
+    users = transform.encode_users({"history": np.array([[20, 10, 30, 20, 40], [40, X, X, X, X]])})
+    assert i2if.of_members
+    # items 10 and 20 lie in one node, which 10 represents; 30 is alone; 40 has left
+    of_nodes = i2if.query(users.ids, np.array([0, 0, 2]).__getitem__)
+    assert of_nodes.terms[0].terms.tolist() == [[2, 4], [0, 0]]
+    assert of_nodes.terms[0].weights.tolist() == [[3, 1], [0, 0]]
+    found = i2if.probe(of_nodes, np.array([[0, 2], [0, 2]]))
+    np.testing.assert_array_equal(found.dense[0], np.array([[1, 3 / 4, 1], [1, 1 / 4, 1]], np.float32))
+    assert not found.dense[1].any()
+    assert found.ids.tolist() == [[[2], [4]], [[0], [0]]]
+    equal(i2if.walk(of_nodes, i2if.postings(np.array([0, 2]))), found)
+    # an item weighs what it did
+    assert i2if.query(users.ids).terms[0].weights.tolist() == [[1, 2, 1, 1], [1, 0, 0, 0]]
+
+
 def test_interactions_that_read_one_history_equal_the_slow_twin():
     """Two go through the history's items, one of them fading; one crosses it as it is."""
     rng = np.random.default_rng(6)

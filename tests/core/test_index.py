@@ -70,6 +70,7 @@ def test_build_of_random_trees(seed, layers, items):
             members.setdefault(tuple(path[:layer]), []).append(row)
         assert [tuple(code) for code in index.codes[layer - 1]] == sorted(members)  # no empty node exists
         of_node = index.ancestors(layer)
+        np.testing.assert_array_equal(index.node_of(layer, np.arange(items)), of_node)
         for node, path in enumerate(sorted(members)):
             rows = members[path]
             held = index.row_of_position[of_node == node]

@@ -295,6 +295,14 @@ def at(path: str, value):
             "interactions.topics.matches: got True, expected a whole number",
         ),
         (
+            at("interactions.seen.nodes", "all"),
+            "interactions.seen.nodes: got 'all', expected representative or members",
+        ),
+        (
+            at("interactions.topics.nodes", "members"),
+            "interactions.topics.nodes: members are counted by the item itself; category is not, cross a feature",
+        ),
+        (
             at("interactions.topics.match", 1),
             "interactions.topics.match: unknown setting, expected one of user, item, ",
         ),

@@ -30,6 +30,8 @@ class Crossings:
 class FakeI2IF:
     """Crossings from the user's first id and the item's position alone; remembers which plan ran."""
 
+    of_members = False
+
     def __init__(self, ids_width: int = 2) -> None:
         self.ids_width = ids_width
         self.plans: list[str] = []

@@ -28,7 +28,7 @@ SCHEMA = {
     },
     "interactions": {
         "topics": {"user": "history", "item": "category"},
-        "seen": {"user": "history", "item": "item"},
+        "seen": {"user": "history", "item": "item", "nodes": "members"},
     },
 }
 
