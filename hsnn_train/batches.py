@@ -91,12 +91,14 @@ class Pool:
     """Items that all users of a batch are scored against by their two-tower vectors.
 
     rows (M,) int32, ascending, item-table rows; positive (B,) int64 into them; log_inclusion (M,) float32: log of
-    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always).
+    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always); exists
+    (B, M) bool: whether the item had appeared in the log at the user's time; None: all had.
     """
 
     rows: np.ndarray
     positive: np.ndarray
     log_inclusion: np.ndarray
+    exists: np.ndarray | None = None
 
 
 class BatchMaker:
@@ -109,6 +111,8 @@ class BatchMaker:
         layers: N.
         negatives, unlabelled: sampled candidates per example, with label 0 and without label.
         power: see `CandidateSampler`.
+        first_time: (V,) int64 time of the item's first impression, where a negative has to have existed at the time of
+            the impression it is drawn for; None where the catalogue stands still.
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class BatchMaker:
         negatives: int,
         unlabelled: int,
         power: float,
+        first_time: np.ndarray | None = None,
     ) -> None:
+        self.first_time = first_time
         self.items = dataset.items
         self.i2ifs = i2ifs
         self.layers = layers
@@ -144,6 +150,9 @@ class BatchMaker:
         labelled = np.zeros(candidates.shape, np.float32)
         labelled[:, : 1 + self.negatives] = 1.0
         labelled[:, 1:] *= sampled != own[:, None]  # a draw of the positive itself is no negative
+        exists = self._exists(examples, rows, sampled)
+        if exists is not None:
+            labelled[:, 1:] *= exists
         users = users_of(examples, rows)
         return self.assemble(users, candidates, state, labels, labelled, examples.fold[rows])
 
@@ -153,12 +162,20 @@ class BatchMaker:
         own = examples.item_row[rows]
         seen = self.of_seen.rows
         if len(seen) <= size:
-            return Pool(seen, np.searchsorted(seen, own), np.zeros(len(seen), np.float32))
+            exists = self._exists(examples, rows, seen)
+            return Pool(seen, np.searchsorted(seen, own), np.zeros(len(seen), np.float32), exists)
         drawn = np.unique(np.concatenate([self.of_seen.draw((size,), rng), own]))
         at = np.searchsorted(seen, drawn)
         absent = size * np.log1p(-self.of_seen.share[at]) + len(rows) * np.log1p(-self.frequency[at])
         log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)
-        return Pool(drawn, np.searchsorted(drawn, own), log_inclusion)
+        return Pool(drawn, np.searchsorted(drawn, own), log_inclusion, self._exists(examples, rows, drawn))
+
+    def _exists(self, examples: Examples, rows: np.ndarray, items: np.ndarray) -> np.ndarray | None:
+        """(B, n) bool: whether item rows (n,) or (B, n) had appeared by the time of the examples ``rows`` (B,)."""
+        if self.first_time is None:
+            return None
+        exists: np.ndarray = self.first_time[items] <= examples.time[rows][:, None]
+        return exists
 
     def assemble(
         self,

@@ -27,6 +27,7 @@ from .hsnn import HSNN, HSNNOutput, Pairs
 from .recipe import TrainConfig
 from .teacher import Teacher
 
+NEVER = -1e4  # the logit of what cannot be; an infinite one times a target of 0 would be no number
 Weighted = dict[str, tuple[float, Tensor]]
 
 
@@ -105,18 +106,22 @@ class Objective:
             map(torch.from_numpy, (pool.positive, self.examples.labels[rows], pool.log_inclusion))
         )
         positive, hit, log_inclusion = moved(of_pool, model.device)
+        unborn = None if pool.exists is None else moved(torch.from_numpy(~pool.exists), model.device)
+
+        def possible(logits: Tensor) -> Tensor:
+            return logits if unborn is None else logits.masked_fill(unborn.unsqueeze(-1), NEVER)
 
         def over_pool(logits: Tensor) -> Tensor:
             return losses.pooled_softmax(logits, positive, log_inclusion, hit * self.weights)
 
         if moment.warm:
-            logits = model.item_logits(*model.two_towers(sides))
+            logits = possible(model.item_logits(*model.two_towers(sides)))
             return {"retrieval": (t.softmax, over_pool(logits))}, len(rows) * len(pool.rows)
         embedded = model.embed(sides, moment.alpha)
-        logits = model.pool_logits(embedded, model.layers)
+        logits = possible(model.pool_logits(embedded, model.layers))
         parts: Weighted = {"retrieval": (t.softmax, over_pool(logits))}
         proposal = torch.softmax(logits[..., 0].detach() - log_inclusion, dim=-1)  # (B, M)
-        for_nodes = [model.pool_logits(embedded, layer) for layer in range(1, model.layers)]
+        for_nodes = [possible(model.pool_logits(embedded, layer)) for layer in range(1, model.layers)]
         if for_nodes:
             parts["nodes"] = (t.softmax, torch.stack([over_pool(own) for own in for_nodes]).sum())
             if t.node_distil:
@@ -144,7 +149,8 @@ class Objective:
             )
         index = None
         if embedded.lti is not None:
-            index = torch.stack([over_pool(chain) for chain in model.index_logits(embedded)]).sum()
+            chains = [possible(chain) for chain in model.index_logits(embedded)]
+            index = torch.stack([over_pool(chain) for chain in chains]).sum()
         parts |= self._structure(out, index, moment)
         return parts, pairs.of.numel()
 
@@ -163,6 +169,8 @@ class Objective:
         easy = torch.randint(count, (len(rows), t.negatives - t.hard), device=device)
         of = torch.cat([positive, hard, easy], dim=1)  # (B, C)
         labelled = (of != positive).to(torch.float32)
+        if pool.exists is not None:
+            labelled *= torch.from_numpy(pool.exists).to(device).gather(1, of)
         labelled[:, 0] = 1.0
         labels = np.zeros((*of.shape, self.model.tasks), np.float32)
         labels[:, 0] = self.examples.labels[rows]

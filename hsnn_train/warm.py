@@ -93,6 +93,7 @@ class WarmStarts:
             "trunk": repr(model.trunk(model.layers).config),
             "dropout": [recipe.model.dropout, recipe.model.id_dropout],
             "train": {name: getattr(recipe.train, name) for name in READ},
+            "only_what_exists": recipe.search.candidates == "seen_before",
             "steps": steps,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
