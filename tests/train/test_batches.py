@@ -31,6 +31,25 @@ def test_a_log_without_positives_draws_among_all():
     assert set(drawn.tolist()) == {0, 1, 2}
 
 
+def test_what_had_not_appeared_is_no_negative_where_the_catalogue_grows(dataset, make_recipe):
+    growing = make_recipe(train={"negatives": 6, "unlabelled": 0}, search={"candidates": "seen_before"})
+    model = make_model(growing, dataset.transform)
+    state, _ = refresh(model, dataset.items, dataset.item_keys)
+    rows = np.arange(60)  # the log's first impressions: most items are still to come
+    batch = make_batches(dataset, growing).make(dataset.train, rows, state, step_rng(0, 7))
+    had_appeared = dataset.item_first_time[batch.candidates] <= dataset.train.time[rows][:, None]
+    own = batch.candidates == dataset.train.item_row[rows][:, None]
+    expected = had_appeared & ~own
+    expected[:, 0] = True
+    assert np.array_equal(batch.pairs.labelled.numpy() > 0, expected)
+    assert 0 < expected[:, 1:].mean() < 0.7
+    pool = make_batches(dataset, growing).pool(dataset.train, rows, 40, step_rng(0, 7))
+    assert np.array_equal(pool.exists, dataset.item_first_time[pool.rows] <= rows[:, None])
+    assert pool.exists[rows, pool.positive].all()
+    still = make_recipe(train={"negatives": 6, "unlabelled": 0})
+    assert make_batches(dataset, still).pool(dataset.train, rows, 40, step_rng(0, 7)).exists is None
+
+
 def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):
     recipe = make_recipe(train={"negatives": 3, "unlabelled": 2})
     model = make_model(recipe, dataset.transform)

@@ -8,6 +8,7 @@ from hsnn_core.errors import SchemaError
 from hsnn_train import losses
 from hsnn_train.batches import CandidateSampler, step_rng
 from hsnn_train.evaluate import platt
+from hsnn_train.objective import Moment
 from hsnn_train.trainer import Trainer, make_batches
 from hsnn_train.warm import WarmStarts
 
@@ -158,6 +159,28 @@ def test_before_the_index_only_the_item_layers_towers_learn_from_impressions(dat
     assert any(name.startswith(own[0]) for name in moved)
     assert all(name.startswith(own) or name.startswith("lti.") for name in moved)
     assert [row["supervised"] for row in trainer.history if "supervised" in row][-1] > 0
+
+
+@pytest.mark.parametrize("candidates", ["all", "seen_before"])
+def test_items_that_had_not_appeared_learn_nothing_from_the_pool(dataset, make_recipe, tmp_path, candidates):
+    recipe = make_recipe(train=POOLED | {"pool": 1000, "distil": 0.0}, search={"candidates": candidates})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    trainer._refresh(Bar())
+    rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[:12]
+    to_come = np.flatnonzero(
+        (dataset.item_counts > 0) & (dataset.item_first_time > dataset.train.time[rows[-1]])
+    )
+    assert len(to_come) > 20
+    for step in (0, trainer.init_step):  # the two towers alone, then everything
+        trainer.step = step
+        moment = Moment(trainer.alpha(), 1.0, trainer._warming)
+        parts, _ = trainer.objective(rows, trainer.state, moment, step_rng(0, step))
+        trainer.optimizer.zero_grad()
+        assert torch.isfinite(parts["loss"])
+        (parts["retrieval"] + parts.get("nodes", 0.0)).backward()
+        own = trainer.model.trunk(3).lookup.tables.weight("item").grad[to_come + 2]
+        assert bool(own.abs().sum(-1).gt(0).all()) == (candidates == "all")
+        assert bool(own.any()) == (candidates == "all")
 
 
 def test_only_a_learnt_index_pulls_its_items_and_only_after_the_first_phase(dataset, make_recipe, tmp_path):
