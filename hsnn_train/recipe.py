@@ -33,7 +33,8 @@ CANDIDATES = ("all", "new", "seen_before")
 class ModelConfig:
     """layers: a preset name per layer, coarse to fine; codebooks: K_l per index layer; columns: for method
     "hierarchy", the item table's columns from coarse to fine; pool: batches the balance loss pools; dropout: of
-    histories; id_dropout: share of item ids that training replaces by the unknown id."""
+    histories; id_dropout: share of item ids that training replaces by the unknown id; min_positives: items with fewer
+    training positives share the unknown id's embedding."""
 
     layers: tuple[str, ...] = ("cpu_l", "cpu_m", "cpu_s")
     index: str = "joint"
@@ -42,6 +43,7 @@ class ModelConfig:
     pool: int = 8
     dropout: float = 0.0
     id_dropout: float = 0.0
+    min_positives: int = 1
 
     def monns(self) -> list[MoNNConfig]:
         return [preset(name) for name in self.layers]
@@ -248,7 +250,7 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
     """SchemaError for numbers that could only fail later, in the middle of a run."""
     sections = {"model": model, "train": train, "search": search}
     smallest = {
-        1: ("model.pool", "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
+        1: ("model.pool", "model.min_positives", "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
             "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
             "search.requests"),
         0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard"),

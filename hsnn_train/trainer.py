@@ -120,7 +120,7 @@ class Trainer:
         self.recipe, self.dataset, self.run, self.progress = recipe, dataset, run, progress
         torch.manual_seed(t.seed)
         self.model: HSNN = make_model(recipe, dataset.transform)
-        self.model.set_items(dataset.items, dataset.item_counts)
+        self.model.set_items(dataset.items, dataset.item_counts, recipe.model.min_positives)
         if t.pool:
             self.model.fix_temperature(t.temperature)
         self.model.to(device)

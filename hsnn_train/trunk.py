@@ -243,7 +243,7 @@ class Trunk(nn.Module):
     @torch.no_grad()
     def set_items(self, ids: Tensor, known: Tensor) -> None:
         """Tell the trunk of the corpus: packed item ids (V, S) int32 in the order of the item vocabulary, and which of
-        the items have a training positive, bool (V,)."""
+        the items have training positives enough for an embedding of their own, bool (V,)."""
         if len(self.lookup.item_ids):  # type: ignore[arg-type]
             self.lookup.item_ids[2:] = ids  # type: ignore[operator]
             self.lookup.alias[2:][~known] = UNKNOWN  # type: ignore[index]

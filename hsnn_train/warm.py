@@ -92,6 +92,7 @@ class WarmStarts:
             "data": content.hexdigest(),
             "trunk": repr(model.trunk(model.layers).config),
             "dropout": [recipe.model.dropout, recipe.model.id_dropout],
+            "min_positives": recipe.model.min_positives,
             "train": {name: getattr(recipe.train, name) for name in READ},
             "only_what_exists": recipe.search.candidates == "seen_before",
             "steps": steps,

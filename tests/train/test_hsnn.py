@@ -13,7 +13,7 @@ from hsnn_train.losses import layered
 from hsnn_train.refresh import index_vectors, refresh, residual_kmeans
 from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
-from hsnn_train.trainer import make_batches
+from hsnn_train.trainer import Trainer, make_batches
 
 
 @pytest.fixture
@@ -132,6 +132,18 @@ def test_matches_of_items_without_a_training_positive_say_only_that_they_match(d
         cold = [2 + 2, 2 + 5]  # ids begin after padding and unknown
         assert not table[cold].any()
         assert table[[2 + 3, 2 + 4]].abs().sum(-1).min() > 0
+
+
+def test_items_of_few_training_positives_share_the_unknown_ids_embedding(dataset, make_recipe, tmp_path):
+    least = int(np.median(dataset.item_counts))
+    few = dataset.item_counts < least
+    assert 0 < few.sum() < len(few)
+    recipe = make_recipe(model={"min_positives": least})
+    model = Trainer(recipe, dataset, tmp_path / "run", progress=False).model
+    alias = model.trunks[0].lookup.alias[2:].numpy()
+    assert np.array_equal(alias, np.where(few, 1, 2 + np.arange(len(few))))
+    with pytest.raises(SchemaError, match="model.min_positives: got 0, expected a whole number of at least 1"):
+        make_recipe(model={"min_positives": 0})
 
 
 @pytest.mark.parametrize("layers", [["small"], ["two_tower_xs"], ["small", "two_tower_xs"], ["small"] * 4])
