@@ -250,7 +250,8 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
     """SchemaError for numbers that could only fail later, in the middle of a run."""
     sections = {"model": model, "train": train, "search": search}
     smallest = {
-        1: ("model.pool", "model.min_positives", "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
+        1: ("model.pool", "model.min_positives",
+            "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
             "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
             "search.requests"),
         0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard"),

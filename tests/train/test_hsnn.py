@@ -142,7 +142,9 @@ def test_items_of_few_training_positives_share_the_unknown_ids_embedding(dataset
     model = Trainer(recipe, dataset, tmp_path / "run", progress=False).model
     alias = model.trunks[0].lookup.alias[2:].numpy()
     assert np.array_equal(alias, np.where(few, 1, 2 + np.arange(len(few))))
-    with pytest.raises(SchemaError, match="model.min_positives: got 0, expected a whole number of at least 1"):
+    with pytest.raises(
+        SchemaError, match="model.min_positives: got 0, expected a whole number of at least 1"
+    ):
         make_recipe(model={"min_positives": 0})
 
 
