@@ -123,8 +123,8 @@ def test_training_crosses_out_of_fold_and_evaluation_does_not():
     recipe = _recipe()
     batches = make_batches(found, recipe)
     users = found.train.users.ids[second]
-    served = batches._crossings(users, [second[:, None]], np.full(10, -1))[0]
-    trained = batches._crossings(users, [second[:, None]], found.train.fold[second])[0]
+    served = batches._crossings(users, second[:, None], [None], np.full(10, -1))[0]
+    trained = batches._crossings(users, second[:, None], [None], found.train.fold[second])[0]
     assert served.dense[:, 0, 0].tolist() == [1.0] * 10
     assert trained.dense[:, 0, 0].tolist() == [0.0] * 10
 
