@@ -170,6 +170,11 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
         "rows are those of our search over the torch model, in small batches: not comparable with Faiss.",
         "Published figures stand as printed; nothing of them was run here.",
     ]
+    if any(row["id"] == "recent" for row in report["rows"]):
+        notes.append(
+            "Recent popularity learns from more than train: it counts the positives of every split strictly before the "
+            "request. It has no randomness either."
+        )
     notes += [f"Data: {note}" for note in report["data_notes"]]
     notes += [f"**Missing: {gap['id']}, seed {gap['seed']}**: {gap['reason']}" for gap in report["missing"]]
     return notes

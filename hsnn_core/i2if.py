@@ -186,22 +186,37 @@ class I2IF:
         """Sum of the interactions' matches."""
         return self.id_slots[-1].stop
 
-    @property
-    def of_members(self) -> bool:
-        """Whether nodes need queries of their own, because an interaction counts their items."""
-        return any(spec.interaction.members for spec in self.specs)
-
-    def query(self, user_ids: np.ndarray, stand_in: StandIn | None = None) -> Query:
-        """The terms of encoded user ids (B, S) int32; for nodes, ``stand_in`` says which item represents the node that
-        an item lies in. Raises FeatureError for ids outside their space."""
+    def query(self, user_ids: np.ndarray) -> Query:
+        """The terms of encoded user ids (B, S) int32. Raises FeatureError for ids outside their space."""
         found: dict[str, np.ndarray] = {}
+        return Query(tuple(self._user_terms(spec, user_ids[:, spec.user], found) for spec in self.specs))
+
+    def query_of_nodes(self, query: Query, user_ids: np.ndarray, stand_in: StandIn) -> Query:
+        """What ``query``, that of ``user_ids`` (B, S), is for the nodes of a layer: in interactions of members every
+        item of the user stands as the one that represents its node, which ``stand_in`` says."""
+        found: dict[tuple[str, str], np.ndarray] = {}
         return Query(
-            tuple(self._user_terms(spec, user_ids[:, spec.user], found, stand_in) for spec in self.specs)
+            tuple(
+                self._members(spec, user_ids[:, spec.user], found, stand_in)
+                if spec.interaction.members
+                else terms
+                for spec, terms in zip(self.specs, query.terms)
+            )
         )
 
-    def _user_terms(
-        self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray], stand_in: StandIn | None
+    def _members(
+        self, spec: CrossSpec, ids: np.ndarray, found: dict[tuple[str, str], np.ndarray], stand_in: StandIn
     ) -> Terms:
+        """``found``: what stands in, for the interactions that cross the same features."""
+        user, item = spec.interaction.user, spec.interaction.item
+        if (user, item) not in found:
+            positions = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+            there = positions >= 0
+            own = found[user, item] = np.zeros(ids.shape, np.int32)
+            own[there] = self.forward[item].take(stand_in(positions[there]))[:, 0]
+        return _summed(found[user, item], _occurrence_weights(ids, spec.interaction.fade))
+
+    def _user_terms(self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray]) -> Terms:
         """``found``: positions of the items that a user feature names, for the interactions that share it."""
         limit = len(self.position_of_id) if spec.interaction.through else spec.cardinality
         if ids.size and (ids.min() < 0 or ids.max() >= limit):
@@ -210,18 +225,12 @@ class I2IF:
                 f"{limit - 1}; encode users with the transform of this snapshot"
             )
         weights = _occurrence_weights(ids, spec.interaction.fade)
-        of_nodes = spec.interaction.members and stand_in is not None
-        if not (spec.interaction.through or of_nodes):
+        if not spec.interaction.through:
             return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
         user = spec.interaction.user
         if user not in found:
             found[user] = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
         positions = found[user]
-        if of_nodes and stand_in is not None:
-            own = np.zeros(ids.shape, np.int32)
-            there = positions >= 0
-            own[there] = self.forward[spec.interaction.item].take(stand_in(positions[there]))[:, 0]
-            return _summed(own, weights)
         terms = self.forward[spec.interaction.item].take(np.maximum(positions, 0))  # (B, S, L)
         terms[positions < 0] = ID_PADDING
         spread = np.broadcast_to(weights[:, :, None], terms.shape)

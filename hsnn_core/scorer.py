@@ -157,10 +157,12 @@ class LayerScorer:
     def _queries(self, user_ids: np.ndarray) -> tuple[Query, ...]:
         if self._i2if is None:
             return ()
-        of_items, above = self._i2if.query(user_ids), range(1, self.index.layers)
-        if not self._i2if.of_members:
-            return (of_items,) * self.index.layers
-        return (*(self._i2if.query(user_ids, partial(self._stand_in, layer)) for layer in above), of_items)
+        query = self._i2if.query(user_ids)
+        of_nodes = (
+            self._i2if.query_of_nodes(query, user_ids, partial(self._stand_in, layer))
+            for layer in range(1, self.index.layers)
+        )
+        return (*of_nodes, query)
 
     def _stand_in(self, layer: int, positions: np.ndarray) -> np.ndarray:
         return self.index.representatives(layer)[self.index.node_of(layer, positions)]

@@ -255,7 +255,7 @@ class BatchMaker:
                 if stand_in is None:
                     found.append(i2if.probe(of_items, candidates[rows]))
                     continue
-                query = i2if.query(users, stand_in.__getitem__) if i2if.of_members else of_items
+                query = i2if.query_of_nodes(of_items, users, stand_in.__getitem__)
                 found.append(i2if.probe(query, stand_in[candidates[rows]]))
             if len(rows) == len(user_ids):
                 return found

@@ -74,7 +74,7 @@ class Objective:
             everything = self.model.item_logits(*self.model.two_towers(batch.sides))  # (B, R, T)
             own = everything.gather(1, batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks))
             return {
-                "supervised": (1.0, losses.layered([own], labels, labelled, self.weights))
+                "supervised": (1.0, losses.supervised(own, labels, labelled, self.weights))
             }, labelled.numel()
         out = self.model(batch, moment.alpha)
         parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, labelled, self.weights))}

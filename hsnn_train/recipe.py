@@ -135,6 +135,11 @@ class SearchConfig:
     requests: int = 1000
     candidates: str = "all"
 
+    @property
+    def growing(self) -> bool:
+        """Whether the catalogue grows: only what had appeared before a request is a candidate."""
+        return self.candidates == "seen_before"
+
 
 @dataclass(frozen=True)
 class Recipe:

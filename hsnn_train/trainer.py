@@ -79,7 +79,7 @@ def rows_i2ifs(dataset: ItemTable) -> list[I2IF]:
 def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """The batch maker of a recipe, as training and evaluation use it."""
     t = recipe.train
-    first_time = dataset.item_first_time if recipe.search.candidates == "seen_before" else None
+    first_time = dataset.item_first_time if recipe.search.growing else None
     return BatchMaker(
         dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, t.unlabelled, t.negative_power,
         first_time,

@@ -17,6 +17,11 @@ from hsnn_core.schema import Feature
 
 def column(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
     """The column as one array. Raises DataError when it is not there; ``use`` says what it is needed for."""
+    whole = _one_array(table, name, where, use)
+    return whole.dictionary_decode() if pa.types.is_dictionary(whole.type) else whole
+
+
+def _one_array(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
     if name not in table.column_names:
         raise DataError(
             f"{where}: column {name!r} is missing ({use}); columns there: {', '.join(table.column_names)}"
@@ -25,18 +30,18 @@ def column(table: pa.Table, name: str, where: str, use: str) -> pa.Array:
     whole = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
     if isinstance(whole, pa.ChunkedArray):  # a column without rows has no chunk to combine
         whole = pa.array([], type=values.type)
-    return whole.dictionary_decode() if pa.types.is_dictionary(whole.type) else whole
+    return whole
 
 
 def coded_column(table: pa.Table, name: str, where: str, use: str) -> tuple[pa.Array, np.ndarray | None]:
     """The column as its distinct values and where each row's stands among them, (R,) int64, when it is
     dictionary-encoded without nulls; else as `column`, and None. What many rows share is then held once."""
-    if name in table.column_names and pa.types.is_dictionary(table.schema.field(name).type):
-        values = table.column(name).unify_dictionaries().combine_chunks()
-        whole = values if isinstance(values, pa.DictionaryArray) else values.chunk(0)
-        if not whole.null_count:
-            return whole.dictionary, np.asarray(whole.indices).astype(np.int64)
-    return column(table, name, where, use), None
+    whole = _one_array(table, name, where, use)
+    if not pa.types.is_dictionary(whole.type):
+        return whole, None
+    if whole.null_count:
+        return whole.dictionary_decode(), None
+    return whole.dictionary, np.asarray(whole.indices).astype(np.int64)
 
 
 def is_text(kind: pa.DataType) -> bool:

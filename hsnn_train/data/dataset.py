@@ -13,7 +13,7 @@ and either may add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,23 +268,21 @@ class UserFeatures:
 
     def raw(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Wire arrays of the impressions ``rows``, by feature name."""
-        found = self._declared(rows)
+        found = self._declared(rows, self.features)
         return found | {name: keys(rows, length) for name, (keys, length) in self.derived.items()}
 
     def to_fit(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """As `raw` without the features `of: item`, whose ids are the item table's."""
-        found = self._declared(rows, lambda feature: feature.encoding != "item")
+        found = self._declared(rows, [f.name for f in self.features.values() if f.encoding != "item"])
         return found or {name: missing_rows(self.features[name], 0) for name in self.derived}
 
-    def _declared(
-        self, rows: np.ndarray, wanted: Callable[[Feature], bool] = lambda feature: True
-    ) -> dict[str, np.ndarray]:
+    def _declared(self, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         found = {}
-        for name, feature in self.features.items():
-            if name in self.of_impression and wanted(feature):
+        for name in names:
+            if name in self.of_impression:
                 values, of = self.of_impression[name]
                 found[name] = values[rows if of is None else of[rows]]
-            elif name in self.of_user and wanted(feature):
+            elif name in self.of_user:
                 found[name] = self.of_user[name][self.log.user_row[rows]]
         return found
 

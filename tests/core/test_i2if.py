@@ -151,9 +151,8 @@ def test_members_of_a_node_weigh_together_as_its_representative():
         schema, transform, transform.encode_items(raw), np.array([-1, -1, 0, 1, 2, -1], np.int32)
     )
     users = transform.encode_users({"history": np.array([[20, 10, 30, 20, 40], [40, X, X, X, X]])})
-    assert i2if.of_members
     # items 10 and 20 lie in one node, which 10 represents; 30 is alone; 40 has left
-    of_nodes = i2if.query(users.ids, np.array([0, 0, 2]).__getitem__)
+    of_nodes = i2if.query_of_nodes(i2if.query(users.ids), users.ids, np.array([0, 0, 2]).__getitem__)
     assert of_nodes.terms[0].terms.tolist() == [[2, 4], [0, 0]]
     assert of_nodes.terms[0].weights.tolist() == [[3, 1], [0, 0]]
     found = i2if.probe(of_nodes, np.array([[0, 2], [0, 2]]))

@@ -30,8 +30,6 @@ class Crossings:
 class FakeI2IF:
     """Crossings from the user's first id and the item's position alone; remembers which plan ran."""
 
-    of_members = False
-
     def __init__(self, ids_width: int = 2) -> None:
         self.ids_width = ids_width
         self.plans: list[str] = []
@@ -39,6 +37,9 @@ class FakeI2IF:
 
     def query(self, user_ids):
         return user_ids[:, :1]
+
+    def query_of_nodes(self, query, user_ids, stand_in):
+        return query
 
     def _at(self, query, positions):
         mixed = query[:, :, None] * 31 + positions[..., None] * 7
