@@ -20,6 +20,7 @@ from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Examples
 
 from .hsnn import Batch, NodeBatch, Pairs, Sides
+from .negatives import CandidateSampler, had_appeared
 
 
 @dataclass(frozen=True)
@@ -61,46 +62,6 @@ class ItemTable(Protocol):
     def item_counts(self) -> np.ndarray: ...
 
 
-class CandidateSampler:
-    """Draws items with probability proportional to popularity ** power.
-
-    Args:
-        counts: (V,) training positives per item.
-        power: 0 is uniform.
-        everything: draw among all items, as unlabelled pairs are, whose purpose is to show the model what the
-            log's policy never showed; else among those with a training positive, as negatives are: an item
-            without one may not even have existed while the log was written, and as a negative would teach
-            that new items are never clicked.
-    """
-
-    def __init__(self, counts: np.ndarray, power: float, everything: bool) -> None:
-        seen = np.flatnonzero(counts)
-        self.rows = (np.arange(len(counts)) if everything or not len(seen) else seen).astype(np.int32)
-        weight = np.maximum(counts[self.rows].astype(np.float64), 1.0) ** power
-        self.share = weight / weight.sum()
-        self.cumulative = np.cumsum(self.share)
-
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        """Item rows int32 of the given shape."""
-        found = np.searchsorted(self.cumulative, rng.random(shape), side="right")
-        return self.rows[np.minimum(found, len(self.rows) - 1)]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Items that all users of a batch are scored against by their two-tower vectors.
-
-    rows (M,) int32, ascending, item-table rows; positive (B,) int64 into them; log_inclusion (M,) float32: log of
-    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always); exists
-    (B, M) bool: whether the item had appeared in the log at the user's time; None: all had.
-    """
-
-    rows: np.ndarray
-    positive: np.ndarray
-    log_inclusion: np.ndarray
-    exists: np.ndarray | None = None
-
-
 class BatchMaker:
     """Makes `Batch`es of a data set or a stream.
 
@@ -132,7 +93,6 @@ class BatchMaker:
         self.negatives = negatives
         self.unlabelled = unlabelled
         self.of_seen = CandidateSampler(dataset.item_counts, power, everything=False)
-        self.frequency = dataset.item_counts[self.of_seen.rows] / max(1, dataset.item_counts.sum())
         self.of_all = CandidateSampler(dataset.item_counts, power, everything=True)
         self.tasks = len(dataset.schema.tasks)
 
@@ -150,32 +110,11 @@ class BatchMaker:
         labelled = np.zeros(candidates.shape, np.float32)
         labelled[:, : 1 + self.negatives] = 1.0
         labelled[:, 1:] *= sampled != own[:, None]  # a draw of the positive itself is no negative
-        exists = self._exists(examples, rows, sampled)
+        exists = had_appeared(self.first_time, examples, rows, sampled)
         if exists is not None:
             labelled[:, 1:] *= exists
         users = users_of(examples, rows)
         return self.assemble(users, candidates, state, labels, labelled, examples.fold[rows])
-
-    def pool(self, examples: Examples, rows: np.ndarray, size: int, rng: np.random.Generator) -> Pool:
-        """The positives of examples ``rows`` (B,) and ``size`` draws by popularity among the items with a training
-        positive, or all of these where they are no more than ``size``."""
-        own = examples.item_row[rows]
-        seen = self.of_seen.rows
-        if len(seen) <= size:
-            exists = self._exists(examples, rows, seen)
-            return Pool(seen, np.searchsorted(seen, own), np.zeros(len(seen), np.float32), exists)
-        drawn = np.unique(np.concatenate([self.of_seen.draw((size,), rng), own]))
-        at = np.searchsorted(seen, drawn)
-        absent = size * np.log1p(-self.of_seen.share[at]) + len(rows) * np.log1p(-self.frequency[at])
-        log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)
-        return Pool(drawn, np.searchsorted(drawn, own), log_inclusion, self._exists(examples, rows, drawn))
-
-    def _exists(self, examples: Examples, rows: np.ndarray, items: np.ndarray) -> np.ndarray | None:
-        """(B, n) bool: whether item rows (n,) or (B, n) had appeared by the time of the examples ``rows`` (B,)."""
-        if self.first_time is None:
-            return None
-        exists: np.ndarray = self.first_time[items] <= examples.time[rows][:, None]
-        return exists
 
     def assemble(
         self,

@@ -66,7 +66,7 @@ from .steps import (
     revive_codewords,
     set_learning_rate,
 )
-from .trainer import NotSaved, rows_i2ifs
+from .trainer import NotSaved, make_pools, rows_i2ifs
 
 
 class Follower:
@@ -253,7 +253,8 @@ class Follower:
         self.items = replace(self.items, item_counts=counts)
         weights = torch.tensor([task.weight for task in self.recipe.schema.tasks])
         batches = self._batches(t.unlabelled, t.negative_power)
-        objective = Objective(self.model, batches, examples, t, weights, teacher=None)
+        pools = make_pools(self.items, self.recipe)
+        objective = Objective(self.model, batches, pools, examples, t, weights, teacher=None)
         joint = self.model.lti is not None and self.recipe.model.index == "joint"
         moment = Moment(t.max_alpha if joint else None, 1.0, self.warm)
         order = np.random.default_rng([t.seed, 5, len(self.files)]).permutation(len(examples))

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from hsnn_train.data.dataset import Examples
 
 from . import losses
-from .batches import BatchMaker, IndexState, Pool, users_of
+from .batches import BatchMaker, IndexState, users_of
 from .device import moved
 from .hsnn import HSNN, HSNNOutput, Pairs
+from .negatives import Pool, Pools
 from .recipe import TrainConfig
 from .teacher import Teacher
 
@@ -43,10 +44,11 @@ class Moment:
 
 @dataclass
 class Objective:
-    """Losses of one batch. ``weights`` (T,): the tasks'."""
+    """Losses of one batch. ``weights`` (T,): the tasks'; ``pools``: of logs of positives alone, else None."""
 
     model: HSNN
     batches: BatchMaker
+    pools: Pools | None
     examples: Examples
     train: TrainConfig
     weights: Tensor
@@ -57,7 +59,10 @@ class Objective:
     ) -> tuple[dict[str, Tensor], int]:
         """The losses of training examples ``rows`` (B,) by name, "loss" being what to minimise, and how many
         <user, item> pairs were scored by the MoNNs (by the two towers alone while ``moment.warm``)."""
-        weighted, pairs = (self._pooled if self.train.pool else self._impressions)(rows, state, moment, rng)
+        if self.pools is None:
+            weighted, pairs = self._impressions(rows, state, moment, rng)
+        else:
+            weighted, pairs = self._pooled(self.pools, rows, state, moment, rng)
         parts = {name: value for name, (_, value) in weighted.items()}
         parts["loss"] = torch.stack([weight * value for weight, value in weighted.values()]).sum()
         return parts, pairs
@@ -96,10 +101,10 @@ class Objective:
     # A log of positives alone: a pool for the two towers, and of it a few candidates for the MoNNs.
 
     def _pooled(
-        self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
+        self, pools: Pools, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
     ) -> tuple[Weighted, int]:
         t, model = self.train, self.model
-        pool = self.batches.pool(self.examples, rows, t.pool, rng)
+        pool = pools.draw(self.examples, rows, rng)
         users = users_of(self.examples, rows)
         sides = moved(self.batches.sides(users, pool.rows, state), model.device)
         of_pool = tuple(
@@ -130,7 +135,7 @@ class Objective:
                 target = torch.softmax(logits[..., 0].detach() / t.heat - log_inclusion, dim=-1)
                 soft = [losses.match(own[..., 0] / t.heat - log_inclusion, target) for own in for_nodes]
                 parts["node_distil"] = (t.node_distil * t.heat, torch.stack(soft).sum())
-        pairs, offset = self._candidates(rows, pool, proposal, state)
+        pairs, offset = self._candidates(rows, pool, len(pools.sampler.rows), proposal, state)
         out = model.score_pairs(embedded, pairs)
         corrected = [logits - offset.unsqueeze(-1) for logits in out.logits]
         parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, pairs.labelled, self.weights))
@@ -156,27 +161,29 @@ class Objective:
 
     @torch.no_grad()
     def _candidates(
-        self, rows: np.ndarray, pool: Pool, proposal: Tensor, state: IndexState
+        self, rows: np.ndarray, pool: Pool, possible: int, proposal: Tensor, state: IndexState
     ) -> tuple[Pairs, Tensor]:
         """The positive and ``train.negatives`` items of the pool per user, ``train.hard`` of them drawn from what the
-        two towers put first; and the offset (B, C) by which logits exceed those of uniformly drawn negatives."""
+        two towers put first and ``train.listed`` from the user's list; and the offset (B, C) by which logits exceed
+        those of negatives drawn uniformly from the ``possible`` ones."""
         t = self.train
         count, device = len(pool.rows), proposal.device
         positive = torch.from_numpy(pool.positive).to(device).unsqueeze(-1)
         hard = torch.multinomial(
             proposal.scatter(1, positive, 0.0) + 1e-9, t.hard, replacement=True
         ) if t.hard else positive[:, :0]  # fmt: skip
-        easy = torch.randint(count, (len(rows), t.negatives - t.hard), device=device)
-        of = torch.cat([positive, hard, easy], dim=1)  # (B, C)
+        easy = torch.randint(count, (len(rows), t.negatives - t.hard - t.listed), device=device)
+        of = torch.cat([positive, hard, easy, torch.from_numpy(pool.listed).to(device)], dim=1)  # (B, C)
         labelled = (of != positive).to(torch.float32)
         if pool.exists is not None:
             labelled *= torch.from_numpy(pool.exists).to(device).gather(1, of)
         labelled[:, 0] = 1.0
         labels = np.zeros((*of.shape, self.model.tasks), np.float32)
         labels[:, 0] = self.examples.labels[rows]
-        slots = (t.negatives - t.hard) / count + t.hard * proposal.gather(1, of)
-        offset = torch.from_numpy(pool.log_inclusion).to(device)[of] + torch.log(slots)
-        offset = offset - math.log(t.negatives / len(self.batches.of_seen.rows))
+        slots = easy.shape[1] / count + t.hard * proposal.gather(1, of)
+        of_list = torch.from_numpy(pool.listed_draws(of.cpu().numpy())).to(device)  # of the pool for certain
+        offset = torch.log(torch.from_numpy(pool.log_inclusion).to(device)[of].exp() * slots + of_list)
+        offset = offset - math.log(t.negatives / possible)
         users = users_of(self.examples, rows)
         fold = self.examples.fold[rows]
         pairs = self.batches.pairs(

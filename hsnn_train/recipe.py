@@ -62,6 +62,8 @@ class TrainConfig:
         softmax: weight of the sampled softmax losses beside the cross-entropy, where there is a pool.
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
         hard: how many of them are drawn from what the two towers put first, where there is a pool.
+        listed: how many of them are drawn from ``listed_from``, a user feature that lists items, where there is a pool:
+            what stood before the user beside what was chosen. Their lists join the pool.
         unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
         negative_power: sampled items follow popularity ** power; 0 is uniform. Evaluation's are uniform.
         teacher: run directory of a stronger model for the soft labels, as seen from where the command runs;
@@ -94,6 +96,8 @@ class TrainConfig:
     temperature: float = 0.07
     negatives: int = 0
     hard: int = 0
+    listed: int = 0
+    listed_from: str = ""
     unlabelled: int = 1
     negative_power: float = 0.75
     distil: float = 0.1
@@ -239,9 +243,11 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
         )
     train = _section(TrainConfig, raw.get("train"), "train")
     _check_ranges(model, train, search)
+    schema = Schema.from_dict(raw["schema"])
+    _check_listed(train, schema)
     return Recipe(
         name=str(raw.get("name", name)),
-        schema=Schema.from_dict(raw["schema"]),
+        schema=schema,
         data=raw["data"] or {},
         split=raw.get("split") or {"by": "time"},
         model=model,
@@ -259,7 +265,8 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
             "model.codebooks", "train.epochs", "train.batch_size", "train.refresh_steps",
             "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
             "search.requests"),
-        0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard"),
+        0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard",
+            "train.listed"),
     }  # fmt: skip
     for least, paths in smallest.items():
         for path in paths:
@@ -295,10 +302,10 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         raise SchemaError("train.pool: is for logs of positives alone; set train.negatives (8, say) too")
     if train.pool and train.unlabelled:
         raise SchemaError(f"train.unlabelled: got {train.unlabelled}, expected 0 beside train.pool")
-    if train.hard > (train.negatives if train.pool else 0):
+    if train.hard + train.listed > (train.negatives if train.pool else 0):
         raise SchemaError(
-            f"train.hard: got {train.hard}, expected at most train.negatives ({train.negatives}), "
-            "and 0 without train.pool"
+            f"train.hard and train.listed: got {train.hard} and {train.listed}, expected at most train.negatives "
+            f"({train.negatives}) together, and 0 without train.pool"
         )
     for key in ("lr", "temperature", "heat"):
         if not getattr(train, key) > 0:
@@ -309,6 +316,20 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         )
     if search.k > search.max_k:
         raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
+
+
+def _check_listed(train: TrainConfig, schema: Schema) -> None:
+    """SchemaError unless ``train.listed_from`` is a feature that negatives can be drawn from, where any are."""
+    lists = [f.name for f in schema.user_features if f.encoding == "item" and f.kind == "sequence"]
+    if train.listed and train.listed_from not in lists:
+        raise SchemaError(
+            f"train.listed_from: got {train.listed_from!r}, expected a sequence of items of the user's: "
+            f"{', '.join(lists) or 'the schema has none'}"
+        )
+    if bool(train.listed) != bool(train.listed_from):
+        raise SchemaError(
+            f"train.listed_from: got {train.listed_from!r} beside train.listed {train.listed}; set both"
+        )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

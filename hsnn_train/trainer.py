@@ -37,6 +37,7 @@ from .checkpoint import (
 from .guards import deterministic, interrupt_flag
 from .hsnn import HSNN
 from .lti import alpha_at, warmup_at
+from .negatives import ItemLists, Pools
 from .objective import Moment, Objective
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, residual_kmeans
@@ -76,14 +77,34 @@ def rows_i2ifs(dataset: ItemTable) -> list[I2IF]:
     ]
 
 
+def _first_time(dataset: Dataset, recipe: Recipe) -> np.ndarray | None:
+    """When items appeared, where that decides what a negative may be."""
+    return dataset.item_first_time if recipe.search.growing else None
+
+
 def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """The batch maker of a recipe, as training and evaluation use it."""
     t = recipe.train
-    first_time = dataset.item_first_time if recipe.search.growing else None
     return BatchMaker(
         dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, t.unlabelled, t.negative_power,
-        first_time,
+        _first_time(dataset, recipe),
     )  # fmt: skip
+
+
+def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None = None) -> Pools | None:
+    """The pools of a recipe on such items, with ``first_time`` as `Pools` has it; None where the recipe has none."""
+    t = recipe.train
+    if not t.pool:
+        return None
+    lists = None
+    if t.listed:
+        (slot,) = (s for s in items.schema.layout("user").slots if s.feature.name == t.listed_from)
+        known = items.transform.vocabularies[ITEM_SPACE]
+        rows = find_rows(items.item_keys, known.keys)
+        row_of_id = np.full(items.transform.cardinality(ITEM_SPACE), -1, np.int32)
+        row_of_id[known.ids] = np.where(items.item_counts[rows] > 0, rows, -1)
+        lists = ItemLists(slice(slot.start, slot.stop), row_of_id, t.listed)
+    return Pools(items.item_counts, t.pool, t.negative_power, first_time, lists)
 
 
 def evaluation_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
@@ -132,7 +153,8 @@ class Trainer:
         self.kmeans_steps = self._kmeans_schedule()
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
         weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
-        self.objective = Objective(self.model, self.batches, dataset.train, t, weights, teacher)
+        pools = make_pools(dataset, recipe, _first_time(dataset, recipe))
+        self.objective = Objective(self.model, self.batches, pools, dataset.train, t, weights, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
         self.calibrated = (

@@ -23,7 +23,7 @@ from .recipe import Recipe
 #: of `train:`, what the first phase reads
 READ = (
     "batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives", "unlabelled",
-    "negative_power",
+    "negative_power", "listed", "listed_from",
 )  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from hsnn_train.batches import CandidateSampler, step_rng
+from hsnn_train.batches import step_rng
 from hsnn_train.checkpoint import make_model
+from hsnn_train.negatives import CandidateSampler
 from hsnn_train.refresh import refresh
-from hsnn_train.trainer import make_batches
+from hsnn_train.trainer import make_batches, make_pools
 
 COUNTS = np.array([0, 4, 0, 16, 1])
 
@@ -32,7 +33,9 @@ def test_a_log_without_positives_draws_among_all():
 
 
 def test_what_had_not_appeared_is_no_negative_where_the_catalogue_grows(dataset, make_recipe):
-    growing = make_recipe(train={"negatives": 6, "unlabelled": 0}, search={"candidates": "seen_before"})
+    growing = make_recipe(
+        train={"negatives": 6, "unlabelled": 0, "pool": 40}, search={"candidates": "seen_before"}
+    )
     model = make_model(growing, dataset.transform)
     state, _ = refresh(model, dataset.items, dataset.item_keys)
     rows = np.arange(60)  # the log's first impressions: most items are still to come
@@ -43,11 +46,11 @@ def test_what_had_not_appeared_is_no_negative_where_the_catalogue_grows(dataset,
     expected[:, 0] = True
     assert np.array_equal(batch.pairs.labelled.numpy() > 0, expected)
     assert 0 < expected[:, 1:].mean() < 0.7
-    pool = make_batches(dataset, growing).pool(dataset.train, rows, 40, step_rng(0, 7))
+    pool = make_pools(dataset, growing, dataset.item_first_time).draw(dataset.train, rows, step_rng(0, 7))
     assert np.array_equal(pool.exists, dataset.item_first_time[pool.rows] <= rows[:, None])
     assert pool.exists[rows, pool.positive].all()
-    still = make_recipe(train={"negatives": 6, "unlabelled": 0})
-    assert make_batches(dataset, still).pool(dataset.train, rows, 40, step_rng(0, 7)).exists is None
+    still = make_recipe(train={"negatives": 6, "unlabelled": 0, "pool": 40})
+    assert make_pools(dataset, still).draw(dataset.train, rows, step_rng(0, 7)).exists is None
 
 
 def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):

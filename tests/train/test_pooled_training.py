@@ -6,10 +6,11 @@ import torch
 
 from hsnn_core.errors import SchemaError
 from hsnn_train import losses
-from hsnn_train.batches import CandidateSampler, step_rng
+from hsnn_train.batches import step_rng
 from hsnn_train.evaluate import platt
+from hsnn_train.negatives import CandidateSampler
 from hsnn_train.objective import Moment
-from hsnn_train.trainer import Trainer, make_batches
+from hsnn_train.trainer import Trainer, make_pools
 from hsnn_train.warm import WarmStarts
 
 POOLED = {"pool": 40, "negatives": 5, "hard": 3, "unlabelled": 0, "init_at": 0.5, "max_steps": 12}
@@ -49,9 +50,9 @@ def test_ranking_distillation_is_least_at_the_teacher_and_gives_it_no_gradient()
 
 
 def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(dataset, make_recipe):
-    maker = make_batches(dataset, make_recipe(train=POOLED))
+    pools_of = make_pools(dataset, make_recipe(train=POOLED | {"pool": 20}))
     rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[:16]
-    pools = [maker.pool(dataset.train, rows, 20, step_rng(0, step)) for step in range(400)]
+    pools = [pools_of.draw(dataset.train, rows, step_rng(0, step)) for step in range(400)]
     own = dataset.train.item_row[rows]
     for pool in pools[:5]:
         assert np.array_equal(pool.rows[pool.positive], own)
@@ -61,7 +62,8 @@ def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(data
     seen = np.mean([np.isin(absent, pool.rows) for pool in pools], axis=0)
     share = drawn.share[np.searchsorted(drawn.rows, absent)]
     np.testing.assert_allclose(seen, 1 - (1 - share) ** 20, atol=0.09)
-    everything = maker.pool(dataset.train, rows, 10_000, step_rng(0, 0))
+    whole = make_pools(dataset, make_recipe(train=POOLED | {"pool": 10_000}))
+    everything = whole.draw(dataset.train, rows, step_rng(0, 0))
     assert np.array_equal(everything.rows, drawn.rows)
     assert not everything.log_inclusion.any()
 
@@ -133,7 +135,7 @@ def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
     [
         ({"pool": 10, "negatives": 0}, "train.pool: is for logs of positives alone"),
         ({"pool": 10, "negatives": 2, "unlabelled": 1}, "expected 0 beside train.pool"),
-        ({"hard": 1, "negatives": 2}, "train.hard: got 1, expected at most"),
+        ({"hard": 1, "negatives": 2}, "train.hard and train.listed: got 1 and 0, expected at most"),
     ],
 )
 def test_settings_of_a_pool_that_make_no_sense_are_named(make_recipe, train, message):
