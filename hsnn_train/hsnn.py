@@ -228,10 +228,10 @@ class HSNN(nn.Module):
 
     def set_items(self, items: Encoded, counts: np.ndarray, min_positives: int = 1) -> None:
         """Tell the model of the corpus: V encoded items in the order of the item vocabulary, and their training
-        positives (V,). Items with fewer than ``min_positives`` have the unknown id's embedding."""
-        known = torch.from_numpy(counts > 0)
+        positives (V,). Items with fewer than ``min_positives`` have the unknown id's embedding, in matches zeros."""
+        known = torch.from_numpy(counts >= min_positives)
         for trunk in self._trunks():
-            trunk.set_items(torch.from_numpy(np.array(items.ids)), torch.from_numpy(counts >= min_positives))
+            trunk.set_items(torch.from_numpy(np.array(items.ids)), known)
         for number in range(1, self.layers + 1):
             interaction = self.layer(number).interaction
             if interaction is not None:

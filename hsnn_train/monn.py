@@ -72,12 +72,17 @@ class InteractionTower(nn.Module):
         self.node_field = nn.Linear(config.item.num_embed * config.item.dim, e) if node else None
         self.network = TowerNetwork(2 * len(cross.specs) + (2 if node else 0), e, config.interaction)
 
-    @torch.no_grad()
     def set_items(self, known: Tensor) -> None:
-        """Matches of items without a training positive (``known`` (V,) bool is False) get embeddings of zeros, which
-        stay: they were never trained, and noise of their own would rank what is new by chance."""
-        if any(space == ITEM_SPACE for space, _, _ in self.cross.specs):
-            self.tables.weight(ITEM_SPACE)[ID_FIRST:][~known] = 0.0
+        """Matches of items that have no embedding of their own (``known`` (V,) bool is False) get embeddings of zeros,
+        which no gradient moves: noise, or the little that a few impressions taught, would rank what is new by chance."""
+        if not any(space == ITEM_SPACE for space, _, _ in self.cross.specs):
+            return
+        weight = self.tables.weight(ITEM_SPACE)
+        kept = torch.ones(len(weight), 1, device=weight.device)
+        kept[ID_FIRST:][~known] = 0.0
+        with torch.no_grad():
+            weight.mul_(kept)
+        weight.register_hook(lambda gradient: gradient * kept.to(gradient.device))
 
     def forward(self, user: Tensor, item: Tensor, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: list[Tensor] = []

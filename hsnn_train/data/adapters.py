@@ -24,8 +24,9 @@ from .tables import LogTables
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
-TRENDING = 100  # articles of Globo's trending list
-TRENDING_MS, TRENDING_EVERY_MS = 30 * 60_000, 5 * 60_000
+TRENDING = 200  # articles of Globo's trending list
+TRENDING_EVERY_MS, TRENDING_HALF_MS = 5 * 60_000, 20 * 60_000
+TRENDING_LEAST = 1e-3  # below it a click of some hours ago is forgotten
 
 
 class Raw(NamedTuple):
@@ -134,7 +135,8 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
     and weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the hour of
     its first click, in days since the log began. Its exact time would tell the first click from all others.
     ``trending``: what the site's readers were clicking when the request came, the `TRENDING` articles of the most
-    clicks in half an hour, the most clicked last; made anew every five minutes, of what was clicked before.
+    clicks, the most clicked last, where a click loses half its weight in twenty minutes; made anew every five
+    minutes, of what was clicked before.
     """
     clicks = _read(folder, "clicks")
     time = clicks.column("click_timestamp").to_numpy()
@@ -182,16 +184,19 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
 
 def _trending(time: np.ndarray, article: np.ndarray, keys: np.ndarray) -> pa.DictionaryArray:
     """Per click the list of `globo`'s trending articles then, from its time (S,) int64 in ms and its article (S,), a
-    row of ``keys``. Articles of equal clicks stand by key, the smaller the later."""
-    moment = time // TRENDING_EVERY_MS
-    moments, of = np.unique(moment, return_inverse=True)
+    row of ``keys``. Articles of equal weight stand by key, the smaller the later."""
+    moments, of = np.unique(time // TRENDING_EVERY_MS, return_inverse=True)
     order = np.argsort(time, kind="stable")
-    begin = np.searchsorted(time[order], moments * TRENDING_EVERY_MS - TRENDING_MS)
-    stop = np.searchsorted(time[order], moments * TRENDING_EVERY_MS)
+    time, article = time[order], article[order]
+    weight = np.zeros(len(keys))
     lists = []
-    for first, last in zip(begin, stop):
-        rows, count = np.unique(article[order[first:last]], return_counts=True)
-        lists.append(keys[rows[np.lexsort((rows, -count))[:TRENDING]][::-1]])
+    past, begin = 0, 0
+    for now, stop in zip(moments * TRENDING_EVERY_MS, np.searchsorted(time, moments * TRENDING_EVERY_MS)):
+        weight *= 0.5 ** ((now - past) / TRENDING_HALF_MS)
+        np.add.at(weight, article[begin:stop], 0.5 ** ((now - time[begin:stop]) / TRENDING_HALF_MS))
+        rows = np.flatnonzero(weight > TRENDING_LEAST)
+        lists.append(keys[rows[np.lexsort((rows, -weight[rows]))[:TRENDING]][::-1]])
+        past, begin = now, stop
     ends = np.cumsum([0, *map(len, lists)])
     distinct = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.concatenate(lists)))
     return pa.DictionaryArray.from_arrays(pa.array(of, pa.int32()), distinct)

@@ -119,19 +119,20 @@ def test_globo_by_hand(tmp_path: Path) -> None:
     assert whole.notes == ("1 of 5 clicks are outside the chosen days",)
 
 
-def test_trending_is_what_was_clicked_in_the_half_hour_before_the_last_full_five_minutes() -> None:
+def test_trending_weighs_the_clicks_before_the_last_full_five_minutes_by_their_age() -> None:
     minute = 60_000
     keys = np.array([50, 60, 70])
-    time = np.array([0, 1, 4, 5, 9, 36, 2]) * minute  # in the log's order, which is not that of time
-    article = np.array([0, 1, 1, 2, 0, 2, 0])
+    time = np.array([0, 1, 4, 5, 9, 36, 2, 300]) * minute  # in the log's order, which is not that of time
+    article = np.array([0, 1, 1, 2, 0, 2, 0, 0])
     found = _trending(time, article, keys).to_pylist()
     assert found[0] == found[1] == found[2] == found[6] == []  # nobody had clicked before the log began
     assert found[3] == [
-        60,
         50,
-    ]  # two clicks each by minute 5: the smaller key stands last; the click at 5 is no past
+        60,
+    ]  # two clicks each by minute 5, the second article's later; the click at 5 is no past
     assert found[4] == found[3]
-    assert found[5] == [70, 50]  # at 35 the first five minutes are over half an hour ago
+    assert found[5] == [70, 60, 50]  # at 35 three old clicks (.40 + .32 + .30), two (.34 + .31), one (.35)
+    assert found[7] == []  # 264 minutes and 13 halves later
 
 
 def test_trending_keeps_the_most_clicked(monkeypatch: pytest.MonkeyPatch) -> None:
