@@ -74,7 +74,7 @@ class InteractionTower(nn.Module):
 
     def set_items(self, known: Tensor) -> None:
         """Matches of items that have no embedding of their own (``known`` (V,) bool is False) get embeddings of zeros,
-        which no gradient moves: noise, or the little that a few impressions taught, would rank what is new by chance."""
+        which no gradient moves: noise, or what a few impressions taught, would rank what is new by chance."""
         if not any(space == ITEM_SPACE for space, _, _ in self.cross.specs):
             return
         weight = self.tables.weight(ITEM_SPACE)

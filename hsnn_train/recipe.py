@@ -34,7 +34,7 @@ class ModelConfig:
     """layers: a preset name per layer, coarse to fine; codebooks: K_l per index layer; columns: for method
     "hierarchy", the item table's columns from coarse to fine; pool: batches the balance loss pools; dropout: of
     histories; id_dropout: share of item ids that training replaces by the unknown id; min_positives: items with fewer
-    training positives share the unknown id's embedding."""
+    training positives share the unknown id's embedding, and add none of their own where they are matched."""
 
     layers: tuple[str, ...] = ("cpu_l", "cpu_m", "cpu_s")
     index: str = "joint"

@@ -142,6 +142,12 @@ def test_items_of_few_training_positives_share_the_unknown_ids_embedding(dataset
     model = Trainer(recipe, dataset, tmp_path / "run", progress=False).model
     alias = model.trunks[0].lookup.alias[2:].numpy()
     assert np.array_equal(alias, np.where(few, 1, 2 + np.arange(len(few))))
+    for number in range(1, model.layers + 1):
+        table = model.layer(number).interaction.tables.weight("item")
+        assert not table[2:][few].any()
+        (table * torch.rand_like(table)).sum().backward()
+        assert not table.grad[2:][few].any(), "and what they match stays so"
+        assert table.grad[2:][~few].any(1).all()
     with pytest.raises(
         SchemaError, match="model.min_positives: got 0, expected a whole number of at least 1"
     ):
