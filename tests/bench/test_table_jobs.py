@@ -106,7 +106,7 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     for change in (
         {"train.lr": 0.1},
         {"search.candidates": "seen_before"},
-    ):  # a catalogue that grows has other negatives
+    ):
         assert Job(changed(job.recipe, change), job.work, "row").folder != job.folder
 
 

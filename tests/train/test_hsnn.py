@@ -142,7 +142,7 @@ def test_items_of_few_training_positives_share_the_unknown_ids_embedding(dataset
     model = Trainer(recipe, dataset, tmp_path / "run", progress=False).model
     alias = model.trunks[0].lookup.alias[2:].numpy()
     assert np.array_equal(alias, np.where(few, 1, 2 + np.arange(len(few))))
-    for number in range(1, model.layers + 1):
+    for number in (1, 2):
         table = model.layer(number).interaction.tables.weight("item")
         assert not table[2:][few].any()
         (table * torch.rand_like(table)).sum().backward()
