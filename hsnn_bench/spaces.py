@@ -61,7 +61,7 @@ class Method:
 
 
 _OURS: dict[str, Knob] = {
-    "train.lr": Real(3e-4, 1e-2, log=True),
+    "train.lr": Real(3e-4, 3e-2, log=True),
     "train.epochs": Whole(2, 20, log=True),
     "train.batch_size": Choice((256, 512, 1024)),
     "train.temperature": Real(0.05, 0.3, log=True),

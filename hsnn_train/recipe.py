@@ -70,6 +70,7 @@ class TrainConfig:
             none: this model's own last layer.
         refresh_steps: steps between two refreshes of hard paths and representatives.
         towers_first: whether only the item layer's two towers are trained before init_at; with a pool they always are.
+        towers_lr: learning rate of that first phase; 0: lr.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
             index losses begin.
         trunk_lr: learning rate of the trunk after that, as a share of the rest's, where the towers came first.
@@ -89,6 +90,7 @@ class TrainConfig:
     max_steps: int = 0
     batch_size: int = 512
     lr: float = 0.002
+    towers_lr: float = 0.0
     weight_decay: float = 0.0
     seed: int = 1
     pool: int = 0
@@ -124,6 +126,11 @@ class TrainConfig:
     def two_phases(self) -> bool:
         """Whether the item layer's two towers are trained alone before everything is."""
         return self.towers_first or self.pool > 0
+
+    @property
+    def first_lr(self) -> float:
+        """Learning rate of the first of two phases."""
+        return self.towers_lr or self.lr
 
 
 @dataclass(frozen=True)
@@ -290,10 +297,11 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         "trunk_lr",
         "weight_decay",
         "softmax",
+        "towers_lr",
     ):
         weight = getattr(train, key)
         if not weight >= 0:
-            raise SchemaError(f"train.{key}: got {weight!r}, expected a weight of at least 0")
+            raise SchemaError(f"train.{key}: got {weight!r}, expected a number of at least 0")
     for key in ("dropout", "id_dropout"):
         share = getattr(model, key)
         if not 0 <= share < 1:

@@ -40,10 +40,10 @@ def make_optimizer(model: HSNN, train: TrainConfig) -> torch.optim.Optimizer:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, train: TrainConfig, factor: float, warm: bool
 ) -> None:
-    """``factor`` of the recipe's learning rate; where the two towers came first the trunk has a share of it, but while
-    ``warm``, as long as nothing else is trained."""
+    """``factor`` of the recipe's learning rate, while ``warm`` of the first phase's; where the two towers came first the
+    trunk then has a share of it."""
     trunk, rest = optimizer.param_groups
-    rest["lr"] = train.lr * factor
+    rest["lr"] = (train.first_lr if warm else train.lr) * factor
     trunk["lr"] = rest["lr"] * (train.trunk_lr if train.two_phases and not warm else 1.0)
 
 

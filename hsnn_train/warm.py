@@ -22,7 +22,7 @@ from .recipe import Recipe
 
 #: of `train:`, what the first phase reads
 READ = (
-    "batch_size", "lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives", "unlabelled",
+    "batch_size", "first_lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives", "unlabelled",
     "negative_power", "listed", "listed_from",
 )  # fmt: skip
 

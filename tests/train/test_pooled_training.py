@@ -119,6 +119,23 @@ def _stop_after(step, count):
     return one
 
 
+@pytest.mark.parametrize(("towers_lr", "first"), [(0.0, 0.01), (0.04, 0.04)])
+def test_the_first_phase_may_have_a_learning_rate_of_its_own(
+    dataset, make_recipe, tmp_path, towers_lr, first
+):
+    train = POOLED | {"lr": 0.01, "towers_lr": towers_lr, "trunk_lr": 0.5, "max_steps": 4}
+    trainer = Trainer(make_recipe(train=train), dataset, tmp_path / "run", progress=False)
+    trainer._refresh(Bar())
+    used = []
+    for step in range(4):
+        losses_of(trainer, step)
+        used.append([group["lr"] / trainer._lr_factor() for group in trainer.optimizer.param_groups])
+    assert used[:2] == [pytest.approx([first, first])] * 2  # trunk, and what else is trained
+    assert used[2:] == [pytest.approx([0.005, 0.01])] * 2
+    with pytest.raises(SchemaError, match=r"train.towers_lr: got -1.0, expected a number of at least 0"):
+        make_recipe(train=POOLED | {"towers_lr": -1.0})
+
+
 def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
     rng = np.random.default_rng(0)
     z = rng.normal(size=20_000) * 2
