@@ -40,8 +40,8 @@ def make_optimizer(model: HSNN, train: TrainConfig) -> torch.optim.Optimizer:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, train: TrainConfig, factor: float, warm: bool
 ) -> None:
-    """``factor`` of the recipe's learning rate, while ``warm`` of the first phase's; where the two towers came first the
-    trunk then has a share of it."""
+    """``factor`` of the recipe's learning rate, while ``warm`` of the first phase's; after such a phase the trunk has a
+    share of it."""
     trunk, rest = optimizer.param_groups
     rest["lr"] = (train.first_lr if warm else train.lr) * factor
     trunk["lr"] = rest["lr"] * (train.trunk_lr if train.two_phases and not warm else 1.0)
