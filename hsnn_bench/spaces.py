@@ -70,9 +70,10 @@ _OURS_START = {"train.lr": 3e-3, "train.epochs": 9, "train.batch_size": 512, "tr
 
 
 def _flat(preset: str) -> Method:
-    """One MoNN over all items, without an index."""
+    """One MoNN over all items, without an index. What is tuned is one learning rate for all of its training."""
     single = {"model.layers": [preset], "model.codebooks": [], "search.widths": []}
-    return Method(_OURS, _OURS_START, single, ours=True)
+    knobs, start = _OURS | {"train.towers_lr": Choice((0.0,))}, _OURS_START | {"train.towers_lr": 0.0}
+    return Method(knobs, start, single, ours=True)
 
 
 METHODS: dict[str, Method] = {

@@ -119,6 +119,7 @@ class Follower:
         if t.pool:
             self.model.fix_temperature(t.temperature)
         self.model.load_state_dict(saved["model"])
+        self.model.hold_unknown()
         self.optimizer = make_optimizer(self.model, t)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
@@ -253,7 +254,7 @@ class Follower:
         self.items = replace(self.items, item_counts=counts)
         weights = torch.tensor([task.weight for task in self.recipe.schema.tasks])
         batches = self._batches(t.unlabelled, t.negative_power)
-        pools = make_pools(self.items, self.recipe)
+        pools = make_pools(self.items, self.recipe, first_time=None)
         objective = Objective(self.model, batches, pools, examples, t, weights, teacher=None)
         joint = self.model.lti is not None and self.recipe.model.index == "joint"
         moment = Moment(t.max_alpha if joint else None, 1.0, self.warm)

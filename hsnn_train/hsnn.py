@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from hsnn_core.errors import SchemaError
 from hsnn_core.features import Encoded
-from hsnn_core.schema import Schema
+from hsnn_core.schema import ID_FIRST, Schema
 
 from .lti import LearnToIndex, LTIOutput
 from .monn import MoNN, cross_layout
 from .overarch import InnerProduct
 from .presets import MoNNConfig
-from .trunk import Trunk
+from .trunk import UNKNOWN, Trunk
 
 
 class NodeBatch(NamedTuple):
@@ -232,10 +232,16 @@ class HSNN(nn.Module):
         known = torch.from_numpy(counts >= min_positives)
         for trunk in self._trunks():
             trunk.set_items(torch.from_numpy(np.array(items.ids)), known)
+        self.hold_unknown()
+
+    def hold_unknown(self) -> None:
+        """Keep matches of items that are looked up as the unknown id at zeros while training goes on. Loading a state
+        does not do that."""
+        known = self.trunk(self.layers).lookup.alias[ID_FIRST:] != UNKNOWN  # type: ignore[index]
         for number in range(1, self.layers + 1):
             interaction = self.layer(number).interaction
             if interaction is not None:
-                interaction.set_items(known)
+                interaction.hold_unknown(known)
 
     def fix_temperature(self, temperature: float) -> None:
         """Set the temperature of every layer's inner product, and leave the item layer's there: one that is learnt

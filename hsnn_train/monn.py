@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hsnn_core.schema import ID_FIRST, ITEM_SPACE, Schema
 
@@ -71,8 +72,9 @@ class InteractionTower(nn.Module):
         self.user_field = nn.Linear(config.user.num_embed * config.user.dim, e) if node else None
         self.node_field = nn.Linear(config.item.num_embed * config.item.dim, e) if node else None
         self.network = TowerNetwork(2 * len(cross.specs) + (2 if node else 0), e, config.interaction)
+        self._held: RemovableHandle | None = None
 
-    def set_items(self, known: Tensor) -> None:
+    def hold_unknown(self, known: Tensor) -> None:
         """Matches of items that have no embedding of their own (``known`` (V,) bool is False) get embeddings of zeros,
         which no gradient moves: noise, or what a few impressions taught, would rank what is new by chance."""
         if not any(space == ITEM_SPACE for space, _, _ in self.cross.specs):
@@ -82,7 +84,9 @@ class InteractionTower(nn.Module):
         kept[ID_FIRST:][~known] = 0.0
         with torch.no_grad():
             weight.mul_(kept)
-        weight.register_hook(lambda gradient: gradient * kept.to(gradient.device))
+        if self._held is not None:
+            self._held.remove()
+        self._held = weight.register_hook(lambda gradient: gradient * kept.to(gradient.device))
 
     def forward(self, user: Tensor, item: Tensor, dense: Tensor | None, ids: Tensor | None) -> Tensor:
         fields: list[Tensor] = []

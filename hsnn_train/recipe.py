@@ -63,7 +63,7 @@ class TrainConfig:
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
         hard: how many of them are drawn from what the two towers put first, where there is a pool.
         listed: how many of them are drawn from ``listed_from``, a user feature that lists items, where there is a pool:
-            what stood before the user beside what was chosen. Their lists join the pool.
+            what stood before the user beside what was chosen, not what the user chose before. They join the pool.
         unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
         negative_power: sampled items follow popularity ** power; 0 is uniform. Evaluation's are uniform.
         teacher: run directory of a stronger model for the soft labels, as seen from where the command runs;
@@ -310,11 +310,13 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         raise SchemaError("train.pool: is for logs of positives alone; set train.negatives (8, say) too")
     if train.pool and train.unlabelled:
         raise SchemaError(f"train.unlabelled: got {train.unlabelled}, expected 0 beside train.pool")
-    if train.hard + train.listed > (train.negatives if train.pool else 0):
+    if train.hard + train.listed >= (train.negatives if train.pool else 1):
         raise SchemaError(
-            f"train.hard and train.listed: got {train.hard} and {train.listed}, expected at most train.negatives "
-            f"({train.negatives}) together, and 0 without train.pool"
+            f"train.hard and train.listed: got {train.hard} and {train.listed}, expected less than train.negatives "
+            f"({train.negatives}) together, since every item must have a chance, and 0 without train.pool"
         )
+    if train.towers_lr and not train.two_phases:
+        raise SchemaError("train.towers_lr: has no effect without train.pool or train.towers_first")
     for key in ("lr", "temperature", "heat"):
         if not getattr(train, key) > 0:
             raise SchemaError(f"train.{key}: got {getattr(train, key)!r}, expected a number above 0")

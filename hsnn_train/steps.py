@@ -18,7 +18,7 @@ from .objective import Moment, Objective
 from .recipe import TrainConfig
 from .refresh import reset_optimizer_rows
 
-LAST_LR = 0.1  # the learning rate at the end of its cosine, as a share of train.lr
+LAST_LR = 0.1  # the learning rate at the end of its cosine, as a share of the recipe's
 LARGEST_NORM = 5.0  # of a step's gradient
 
 
@@ -65,9 +65,10 @@ def gradient_step(
     parts, pairs = objective(rows, state, moment, step_rng(t.seed, step))
     if not torch.isfinite(parts["loss"]):
         broken = ", ".join(name for name, value in parts.items() if not torch.isfinite(value))
+        key, rate = ("towers_lr", t.towers_lr) if moment.warm and t.towers_lr else ("lr", t.lr)
         raise Diverged(
             f"training diverged at {where}: {broken} is not finite; train "
-            f"again with a smaller train.lr (now {t.lr}), and look for extreme values in dense features"
+            f"again with a smaller train.{key} (now {rate}), and look for extreme values in dense features"
         )
     optimizer.zero_grad(set_to_none=True)
     parts["loss"].backward()

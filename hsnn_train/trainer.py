@@ -91,7 +91,7 @@ def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     )  # fmt: skip
 
 
-def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None = None) -> Pools | None:
+def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None) -> Pools | None:
     """The pools of a recipe on such items, with ``first_time`` as `Pools` has it; None where the recipe has none."""
     t = recipe.train
     if not t.pool:

@@ -50,7 +50,7 @@ def test_what_had_not_appeared_is_no_negative_where_the_catalogue_grows(dataset,
     assert np.array_equal(pool.exists, dataset.item_first_time[pool.rows] <= rows[:, None])
     assert pool.exists[rows, pool.positive].all()
     still = make_recipe(train={"negatives": 6, "unlabelled": 0, "pool": 40})
-    assert make_pools(dataset, still).draw(dataset.train, rows, step_rng(0, 7)).exists is None
+    assert make_pools(dataset, still, None).draw(dataset.train, rows, step_rng(0, 7)).exists is None
 
 
 def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):

@@ -256,6 +256,19 @@ def test_a_log_of_positives_alone(tmp_path):
         follower.take("b.parquet")
 
 
+def test_matches_of_items_that_share_the_unknown_id_stay_zeros(tmp_path):
+    base = write_base(tmp_path / "base", model={"min_positives": 2})
+    arrive(tmp_path / "stream", later(0), "a.parquet")
+    follower = Follower(tmp_path / "stream", tmp_path / "run", base)
+    shared = follower.model.trunks[0].lookup.alias[2:] == 1
+    assert 0 < shared.sum() < len(shared)
+    weight = follower.model.layer(1).interaction.tables.weight("item")
+    before = weight.detach().clone()
+    follower.take("a.parquet")
+    assert not weight[2:][shared].any()
+    assert not torch.equal(weight[2:][~shared], before[2:][~shared])
+
+
 def test_divergence_names_the_file_and_keeps_the_checkpoint_from_before(base, stream, tmp_path):
     follower = Follower(stream, tmp_path / "run", base)
     before = content(tmp_path / "run")

@@ -14,6 +14,7 @@ from hsnn_train.trainer import Trainer, make_pools
 from hsnn_train.warm import WarmStarts
 
 POOLED = {"pool": 40, "negatives": 5, "hard": 3, "unlabelled": 0, "init_at": 0.5, "max_steps": 12}
+LISTED = POOLED | {"hard": 2, "listed": 2, "listed_from": "history"}
 TOWERS_FIRST = {"towers_first": True, "init_at": 0.5, "max_steps": 12}
 
 
@@ -50,7 +51,7 @@ def test_ranking_distillation_is_least_at_the_teacher_and_gives_it_no_gradient()
 
 
 def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(dataset, make_recipe):
-    pools_of = make_pools(dataset, make_recipe(train=POOLED | {"pool": 20}))
+    pools_of = make_pools(dataset, make_recipe(train=POOLED | {"pool": 20}), None)
     rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[:16]
     pools = [pools_of.draw(dataset.train, rows, step_rng(0, step)) for step in range(400)]
     own = dataset.train.item_row[rows]
@@ -62,13 +63,13 @@ def test_a_pool_holds_the_positives_and_says_how_likely_each_item_was_in_it(data
     seen = np.mean([np.isin(absent, pool.rows) for pool in pools], axis=0)
     share = drawn.share[np.searchsorted(drawn.rows, absent)]
     np.testing.assert_allclose(seen, 1 - (1 - share) ** 20, atol=0.09)
-    whole = make_pools(dataset, make_recipe(train=POOLED | {"pool": 10_000}))
+    whole = make_pools(dataset, make_recipe(train=POOLED | {"pool": 10_000}), None)
     everything = whole.draw(dataset.train, rows, step_rng(0, 0))
     assert np.array_equal(everything.rows, drawn.rows)
     assert not everything.log_inclusion.any()
 
 
-@pytest.mark.parametrize("train", [POOLED, TOWERS_FIRST], ids=["pool", "impressions"])
+@pytest.mark.parametrize("train", [POOLED, LISTED, TOWERS_FIRST], ids=["pool", "lists", "impressions"])
 def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_recipe, tmp_path, train):
     folder = WarmStarts(tmp_path / "warm")
 
@@ -92,7 +93,7 @@ def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_rec
     assert len(list((tmp_path / "warm").iterdir())) == 1
 
 
-@pytest.mark.parametrize("train", [POOLED, TOWERS_FIRST], ids=["pool", "impressions"])
+@pytest.mark.parametrize("train", [POOLED, LISTED, TOWERS_FIRST], ids=["pool", "lists", "impressions"])
 def test_an_interrupted_run_of_two_phases_ends_where_an_uninterrupted_one_does(
     dataset, make_recipe, tmp_path, train
 ):
@@ -134,6 +135,8 @@ def test_the_first_phase_may_have_a_learning_rate_of_its_own(
     assert used[2:] == [pytest.approx([0.005, 0.01])] * 2
     with pytest.raises(SchemaError, match=r"train.towers_lr: got -1.0, expected a number of at least 0"):
         make_recipe(train=POOLED | {"towers_lr": -1.0})
+    with pytest.raises(SchemaError, match=r"train.towers_lr: has no effect without train.pool"):
+        make_recipe(train={"towers_lr": 0.1})
 
 
 def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
@@ -152,7 +155,7 @@ def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
     [
         ({"pool": 10, "negatives": 0}, "train.pool: is for logs of positives alone"),
         ({"pool": 10, "negatives": 2, "unlabelled": 1}, "expected 0 beside train.pool"),
-        ({"hard": 1, "negatives": 2}, "train.hard and train.listed: got 1 and 0, expected at most"),
+        ({"hard": 1, "negatives": 2}, "train.hard and train.listed: got 1 and 0, expected less than"),
     ],
 )
 def test_settings_of_a_pool_that_make_no_sense_are_named(make_recipe, train, message):
