@@ -188,13 +188,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
 
 def test_refused_updates_are_logged_without_what_they_hold(index: Index) -> None:
     index.send({"id": 1, "sequence": 1}, {"id": 1, "sequence": 1})
-    secret = {"id": 77, "sequence": 1, "features": {"price": "secret 31.25"}}
+    secret = {"id": 770_123_456_077, "sequence": 1, "features": {"price": "secret 31.25"}}
     assert index.send(secret, {"id": "x"}, {"id": 3, "sequence": 1}).tensors["status"].tolist() == [2, 2, 0]
     index.send({"id": 4, "sequence": 1, "features": {"price": [[1], "secret", [2, 3]]}})
     index.send({"id": 5, "sequence": 1, "eligibility": {"paused": "secret"}})
     lines = index.lines()
     assert len(lines) == 3, "what is applied or stale is nothing to log"
-    assert "31.25" not in index.text and "secret" not in index.text and "77" not in index.text
+    assert "31.25" not in index.text and "secret" not in index.text and "770123456077" not in index.text
     first = lines[0]
     assert first.pop("time").endswith("+00:00")
     assert 0 <= first.pop("seconds") < 10
