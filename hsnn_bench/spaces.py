@@ -70,7 +70,8 @@ _OURS_START = {"train.lr": 3e-3, "train.epochs": 9, "train.batch_size": 512, "tr
 
 
 def _flat(preset: str) -> Method:
-    """One MoNN over all items, without an index. What is tuned is one learning rate for all of its training."""
+    """One MoNN over all items, without an index."""
+    # A recipe's own rate of the first phase would make train.lr do nothing for two towers; untuned it stands.
     single = {"model.layers": [preset], "model.codebooks": [], "search.widths": []}
     knobs, start = _OURS | {"train.towers_lr": Choice((0.0,))}, _OURS_START | {"train.towers_lr": 0.0}
     return Method(knobs, start, single, ours=True)

@@ -68,13 +68,19 @@ def rows_i2ifs(dataset: ItemTable) -> list[I2IF]:
     """I2IF over item-table rows: of every fold, then of what is served; empty when the schema has no interactions."""
     if not dataset.schema.interactions:
         return []
-    known = dataset.transform.vocabularies[ITEM_SPACE]
-    position_of_id = np.full(dataset.transform.cardinality(ITEM_SPACE), -1, np.int32)
-    position_of_id[known.ids] = find_rows(dataset.item_keys, known.keys)
+    row_of_id = _row_of_id(dataset)
     return [
-        I2IF.build(dataset.schema, dataset.transform, items, position_of_id)
+        I2IF.build(dataset.schema, dataset.transform, items, row_of_id)
         for items in (*dataset.folds, dataset.items)
     ]
+
+
+def _row_of_id(items: ItemTable) -> np.ndarray:
+    """(ids of the item space,) int32: the item-table row of the item that an id stands for, -1 for none."""
+    known = items.transform.vocabularies[ITEM_SPACE]
+    row_of_id = np.full(items.transform.cardinality(ITEM_SPACE), -1, np.int32)
+    row_of_id[known.ids] = find_rows(items.item_keys, known.keys)
+    return row_of_id
 
 
 def _first_time(dataset: Dataset, recipe: Recipe) -> np.ndarray | None:
@@ -99,11 +105,9 @@ def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None) 
     lists = None
     if t.listed:
         (slot,) = (s for s in items.schema.layout("user").slots if s.feature.name == t.listed_from)
-        known = items.transform.vocabularies[ITEM_SPACE]
-        rows = find_rows(items.item_keys, known.keys)
-        row_of_id = np.full(items.transform.cardinality(ITEM_SPACE), -1, np.int32)
-        row_of_id[known.ids] = np.where(items.item_counts[rows] > 0, rows, -1)
-        lists = ItemLists(slice(slot.start, slot.stop), row_of_id, t.listed)
+        row_of_id = _row_of_id(items)
+        drawn = np.where(items.item_counts[row_of_id] > 0, row_of_id, np.int32(-1))
+        lists = ItemLists(slice(slot.start, slot.stop), drawn, t.listed)
     return Pools(items.item_counts, t.pool, t.negative_power, first_time, lists)
 
 

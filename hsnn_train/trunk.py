@@ -139,8 +139,8 @@ class Lookup(nn.Module):
     """Embedding tables of all id spaces, and what is known of the items that ids `of: item` stand for.
 
     The token of an item in a history is its id's embedding plus the mean embedding of each of its other sparse
-    features, so that an item is recognised by its attributes where its id was seen too rarely. Items without a
-    training positive are looked up as the unknown id: their own rows would be untrained noise.
+    features, so that an item is recognised by its attributes where its id was seen too rarely. Items of too
+    few training positives (`model.min_positives`) are looked up as the unknown id: their own rows would be noise.
 
     Args:
         cardinality: ids per space.

@@ -103,10 +103,8 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     wider = Job(changed(job.recipe, {"search.widths": [4], "search.requests": 5}), job.work, "row")
     assert wider.folder == job.folder
     assert wider.record() is None and wider.metrics() is None
-    for change in (
-        {"train.lr": 0.1},
-        {"search.candidates": "seen_before"},
-    ):
+    # Where the catalogue grows, its candidates decide what is a negative.
+    for change in ({"train.lr": 0.1}, {"search.candidates": "seen_before"}):
         assert Job(changed(job.recipe, change), job.work, "row").folder != job.folder
 
 

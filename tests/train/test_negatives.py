@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from hsnn_core.errors import SchemaError
 from hsnn_train.batches import step_rng
@@ -56,9 +57,8 @@ def test_a_pool_with_lists_says_how_likely_each_item_was_in_it(dataset, make_rec
     assert len(free) > 5
     chance = np.array([told[row] for row in free.tolist()])
     share = pools.frequency[np.searchsorted(pools.sampler.rows, free)]
-    chance = 1 - (1 - chance) / (1 - share) ** len(
-        rows
-    )  # the positives of this batch are given, and not among these
+    # The positives of this batch are given, and not among these.
+    chance = 1 - (1 - chance) / (1 - share) ** len(rows)
     np.testing.assert_allclose(chance, seen, atol=0.07)
 
 
@@ -78,7 +78,7 @@ def test_the_draws_that_fall_on_a_candidate_are_what_is_expected_of_the_list(dat
 def test_what_the_losses_take_off_is_how_often_a_candidate_is_drawn(dataset, make_recipe, tmp_path):
     """Slot by slot over many steps: a user's item comes as often as exp(offset) says, relative to uniform draws."""
     trainer = Trainer(make_recipe(train=LISTED), dataset, tmp_path / "run", progress=False)
-    trainer._refresh(Bar())
+    trainer._refresh(tqdm(disable=True))
     objective, state = trainer.objective, trainer.state
     rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[-8:]
     seen = np.zeros((len(rows), len(dataset.items.ids)))
@@ -134,8 +134,3 @@ def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path)
 def test_lists_that_make_no_sense_are_named(make_recipe, train, message):
     with pytest.raises(SchemaError, match=message):
         make_recipe(train=LISTED | train)
-
-
-class Bar:
-    def set_description(self, text):
-        pass
