@@ -114,6 +114,7 @@ def test_globo_by_hand(tmp_path: Path) -> None:
     assert whole.items.column("article_id").to_pylist() == [5, 6, 7]
     # to the hour: the article's first click does not have the article's time as its own
     np.testing.assert_allclose(whole.items.column("first_seen").to_numpy(), [0, 23 / 24, 26 / 24], rtol=1e-6)
+    assert whole.items.column("first_hour").to_pylist() == [0, 23, 2]
     assert last.impressions.column("article_id").to_pylist() == [6, 5, 7]
     assert last.items.column("first_seen").to_pylist()[0] == 0.0  # known from before the kept days
     assert whole.notes == ("1 of 5 clicks are outside the chosen days",)
