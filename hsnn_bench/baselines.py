@@ -169,7 +169,7 @@ class _Bench:
     def results(self, name: str, params: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
         """Rows of a method with one seed (a two-tower has three), by id; from the file when it is there."""
         changes = {**METHODS[name].recipe, **params, "train.seed": seed} if METHODS[name].ours else {}
-        recipe = ours.changed(self.recipe, changes) if changes else self.recipe
+        recipe = ours.variant(self.recipe, changes, METHODS[name].without_interactions)
         whole = recipe.to_dict()
         used = (
             whole if METHODS[name].ours else {key: whole[key] for key in ("schema", "data", "split", "base")}

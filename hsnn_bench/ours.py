@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from hsnn_train.retrieval import retrieval
 def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with dotted keys set to plain values. Raises SchemaError for those it does not know."""
     return with_overrides(recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def variant(recipe: Recipe, values: Mapping[str, Any], without_interactions: bool = False) -> Recipe:
+    """The recipe of one model of a comparison: dotted keys set to ``values``, before them, where the model has no
+    interactions, to those of the recipe's ``two_tower`` section. The section itself is not kept: it is no part of what
+    is trained. Raises SchemaError for keys that the recipe does not know."""
+    own = recipe.two_tower if without_interactions else {}
+    return changed(replace(recipe, two_tower={}), {**own, **values})
 
 
 def trained(recipe: Recipe, dataset: Dataset, run: Path) -> Run:

@@ -11,6 +11,9 @@ The paper has I_1, I_2, V of 1e3, 1e5, 1e7. The two-layer rows have one index la
 (on a logarithmic scale) between the recipe's two, which for the shipped recipes is about sqrt(V), the usual size of
 an inverted file. They keep the same share of the nodes as the three-layer rows keep of theirs, so that about as
 many items are scored.
+
+Rows of two towers alone take the recipe's ``two_tower`` section: what suits a model with interactions may ruin one
+without, and a baseline is to be no straw man.
 """
 
 from __future__ import annotations
@@ -147,7 +150,8 @@ def _layers(recipe: Recipe, index: str, *presets: str) -> dict[str, Any]:
 
 def _table1(recipe: Recipe) -> list[Row]:
     def row(name: str, label: str, paper: Paper, index: str, *presets: str) -> Row:
-        return Row(name, label, LADDER, "xs", paper, _layers(recipe, index, *presets))
+        own = recipe.two_tower if set(presets) == {XS} else {}
+        return Row(name, label, LADDER, "xs", paper, {**_layers(recipe, index, *presets), **own})
 
     return [
         row("xs", "Two Tower (XS)", Paper(0.25, 0.0, 1.0, "M_XS·V", 0.0), "joint", XS),

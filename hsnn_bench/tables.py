@@ -29,7 +29,7 @@ from .cost import Cost, measure
 from .figures import Summary, by_figure, gap_closure, read_metrics, relative_change
 from .jobs import CHECKPOINT, Job
 from .model_flops import model_flops, small_flops
-from .ours import changed
+from .ours import changed, variant
 from .report import render
 from .rows import Row, select, table_rows
 from .widths import sweep
@@ -156,7 +156,7 @@ def _parallel(jobs: int | None) -> int:
 
 
 def _job(row: Row, base: Recipe, seed: int, work: Path) -> Job:
-    recipe = changed(base, {**row.overrides, "train.seed": seed})
+    recipe = variant(base, {**row.overrides, "train.seed": seed})
     widths = list(
         recipe.search.widths[: len(recipe.model.layers) - 1]
     )  # widths that no layer reads change nothing

@@ -188,7 +188,8 @@ def run_tuning(
     for name, space in chosen.items():
         if space.ours:
             search = {"search.requests": requests, "search.candidates": candidates}
-            own = ours.changed(recipe, {**space.recipe, **search, "train.seed": seed})
+            changes = {**space.recipe, **search, "train.seed": seed}
+            own = ours.variant(recipe, changes, space.without_interactions)
             objective = recipe_objective(own, dataset, work / recipe.name / f"{name}-trial", figure)
         else:
             objective = implicit_objective(name, dataset, candidates, requests, seed, figure)

@@ -154,7 +154,8 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loaded recipe. ``base`` is the folder that relative data paths start from."""
+    """A loaded recipe. ``base`` is the folder that relative data paths start from. ``two_tower`` has what methods
+    without interactions need changed, dotted keys and their values: comparisons train their two towers with it."""
 
     name: str
     schema: Schema
@@ -163,11 +164,12 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    two_tower: Mapping[str, Any] = field(default_factory=dict)
     base: Path = Path()
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `recipe_from_dict` reads back; ``base`` and the teacher become absolute paths."""
-        return {
+        plain = {
             "name": self.name,
             "schema": self.schema.to_dict(),
             "data": dict(self.data),
@@ -178,6 +180,7 @@ class Recipe:
             "search": _plain(asdict(self.search)),
             "base": str(self.base.resolve()),
         }
+        return plain | ({"two_tower": dict(self.two_tower)} if self.two_tower else {})
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +227,7 @@ def _section(kind: type[S], raw: Any, path: str) -> S:
 
 def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
     """A recipe from its plain form. Raises SchemaError naming the dotted path that is wrong."""
-    known = {"name", "schema", "data", "split", "model", "train", "search", "base"}
+    known = {"name", "schema", "data", "split", "model", "train", "search", "two_tower", "base"}
     for key in raw:
         if key not in known:
             raise SchemaError(f"{key}: unknown section; known sections: {', '.join(sorted(known))}")
@@ -260,8 +263,24 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
         model=model,
         train=train,
         search=search,
+        two_tower=_dotted(raw.get("two_tower") or {}),
         base=Path(raw.get("base", base)),
     )
+
+
+def _dotted(raw: Any) -> dict[str, Any]:
+    """The ``two_tower`` section. Raises SchemaError for what is no dotted key of ``model`` or ``train``."""
+    if not isinstance(raw, Mapping):
+        raise SchemaError(f"two_tower: got {type(raw).__name__}, expected a mapping")
+    known = [
+        f"{name}.{f.name}"
+        for name, kind in (("model", ModelConfig), ("train", TrainConfig))
+        for f in fields(kind)
+    ]
+    for path in raw:
+        if path not in known:
+            raise SchemaError(f"two_tower.{path}: unknown key; known keys: {', '.join(known)}")
+    return dict(raw)
 
 
 def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> None:

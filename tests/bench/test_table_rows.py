@@ -1,11 +1,13 @@
 """The rows of the tables are the paper's, and every shipped recipe can train them."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from hsnn_bench.ours import changed
 from hsnn_bench.rows import TABLES, select, table_rows, three_layers, two_layers
+from hsnn_bench.tables import _job
 from hsnn_core.errors import SchemaError
 from hsnn_train.recipe import RECIPES, load_recipe
 
@@ -102,6 +104,17 @@ def test_rows_are_chosen_by_id_or_block_and_keep_their_reference(beauty):
         select(rows, ",")
     with pytest.raises(SchemaError, match="known tables: table1, table2, table3"):
         table_rows("table4", beauty)
+
+
+def test_rows_of_two_towers_alone_take_the_recipes_section_for_them_and_no_other_row_knows_of_it(beauty):
+    apart = dataclasses.replace(beauty, two_tower={"model.min_positives": 7})
+    for mine, plain in zip(table_rows("table1", apart), table_rows("table1", beauty), strict=True):
+        job, same = (_job(row, recipe, 1, Path("work")) for row, recipe in ((mine, apart), (plain, beauty)))
+        assert job.recipe.two_tower == {}
+        if mine.id in ("xs", "ebr"):
+            assert job.recipe.model.min_positives == 7 and mine.overrides["model.min_positives"] == 7
+        else:
+            assert (mine, job.folder) == (plain, same.folder)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -292,6 +292,16 @@ def test_recipes_name_what_is_wrong(make_recipe):
         make_recipe(search={"widths": [4]})
 
 
+def test_the_section_for_two_towers_is_kept_and_names_what_is_wrong(make_recipe, tmp_path):
+    plain = make_recipe().to_dict()
+    kept = recipe_from_dict(plain | {"two_tower": {"model.min_positives": 1}}, "x", tmp_path)
+    assert recipe_from_dict(kept.to_dict(), "x", tmp_path).two_tower == {"model.min_positives": 1}
+    with pytest.raises(SchemaError, match=r"two_tower\.train\.min: unknown key; known keys: model\.layers, "):
+        recipe_from_dict(plain | {"two_tower": {"train.min": 1}}, "x", tmp_path)
+    with pytest.raises(SchemaError, match="two_tower: got list, expected a mapping"):
+        recipe_from_dict(plain | {"two_tower": ["train.lr"]}, "x", tmp_path)
+
+
 @pytest.mark.parametrize("layers", [["small"], ["small", "small"], ["two_tower_xs"] * 4])
 def test_a_teacher_of_other_depth_scores_with_its_own_index(dataset, make_recipe, tmp_path, layers):
     """Soft labels are what the teacher's own search would say, whatever the student's index looks like."""
