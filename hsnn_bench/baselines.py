@@ -169,7 +169,9 @@ class _Bench:
     def results(self, name: str, params: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
         """Rows of a method with one seed (a two-tower has three), by id; from the file when it is there."""
         changes = {**METHODS[name].recipe, **params, "train.seed": seed} if METHODS[name].ours else {}
-        recipe = ours.variant(self.recipe, changes, METHODS[name].without_interactions)
+        recipe = ours.variant(self.recipe, changes)
+        if METHODS[name].ours:
+            params = {**self.recipe.changes_for(recipe.model.layers), **params}
         whole = recipe.to_dict()
         used = (
             whole if METHODS[name].ours else {key: whole[key] for key in ("schema", "data", "split", "base")}

@@ -20,12 +20,12 @@ def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return with_overrides(recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
-def variant(recipe: Recipe, values: Mapping[str, Any], without_interactions: bool = False) -> Recipe:
-    """The recipe of one model of a comparison: dotted keys set to ``values``, before them, where the model has no
-    interactions, to those of the recipe's ``two_tower`` section. The section itself is not kept: it is no part of what
+def variant(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe of one model of a comparison: dotted keys set to ``values``; before them, where the model reads no
+    interactions, to what the recipe's section of that name says. The section itself is not kept: it is no part of what
     is trained. Raises SchemaError for keys that the recipe does not know."""
-    own = recipe.two_tower if without_interactions else {}
-    return changed(replace(recipe, two_tower={}), {**own, **values})
+    own = recipe.changes_for(values.get("model.layers", recipe.model.layers))
+    return changed(replace(recipe, without_interactions={}), {**own, **values})
 
 
 def trained(recipe: Recipe, dataset: Dataset, run: Path) -> Run:

@@ -12,8 +12,8 @@ The paper has I_1, I_2, V of 1e3, 1e5, 1e7. The two-layer rows have one index la
 an inverted file. They keep the same share of the nodes as the three-layer rows keep of theirs, so that about as
 many items are scored.
 
-Rows of two towers alone take the recipe's ``two_tower`` section: what suits a model with interactions may ruin one
-without, and a baseline is to be no straw man.
+Rows of two towers alone take the recipe's ``without_interactions`` section: what suits a model with interactions may
+ruin one without, and a baseline is to be no straw man.
 """
 
 from __future__ import annotations
@@ -145,13 +145,12 @@ def _layers(recipe: Recipe, index: str, *presets: str) -> dict[str, Any]:
     shape: dict[str, Any] = {"model.codebooks": [], "model.columns": [], "search.widths": []}
     if len(presets) > 1:
         shape = two_layers(recipe) if len(presets) == 2 else three_layers(recipe)
-    return {"model.layers": list(presets), "model.index": index, **shape}
+    return {**recipe.changes_for(presets), "model.layers": list(presets), "model.index": index, **shape}
 
 
 def _table1(recipe: Recipe) -> list[Row]:
     def row(name: str, label: str, paper: Paper, index: str, *presets: str) -> Row:
-        own = recipe.two_tower if set(presets) == {XS} else {}
-        return Row(name, label, LADDER, "xs", paper, {**_layers(recipe, index, *presets), **own})
+        return Row(name, label, LADDER, "xs", paper, _layers(recipe, index, *presets))
 
     return [
         row("xs", "Two Tower (XS)", Paper(0.25, 0.0, 1.0, "M_XS·V", 0.0), "joint", XS),

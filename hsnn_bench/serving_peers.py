@@ -44,7 +44,7 @@ from hsnn_train.recipe import Recipe
 
 from .faiss_twin import Queries, flat_index, tuned_index
 from .jobs import Job
-from .ours import changed, trained
+from .ours import trained, variant
 from .scale import build, export_over
 
 SOURCES = Path(__file__).parent / "peer_models"
@@ -155,7 +155,7 @@ def _peer_of(model: str, exported: Exported, networks: tuple[str, ...], layers: 
 def flat_recipe(recipe: Recipe, preset: str) -> Recipe:
     """The recipe with one layer of that preset and no index."""
     single = {"model.layers": [preset], "model.codebooks": [], "model.columns": [], "model.index": "joint"}
-    return changed(recipe, {**single, "search.widths": []})
+    return variant(recipe, {**single, "search.widths": []})
 
 
 def _flat_export(run: Run, dataset: Dataset, preset: str, grown: Grown | None) -> Exported:

@@ -50,7 +50,6 @@ class Method:
         start: the first trial; a value for every knob.
         recipe: for our own methods, what makes the recipe this method: dotted keys and their values.
         ours: whether the method is trained from a recipe.
-        without_interactions: whether it is ours and reads none, and so takes the recipe's ``two_tower`` section.
         timed: whether it needs requests whose times compare (`search.candidates: seen_before`).
     """
 
@@ -58,7 +57,6 @@ class Method:
     start: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     ours: bool = False
-    without_interactions: bool = False
     timed: bool = False
 
 
@@ -71,12 +69,12 @@ _OURS: dict[str, Knob] = {
 _OURS_START = {"train.lr": 3e-3, "train.epochs": 9, "train.batch_size": 512, "train.temperature": 0.12}
 
 
-def _flat(preset: str, without_interactions: bool) -> Method:
+def _flat(preset: str) -> Method:
     """One MoNN over all items, without an index."""
     # A recipe's own rate of the first phase would make train.lr do nothing for two towers; untuned it stands.
     single = {"model.layers": [preset], "model.codebooks": [], "search.widths": []}
     knobs, start = _OURS | {"train.towers_lr": Choice((0.0,))}, _OURS_START | {"train.towers_lr": 0.0}
-    return Method(knobs, start, single, ours=True, without_interactions=without_interactions)
+    return Method(knobs, start, single, ours=True)
 
 
 METHODS: dict[str, Method] = {
@@ -111,9 +109,9 @@ METHODS: dict[str, Method] = {
         },
         {"factors": 64, "learning_rate": 0.05, "regularization": 0.01, "iterations": 100},
     ),
-    "two_tower": _flat("cpu_xs", without_interactions=True),
-    "mol": _flat("cpu_mol", without_interactions=True),
-    "flat": _flat("cpu_s", without_interactions=False),
+    "two_tower": _flat("cpu_xs"),
+    "mol": _flat("cpu_mol"),
+    "flat": _flat("cpu_s"),
     "hsnn": Method(_OURS, _OURS_START, ours=True),
 }
 

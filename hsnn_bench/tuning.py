@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,7 +190,8 @@ def run_tuning(
         if space.ours:
             search = {"search.requests": requests, "search.candidates": candidates}
             changes = {**space.recipe, **search, "train.seed": seed}
-            own = ours.variant(recipe, changes, space.without_interactions)
+            own = ours.variant(recipe, changes)
+            space = replace(space, recipe={**recipe.changes_for(own.model.layers), **space.recipe})
             objective = recipe_objective(own, dataset, work / recipe.name / f"{name}-trial", figure)
         else:
             objective = implicit_objective(name, dataset, candidates, requests, seed, figure)

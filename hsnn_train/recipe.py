@@ -6,12 +6,13 @@ split: {...}         how impressions are divided
 model: {layers: [cpu_l, cpu_m, cpu_s], codebooks: [32, 16]}
 train: {epochs: 2, batch_size: 512}
 search: {widths: [8, 64], k: 100}
+without_interactions: {model: {...}, train: {...}}   what comparisons change for models that read no interactions
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,10 @@ from .presets import MoNNConfig, preset
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 INDEX_METHODS = ("joint", "kmeans", "em", "hierarchy")
 CANDIDATES = ("all", "new", "seen_before")
+#: What a row of a comparison is made of, or what all its rows share: the seed, and the negatives that NE is taken with.
+FIXED_IN_COMPARISONS = (
+    "model.layers", "model.index", "model.codebooks", "model.columns", "train.seed", "train.negatives"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,8 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loaded recipe. ``base`` is the folder that relative data paths start from. ``two_tower`` has what methods
-    without interactions need changed, dotted keys and their values: comparisons train their two towers with it."""
+    """A loaded recipe. ``base`` is the folder that relative data paths start from. ``without_interactions`` has, by
+    section, what models that read no interactions need otherwise: comparisons train their two towers with it."""
 
     name: str
     schema: Schema
@@ -164,7 +169,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    two_tower: Mapping[str, Any] = field(default_factory=dict)
+    without_interactions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base: Path = Path()
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,7 +185,16 @@ class Recipe:
             "search": _plain(asdict(self.search)),
             "base": str(self.base.resolve()),
         }
-        return plain | ({"two_tower": dict(self.two_tower)} if self.two_tower else {})
+        apart = {section: dict(values) for section, values in self.without_interactions.items()}
+        return plain | ({"without_interactions": apart} if apart else {})
+
+    def changes_for(self, layers: Sequence[str]) -> dict[str, Any]:
+        """What ``without_interactions`` changes, as dotted keys and their values, for a model of these presets: nothing
+        where one of them reads interactions."""
+        if any(preset(name).interaction is not None for name in layers):
+            return {}
+        apart = self.without_interactions.items()
+        return {f"{section}.{key}": value for section, values in apart for key, value in values.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +241,7 @@ def _section(kind: type[S], raw: Any, path: str) -> S:
 
 def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
     """A recipe from its plain form. Raises SchemaError naming the dotted path that is wrong."""
-    known = {"name", "schema", "data", "split", "model", "train", "search", "two_tower", "base"}
+    known = {"name", "schema", "data", "split", "model", "train", "search", "without_interactions", "base"}
     for key in raw:
         if key not in known:
             raise SchemaError(f"{key}: unknown section; known sections: {', '.join(sorted(known))}")
@@ -263,24 +277,39 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
         model=model,
         train=train,
         search=search,
-        two_tower=_dotted(raw.get("two_tower") or {}),
+        without_interactions=_without_interactions(raw, name, base),
         base=Path(raw.get("base", base)),
     )
 
 
-def _dotted(raw: Any) -> dict[str, Any]:
-    """The ``two_tower`` section. Raises SchemaError for what is no dotted key of ``model`` or ``train``."""
-    if not isinstance(raw, Mapping):
-        raise SchemaError(f"two_tower: got {type(raw).__name__}, expected a mapping")
-    known = [
-        f"{name}.{f.name}"
-        for name, kind in (("model", ModelConfig), ("train", TrainConfig))
-        for f in fields(kind)
-    ]
-    for path in raw:
-        if path not in known:
-            raise SchemaError(f"two_tower.{path}: unknown key; known keys: {', '.join(known)}")
-    return dict(raw)
+def _without_interactions(raw: Mapping[str, Any], name: str, base: Path) -> dict[str, dict[str, Any]]:
+    """The section of that name. Raises SchemaError for what the recipe could not take, and for what a comparison sets
+    or its models share."""
+    section = raw.get("without_interactions") or {}
+    changed: dict[str, dict[str, Any]] = {}
+    for key, values in section.items() if isinstance(section, Mapping) else [("", section)]:
+        if key not in ("model", "train") or not isinstance(values, Mapping):
+            raise SchemaError(
+                f"without_interactions: got {section!r}, expected {{model: {{...}}, train: {{...}}}}"
+            )
+        for entry in values:
+            if f"{key}.{entry}" in FIXED_IN_COMPARISONS:
+                raise SchemaError(
+                    f"without_interactions.{key}.{entry}: is the comparison's to say; "
+                    f"so are {', '.join(FIXED_IN_COMPARISONS)}"
+                )
+        changed[key] = dict(values)
+    if changed:
+        plain = {key: value for key, value in raw.items() if key != "without_interactions"}
+        try:
+            recipe_from_dict(
+                plain | {key: dict(raw.get(key) or {}) | values for key, values in changed.items()},
+                name,
+                base,
+            )
+        except SchemaError as error:
+            raise SchemaError(f"without_interactions: {error}") from error
+    return changed
 
 
 def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hsnn_bench.ours import changed
+from hsnn_bench.ours import changed, variant
 from hsnn_bench.rows import TABLES, select, table_rows, three_layers, two_layers
+from hsnn_bench.serving_peers import flat_recipe
+from hsnn_bench.spaces import METHODS
 from hsnn_bench.tables import _job
 from hsnn_core.errors import SchemaError
 from hsnn_train.recipe import RECIPES, load_recipe
@@ -106,15 +108,27 @@ def test_rows_are_chosen_by_id_or_block_and_keep_their_reference(beauty):
         table_rows("table4", beauty)
 
 
-def test_rows_of_two_towers_alone_take_the_recipes_section_for_them_and_no_other_row_knows_of_it(beauty):
-    apart = dataclasses.replace(beauty, two_tower={"model.min_positives": 7})
+def test_rows_without_interactions_take_the_recipes_section_for_them_and_no_other_row_knows_of_it(beauty):
+    apart = dataclasses.replace(beauty, without_interactions={"model": {"min_positives": 7}})
     for mine, plain in zip(table_rows("table1", apart), table_rows("table1", beauty), strict=True):
         job, same = (_job(row, recipe, 1, Path("work")) for row, recipe in ((mine, apart), (plain, beauty)))
-        assert job.recipe.two_tower == {}
+        assert job.recipe.without_interactions == {}
         if mine.id in ("xs", "ebr"):
             assert job.recipe.model.min_positives == 7 and mine.overrides["model.min_positives"] == 7
         else:
             assert (mine, job.folder) == (plain, same.folder)
+
+
+def test_every_comparison_takes_that_section_where_no_layer_reads_interactions(beauty):
+    apart = dataclasses.replace(
+        beauty, without_interactions={"model": {"min_positives": 7}, "train": {"lr": 0.5}}
+    )
+    for name, found in METHODS.items():
+        if found.ours:
+            made = variant(apart, {**found.recipe, "train.lr": 0.1})
+            assert made.train.lr == 0.1, "what a trial sets stands"
+            assert made.model.min_positives == (7 if name in ("two_tower", "mol") else 1)
+    assert [flat_recipe(apart, p).model.min_positives for p in ("cpu_xs", "cpu_mol", "cpu_s")] == [7, 7, 1]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

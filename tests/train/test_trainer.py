@@ -292,14 +292,33 @@ def test_recipes_name_what_is_wrong(make_recipe):
         make_recipe(search={"widths": [4]})
 
 
-def test_the_section_for_two_towers_is_kept_and_names_what_is_wrong(make_recipe, tmp_path):
-    plain = make_recipe().to_dict()
-    kept = recipe_from_dict(plain | {"two_tower": {"model.min_positives": 1}}, "x", tmp_path)
-    assert recipe_from_dict(kept.to_dict(), "x", tmp_path).two_tower == {"model.min_positives": 1}
-    with pytest.raises(SchemaError, match=r"two_tower\.train\.min: unknown key; known keys: model\.layers, "):
-        recipe_from_dict(plain | {"two_tower": {"train.min": 1}}, "x", tmp_path)
-    with pytest.raises(SchemaError, match="two_tower: got list, expected a mapping"):
-        recipe_from_dict(plain | {"two_tower": ["train.lr"]}, "x", tmp_path)
+def test_the_section_for_models_without_interactions_is_kept_and_names_what_is_wrong(make_recipe, tmp_path):
+    def with_section(section):
+        return recipe_from_dict(make_recipe().to_dict() | {"without_interactions": section}, "x", tmp_path)
+
+    kept = with_section({"model": {"min_positives": 7}, "train": {"lr": 0.5}})
+    assert recipe_from_dict(kept.to_dict(), "x", tmp_path) == kept
+    assert kept.model.min_positives == 1
+    assert kept.changes_for(["cpu_xs", "cpu_mol"]) == {"model.min_positives": 7, "train.lr": 0.5}
+    assert kept.changes_for(["cpu_s", "cpu_xs"]) == {}
+    for section, message in (
+        ({"train": {"min": 1}}, r"without_interactions: train\.min: unknown key; known keys: epochs"),
+        (
+            {"train": {"listed": 2}},
+            "without_interactions: train.hard and train.listed: got 0 and 2, expected less",
+        ),
+        (
+            {"train": {"seed": 2}},
+            "without_interactions.train.seed: is the comparison's to say; so are model.layers",
+        ),
+        (
+            {"search": {"k": 2}},
+            "without_interactions: got {'search': {'k': 2}}, expected {model: {...}, train: {...}}",
+        ),
+        (["train.lr"], r"without_interactions: got \['train.lr'\], expected"),
+    ):
+        with pytest.raises(SchemaError, match=message):
+            with_section(section)
 
 
 @pytest.mark.parametrize("layers", [["small"], ["small", "small"], ["two_tower_xs"] * 4])
