@@ -44,6 +44,7 @@ TWINS = ("ivf", "hnsw")
 ITEM_CHUNK = 4096
 LABELS = {
     "popularity": "popularity", "recent": "recent popularity", "item_knn": "item-KNN (implicit)",
+    "lists": "neighbour lists alone",
     "als": "ALS (implicit)", "bpr": "BPR (implicit)",
     "two_tower": "two-tower, exhaustive", "two_tower_ivf": "two-tower, Faiss IVF",
     "two_tower_hnsw": "two-tower, Faiss HNSW", "mol": "mixture of logits, exhaustive", "flat": "MoNN flat S",

@@ -1,4 +1,4 @@
-"""The external recommenders of `implicit` (Ben Frederickson), and popularity, behind one interface.
+"""The external recommenders of `implicit` (Ben Frederickson), popularity, and item lists, behind one interface.
 
     model = MODELS["als"]().fit(dataset, params, seed)
     rows, valid = model.recommend(requests, k)        # (R, min(k, V)) int32 item rows, (R,) int64 that count
@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from hsnn_core.errors import DataError
 from hsnn_train.data.dataset import Dataset
+from hsnn_train.data.neighbours import DAMPING, neighbours
 
 from .requests import Requests, best_rows, train_positives
 
@@ -159,6 +160,38 @@ class ItemKNN(OfHistory):
         return np.where(scores > 0, scores, self.popularity - 2)
 
 
+class NeighbourLists(OfHistory):
+    """What the lists of `hsnn_train.data.neighbours` rank by themselves, without any network: score_i = Σ_j
+    decay^age_j / √place, over the items j of the history in whose list i has that place, 1 the first. HSNN reads the
+    same as an interaction, so that this says how much of its recall is the lists'.
+
+    Parameters: ``length`` of a list; ``damping`` of popular items in it; ``decay`` per step of age within the history.
+    """
+
+    defaults: ClassVar[Params] = {"length": 100, "damping": DAMPING, "decay": 0.75}
+
+    def fit(self, dataset: Dataset, params: Params, seed: int) -> Recommender:
+        train = dataset.train
+        hit = train.labels[:, 0] > 0
+        self.positives = (train.user_key[hit], train.time[hit], train.item_row[hit])
+        self.ordered = not dataset.unordered
+        return super().fit(dataset, params, seed)
+
+    def _fit(self, seen: sparse.csr_matrix, params: dict[str, Any], seed: int) -> None:
+        items = seen.shape[1]
+        lists = neighbours(
+            *self.positives, items, min(params["length"], items), self.ordered, params["damping"]
+        )
+        item, place = np.nonzero(lists >= 0)
+        weight = (1 / np.sqrt(1 + place)).astype(np.float32)
+        self.leads = sparse.csr_matrix((weight, (item, lists[item, place])), shape=(items, items))
+        self.decay = params["decay"]
+
+    def scores(self, user_key: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
+        scores = (_weighted(history, self.decay) @ self.leads).toarray()
+        return np.where(scores > 0, scores, self.popularity - 2)
+
+
 class ALS(OfHistory):
     """Alternating least squares for implicit feedback; the request's history is folded in (`recalculate_user`),
     with confidence alpha · decay^age. An empty history is ranked by popularity."""
@@ -225,6 +258,7 @@ MODELS: dict[str, type[Recommender]] = {
     "popularity": Popularity,
     "recent": Recent,
     "item_knn": ItemKNN,
+    "lists": NeighbourLists,
     "als": ALS,
     "bpr": BPR,
 }

@@ -90,6 +90,14 @@ METHODS: dict[str, Method] = {
         },
         {"weighting": "tfidf", "neighbours": 200, "k1": 100.0, "b": 0.2, "decay": 1.0},
     ),
+    "lists": Method(
+        {
+            "length": Whole(20, 1000, log=True),
+            "damping": Real(0.0, 0.6),
+            "decay": Choice((1.0, 0.9, 0.8, 0.6, 0.4)),
+        },
+        {"length": 200, "damping": 0.2, "decay": 0.8},
+    ),
     "als": Method(
         {
             "factors": Choice((32, 64, 128, 256)),

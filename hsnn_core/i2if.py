@@ -1,16 +1,16 @@
 """I2IF: <user, item> interaction features from an inverted index (paper §2, spec §1).
 
 Every interaction crosses a user feature with an item feature. The user's ids are the query: directly, when
-both features share an id space, or *through items*, when the user's ids are items and it is the terms of
-those items that count. Per candidate there are three dense crossings and the ids that matched:
+both features share an id space; *through items*, when the user's ids are items and it is the terms of those items
+that count; or *via lists*, when each of the user's items stands for the terms of its list in another item feature.
+Per candidate there are three dense crossings and the ids that matched:
 
-    0  number of the item's terms that matched
+    0  number of the item's terms that matched; via lists log(1 + w), w what they weigh, the first place of a list 1
     1  share of the user's total weight that lies on matched terms (0 without any)
     2  share of the item's terms that matched (0 without any)
 
-A term weighs as often as the user has it; in an interaction that fades, its occurrences lose weight with age.
-A node is crossed as its representative is; in an interaction of members, what all its items weigh is the
-representative's, for which the user's query is rewritten per layer.
+What a term weighs is `hsnn_core.terms`. A node is crossed as its representative is; in an interaction of members,
+what all its items weigh is the representative's, for which the user's query is rewritten per layer.
 
 Two plans give the same bits: `probe` looks the user up from the candidates' forward lists (few candidates),
 `walk` runs over the postings of the user's terms (all nodes of a layer). Both only collect integers; one
@@ -32,10 +32,9 @@ from .features import Encoded, FeatureTransform, without_gaps, without_repeats
 from .place_table import PositionTable
 from .row_table import RowTable
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
+from .terms import LIST_FIRST, Terms, list_weights, occurrence_weights, over_slots, summed
 
 DENSE_PER_INTERACTION = 3
-# Weight of a sequence's most recent occurrence where the interaction fades: whole numbers, so that sums are exact.
-FRESH = 256
 # Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
 TABLE_ENTRIES = 1 << 20
 
@@ -58,15 +57,6 @@ class IdSlot(NamedTuple):
     interaction: Interaction
     start: int
     stop: int
-
-
-class Terms(NamedTuple):
-    """The users' terms in one interaction: ``terms`` (B, M) int32 ascending and different within a user, 0
-    beyond; ``weights`` (B, M) int32 of their occurrences, summed; ``totals`` (B,) int64."""
-
-    terms: np.ndarray
-    weights: np.ndarray
-    totals: np.ndarray
 
 
 class Query(NamedTuple):
@@ -112,17 +102,22 @@ class Postings:
 class I2IF:
     """The interactions of a schema over V items, known by their position.
 
-    ``forward[feature]`` (V, L) int32: the terms of every item in an item feature, different within an item, 0 at the
-    end (`forward_lists` makes them); interactions with the same item feature share them. ``position_of_id``
-    (cardinality of the item space,) int32: position of an item id, -1 when it is not in the corpus. Safe to share
-    between threads. Raises FormatError when the arrays do not fit.
+    ``forward[feature]`` (V, L) int32: the terms of every item in an item feature that is crossed or that crossings go
+    via, different within an item, 0 at the end (`forward_lists` makes them); interactions share them.
+    ``position_of_id`` (cardinality of the item space,) int32: position of an item id, -1 when it is not in the corpus.
+    Safe to share between threads. Raises FormatError when the arrays do not fit.
     """
 
     def __init__(
         self, specs: Sequence[CrossSpec], forward: Mapping[str, np.ndarray], position_of_id: np.ndarray
     ) -> None:
         self.specs = tuple(specs)
-        self.forward = {spec.interaction.item: RowTable(_forward_list(spec, forward)) for spec in self.specs}
+        self.forward = {
+            feature: RowTable(_forward_list(feature, spec, forward))
+            for spec in self.specs
+            for feature in spec.interaction.item_features
+        }
+        self._crossed = {spec.interaction.item for spec in self.specs}
         position_of_id = np.asarray(position_of_id)
         rows = {len(lists) for lists in self.forward.values()}
         if len(rows) != 1:
@@ -191,56 +186,68 @@ class I2IF:
         found: dict[str, np.ndarray] = {}
         return Query(tuple(self._user_terms(spec, user_ids[:, spec.user], found) for spec in self.specs))
 
-    def query_of_nodes(self, query: Query, user_ids: np.ndarray, stand_in: StandIn) -> Query:
-        """What ``query``, that of ``user_ids`` (B, S), is for the nodes of a layer: in interactions of members every
-        item of the user stands as the one that represents its node, which ``stand_in`` says."""
-        found: dict[tuple[str, str], np.ndarray] = {}
+    def query_of_nodes(self, query: Query, stand_in: StandIn) -> Query:
+        """What ``query`` is for the nodes of a layer: in interactions of members every item among the user's terms
+        stands as the one that represents its node, which ``stand_in`` says."""
+        found: dict[tuple[str, str, str | None], np.ndarray] = {}
         return Query(
             tuple(
-                self._members(spec, user_ids[:, spec.user], found, stand_in)
-                if spec.interaction.members
-                else terms
+                self._members(spec.interaction, terms, found, stand_in) if spec.interaction.members else terms
                 for spec, terms in zip(self.specs, query.terms)
             )
         )
 
     def _members(
-        self, spec: CrossSpec, ids: np.ndarray, found: dict[tuple[str, str], np.ndarray], stand_in: StandIn
+        self,
+        interaction: Interaction,
+        users: Terms,
+        found: dict[tuple[str, str, str | None], np.ndarray],
+        stand_in: StandIn,
     ) -> Terms:
-        """``found``: what stands in, for the interactions that cross the same features."""
-        user, item = spec.interaction.user, spec.interaction.item
-        if (user, item) not in found:
-            positions = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+        """``found``: what stands in, for the interactions whose users have the same terms."""
+        key = (interaction.user, interaction.item, interaction.via)
+        if key not in found:
+            positions = self._positions(users.terms)
             there = positions >= 0
-            own = found[user, item] = np.zeros(ids.shape, np.int32)
-            own[there] = self.forward[item].take(stand_in(positions[there]))[:, 0]
-        return _summed(found[user, item], _occurrence_weights(ids, spec.interaction.fade))
+            own = found[key] = np.zeros(positions.shape, np.int32)
+            own[there] = self.forward[interaction.item].take(stand_in(positions[there]))[:, 0]
+        return summed(found[key], users.weights)
 
     def _user_terms(self, spec: CrossSpec, ids: np.ndarray, found: dict[str, np.ndarray]) -> Terms:
         """``found``: positions of the items that a user feature names, for the interactions that share it."""
-        limit = len(self.position_of_id) if spec.interaction.through else spec.cardinality
+        interaction = spec.interaction
+        lists = interaction.via or (interaction.item if interaction.through else None)
+        limit = spec.cardinality if lists is None else len(self.position_of_id)
         if ids.size and (ids.min() < 0 or ids.max() >= limit):
             raise FeatureError(
-                f"interaction {spec.interaction.name!r}: user ids {ids.min()}..{ids.max()}, expected 0.."
+                f"interaction {interaction.name!r}: user ids {ids.min()}..{ids.max()}, expected 0.."
                 f"{limit - 1}; encode users with the transform of this snapshot"
             )
-        weights = _occurrence_weights(ids, spec.interaction.fade)
-        if not spec.interaction.through:
-            return _summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
-        user = spec.interaction.user
-        if user not in found:
-            found[user] = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
-        positions = found[user]
-        terms = self.forward[spec.interaction.item].take(np.maximum(positions, 0))  # (B, S, L)
+        if lists is None:
+            weights = occurrence_weights(ids, interaction.fade)
+            return summed(np.where(ids < ID_FIRST, ID_PADDING, ids), weights)
+        if interaction.user not in found:
+            found[interaction.user] = self._positions(ids)
+        positions = found[interaction.user]
+        terms = self.forward[lists].take(np.maximum(positions, 0))  # (B, S, L)
         terms[positions < 0] = ID_PADDING
-        spread = np.broadcast_to(weights[:, :, None], terms.shape)
-        return _summed(terms.reshape(len(ids), -1), spread.reshape(len(ids), -1))
+        if interaction.via:
+            spread = list_weights(ids, interaction.fade, terms.shape[2])
+        else:
+            weights = occurrence_weights(ids, interaction.fade)
+            spread = np.broadcast_to(weights[:, :, None], terms.shape)
+        return summed(terms.reshape(len(ids), -1), spread.reshape(len(ids), -1))
+
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of item ids of any shape; -1 for those that are no item or not in the corpus."""
+        positions: np.ndarray = np.where(ids < ID_FIRST, -1, self.position_of_id.take(ids))
+        return positions
 
     def probe(self, query: Query, positions: np.ndarray) -> Crossings:
         """Crossings of each user with positions (B, C) of its own, from the forward lists."""
         batch, count = positions.shape
         crossings = self._empty(batch, count)
-        wanted = {feature: lists.take(positions) for feature, lists in self.forward.items()}
+        wanted = {feature: self.forward[feature].take(positions) for feature in self._crossed}
         for number, (spec, users) in enumerate(zip(self.specs, query.terms)):
             lists = wanted[spec.interaction.item]  # (B, C, L)
             step = max(1, TABLE_ENTRIES // spec.cardinality)
@@ -261,7 +268,7 @@ class I2IF:
 
     def postings(self, positions: np.ndarray) -> Postings:
         """The inverted index over the nodes whose items are at positions (R',), in that order."""
-        inverted = {feature: _inverted(lists.take(positions)) for feature, lists in self.forward.items()}
+        inverted = {feature: _inverted(self.forward[feature].take(positions)) for feature in self._crossed}
         return Postings(len(positions), tuple(inverted[spec.interaction.item] for spec in self.specs))
 
     def walk(self, query: Query, postings: Postings) -> Crossings:
@@ -313,14 +320,15 @@ class I2IF:
             starts = np.flatnonzero(np.diff(pair, prepend=-1))
             pairs, matched = pair[starts], np.diff(starts, append=len(pair))
             weights = np.add.reduceat(weights, starts)
-            of_list = _over_slots(lists.reshape(-1, length)[pairs] != ID_PADDING)
+            of_list = over_slots(lists.reshape(-1, length)[pairs] != ID_PADDING)
             place = np.arange(len(pair)) - np.repeat(starts, matched)
             keep = np.flatnonzero(place < slot.interaction.matches)
             ids[first * count + pair[keep], slot.start + place[keep]] = terms[keep]
         rows = first * count + pairs
         totals = np.maximum(users.totals, 1)
         of_user = totals[0] if len(totals) == 1 else totals[first + pairs // count]
-        values = (matched, weights / of_user, matched / of_list)
+        first_column = np.log1p(weights / LIST_FIRST) if slot.interaction.via else matched
+        values = (first_column, weights / of_user, matched / of_list)
         for column, value in enumerate(values, start=DENSE_PER_INTERACTION * number):
             # A column by rows, in the column's own type: half the time of rows and column together.
             dense[:, column][rows] = np.broadcast_to(value.astype(np.float32), rows.shape)
@@ -343,11 +351,11 @@ class I2IF:
 def forward_lists(schema: Schema, items: Encoded) -> dict[str, np.ndarray]:
     """Item feature -> (R, L) int32 terms of R encoded items, different within an item, 0 at the end."""
     columns = {slot.feature.name: slice(slot.start, slot.stop) for slot in schema.layout("item").slots}
-    forward = {}
-    for interaction in schema.interactions:
-        terms = items.ids[:, columns[interaction.item]]
+    forward: dict[str, np.ndarray] = {}
+    for feature in _stored_names(schema.interactions):
+        terms = items.ids[:, columns[feature]]
         known = np.where(terms < ID_FIRST, np.int32(ID_PADDING), terms)
-        forward[interaction.item] = np.ascontiguousarray(without_gaps(without_repeats(known)))
+        forward[feature] = np.ascontiguousarray(without_gaps(without_repeats(known)))
     return forward
 
 
@@ -362,15 +370,16 @@ def _specs(schema: Schema, transform: FeatureTransform) -> list[CrossSpec]:
 
 
 def _stored_names(interactions: Sequence[Interaction]) -> dict[str, str]:
-    """Item feature -> name of its lists in a file: that of the first interaction it is crossed in."""
+    """Item feature -> name of its lists in a file: that of the first interaction that reads it."""
     names: dict[str, str] = {}
     for interaction in interactions:
         names.setdefault(interaction.item, f"i2if.{interaction.name}")
+        if interaction.via:
+            names.setdefault(interaction.via, f"i2if.{interaction.name}.via")
     return names
 
 
-def _forward_list(spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndarray:
-    name = spec.interaction.item
+def _forward_list(name: str, spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndarray:
     if name not in forward:
         raise FormatError(f"i2if: no forward lists of {name!r}; got {', '.join(sorted(forward)) or 'none'}")
     lists = np.asarray(forward[name])
@@ -384,48 +393,6 @@ def _forward_list(spec: CrossSpec, forward: Mapping[str, np.ndarray]) -> np.ndar
             f"{spec.cardinality - 1}"
         )
     return lists
-
-
-def _occurrence_weights(ids: np.ndarray, fade: float) -> np.ndarray:
-    """(B, S) int32: what every position of ids (B, S), padded at the end, weighs; 1 without fading, else at least 1 and
-    `FRESH` times fade to the power of the age, which is 0 at the last position."""
-    if fade == 1.0:
-        return np.ones(ids.shape, np.int32)
-    by_age = np.maximum(1, np.round(FRESH * fade ** np.arange(ids.shape[1]))).astype(np.int32)
-    length = (ids != ID_PADDING).sum(axis=1, keepdims=True)
-    return by_age[np.maximum(length - 1 - np.arange(ids.shape[1]), 0)]
-
-
-def _summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
-    """terms (B, n) with zeros anywhere, weights (B, n) -> each user's different terms and their summed weights."""
-    batch, width = terms.shape
-    order = np.argsort(terms, axis=1, kind="stable")
-    order += width * np.arange(batch)[:, None]
-    ordered = terms.take(order)
-    running = np.zeros((batch, width + 1), np.int32)
-    np.cumsum(weights.take(order), axis=1, out=running[:, 1:])
-    first = ordered > ID_PADDING
-    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    user, column = np.nonzero(first)
-    # A run of equal terms ends where the next one starts, the last of a user at the end of the row.
-    last = np.ones(len(user), dtype=bool)
-    last[:-1] = user[1:] != user[:-1]
-    ends = np.where(last, width, np.append(column[1:], width)[: len(column)])
-    different = first.sum(axis=1)
-    place = np.arange(len(user)) - (different.cumsum() - different)[user]
-    shape = (batch, int(different.max(initial=0)))
-    found, sums = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    found[user, place] = ordered[user, column]
-    sums[user, place] = running[user, ends] - running[user, column]
-    return Terms(found, sums, sums.sum(axis=1, dtype=np.int64))
-
-
-def _over_slots(values: np.ndarray) -> np.ndarray:
-    """The sum over the last axis, of a few slots: (n, L) bool -> (n,) int64."""
-    total = values[:, 0].astype(np.int64)
-    for slot in range(1, values.shape[1]):
-        total += values[:, slot]
-    return total
 
 
 def _inverted(lists: np.ndarray) -> PostingList:

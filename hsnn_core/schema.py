@@ -111,7 +111,8 @@ class Interaction:
 
     ``through``: the user's ids are items, and it is the terms of those items that are matched. ``fade``: what an
     occurrence in the user's sequence weighs relative to the one after it; 1: all weigh the same. ``members``: a node is
-    crossed by what the user's items among all its items weigh, not by its representative alone.
+    crossed by what the user's items among all its items weigh, not by its representative alone. ``via``: the item
+    feature that lists what the user's items stand for, first the most telling.
     """
 
     name: str
@@ -121,10 +122,18 @@ class Interaction:
     through: bool
     fade: float = 1.0
     members: bool = False
+    via: str | None = None
+
+    @property
+    def item_features(self) -> tuple[str, ...]:
+        """The item features whose terms are read."""
+        return (self.item,) if self.via is None else (self.item, self.via)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as written in a schema file."""
         entry: dict[str, Any] = {"user": self.user, "item": self.item, "matches": self.matches}
+        if self.via is not None:
+            entry["via"] = self.via
         if self.fade != 1.0:
             entry["fade"] = self.fade
         return entry | {"nodes": "members"} if self.members else entry

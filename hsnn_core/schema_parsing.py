@@ -232,9 +232,10 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
         path = f"interactions.{name}"
         _name(path, name)
         entry = _mapping(path, entry)
-        _known(path, entry, ("user", "item", "matches", "fade", "nodes"))
+        _known(path, entry, ("user", "item", "via", "matches", "fade", "nodes"))
         user, item = (_side(path, owner, entry.get(owner), features) for owner in OWNERS)
-        through = user.space != item.space
+        via = _via(path, entry["via"], user, item, features) if "via" in entry else None
+        through = via is None and user.space != item.space
         if through and user.space != ITEM_SPACE:
             raise SchemaError(
                 f"{path}: ids of {user.name} (space {user.space}) and {item.name} (space {item.space}) can "
@@ -263,8 +264,26 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
                 f"{path}.nodes: members are counted by the item itself; {item.name} is not, cross a feature of one id "
                 "`of: item`"
             )
-        found.append(Interaction(name, user.name, item.name, matches, through, fade, members))
+        found.append(Interaction(name, user.name, item.name, matches, through, fade, members, via))
     return tuple(found)
+
+
+def _via(path: str, name: Any, user: Feature, item: Feature, features: dict[str, Feature]) -> str:
+    if user.space != ITEM_SPACE:
+        raise SchemaError(
+            f"{path}.via: the lists are those of the user's items, and ids of {user.name} (space {user.space}) are "
+            "none; take a user feature `of: item`"
+        )
+    lists = [
+        f.name
+        for f in features.values()
+        if f.owner == "item" and f.encoding is not None and f.space == item.space
+    ]
+    if name not in lists:
+        raise SchemaError(
+            f"{path}.via: got {name!r}, expected an item feature with the ids of {item.name} ({', '.join(lists)})"
+        )
+    return str(name)
 
 
 def _side(path: str, owner: Owner, name: Any, features: dict[str, Feature]) -> Feature:

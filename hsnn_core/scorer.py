@@ -159,7 +159,7 @@ class LayerScorer:
             return ()
         query = self._i2if.query(user_ids)
         of_nodes = (
-            self._i2if.query_of_nodes(query, user_ids, partial(self._stand_in, layer))
+            self._i2if.query_of_nodes(query, partial(self._stand_in, layer))
             for layer in range(1, self.index.layers)
         )
         return (*of_nodes, query)

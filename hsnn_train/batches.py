@@ -188,13 +188,13 @@ class BatchMaker:
         for number in np.unique(fold):
             rows = np.flatnonzero(fold == number)
             i2if = self.i2ifs[number]
-            users, of_items = user_ids[rows], i2if.query(user_ids[rows])
+            of_items = i2if.query(user_ids[rows])
             found = []
             for stand_in in stand_ins:
                 if stand_in is None:
                     found.append(i2if.probe(of_items, candidates[rows]))
                     continue
-                query = i2if.query_of_nodes(of_items, users, stand_in.__getitem__)
+                query = i2if.query_of_nodes(of_items, stand_in.__getitem__)
                 found.append(i2if.probe(query, stand_in[candidates[rows]]))
             if len(rows) == len(user_ids):
                 return found

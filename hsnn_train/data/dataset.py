@@ -69,7 +69,7 @@ class Dataset:
     would carry them. earlier: (split, rows (R,)) -> per example the int32 item rows of its whole history, the
     strictly earlier positives of the first task in any split, oldest first. notes: what a person should know
     about the data; simulated: whether figures must be labelled so; attributes: eligibility and bids by row of the item
-    table, None when the schema declares none.
+    table, None when the schema declares none; unordered: see `LogTables`.
     """
 
     schema: Schema
@@ -88,6 +88,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     simulated: bool = False
     attributes: ItemAttributes | None = None
+    unordered: bool = False
 
     def relevant(self, split: str, max_requests: int | None = None) -> tuple[Encoded, list[np.ndarray]]:
         """The users who have a positive (of the first task) in the split, as of their first impression there (R
@@ -207,6 +208,7 @@ def build_dataset(
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,
         attributes=read_attributes(schema, log.tables.items, log.tables.where("items")),
+        unordered=tables.unordered,
     )
 
 

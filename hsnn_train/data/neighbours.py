@@ -1,9 +1,9 @@
-"""Neighbours of an item: the items that stand nearest to it in histories, as a feature for crossings.
+"""Neighbours of an item: the items that its readers go on to, as lists for crossings to go via.
 
-The similarity of items i and j sums, over the histories that have both at most `WINDOW` places apart, `DECAY` to
-the power of the places between them, and divides by the popularity of j to the power `DAMPING`, or everybody's
-neighbours were the bestsellers. Where histories are sets without an order, all items of one are equally near, and
-a history weighs one over the root of its size.
+What leads from item i to item j sums, over the histories that have j at most `WINDOW` places after i, `DECAY` to the
+power of the places between them, and `BACKWARD` of that where j stands before i; divided by the popularity of j to the
+power `DAMPING`, or everybody's neighbours were the bestsellers. Where histories are sets without an order, all items of
+one are equally near, and a history weighs one over its size, so that each of its items has the same say.
 
 Lists made of the train split know its labels: of two items that only one user has in common, each is the other's
 neighbour because of that very user, and a model trained on such pairs learns to trust what held-out users do not
@@ -22,7 +22,8 @@ from scipy import sparse
 
 WINDOW = 10
 DECAY = 0.8
-DAMPING = 0.35
+BACKWARD = 0.25
+DAMPING = 0.15
 FOLDS = 5
 
 
@@ -34,14 +35,15 @@ def fold_of(group: np.ndarray) -> np.ndarray:
 
 
 def neighbours(
-    group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int, length: int, ordered: bool = True
-) -> np.ndarray:
-    """Item rows (V, length) int32, nearest first, then -1, from positives (S,) of the same group in order of time
+    group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int, length: int, ordered: bool = True,
+    damping: float = DAMPING,
+) -> np.ndarray:  # fmt: skip
+    """Item rows (V, length) int32, the strongest first, then -1, from positives (S,) of the same group in order of time
     (ties: order of rows); ``ordered`` False takes a group's positives as a set."""
     together = (_windowed if ordered else _sets)(group, time, item_row, items)
     together.setdiag(0.0)
     popularity = np.maximum(np.bincount(item_row, minlength=items), 1)
-    similar = together @ sparse.diags(popularity**-DAMPING)
+    similar = together @ sparse.diags(popularity**-damping)
     similar.eliminate_zeros()
     found = np.full((items, length), -1, np.int32)
     for item, (others, values) in enumerate(_rows(similar.tocsr())):
@@ -63,12 +65,12 @@ def _windowed(group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: 
         left, right = item_row[:-places][same], item_row[places:][same]
         weight = np.full(len(left), DECAY ** (places - 1))
         together += sparse.csr_matrix((weight, (left, right)), shape=(items, items))
-    return (together + together.T).tocsr()
+    return (together + BACKWARD * together.T).tocsr()
 
 
 def _sets(group: np.ndarray, time: np.ndarray, item_row: np.ndarray, items: int) -> sparse.csr_matrix:
     groups, of = np.unique(group, return_inverse=True)
-    weight = 1 / np.sqrt(np.bincount(of))
+    weight = 1 / np.bincount(of)
     member = sparse.csr_matrix((np.ones(len(of)), (of, item_row)), shape=(len(groups), items))
     return (member.T @ sparse.diags(weight) @ member).tocsr()
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from halves_world import SCHEMA
 
-from hsnn_bench.implicit_models import ALS, BPR, MODELS, ItemKNN, Popularity, Recent
+from hsnn_bench.implicit_models import ALS, BPR, MODELS, ItemKNN, NeighbourLists, Popularity, Recent
 from hsnn_bench.requests import Requests, load_requests, measure, request_histories, train_positives
 from hsnn_core.errors import DataError
 from hsnn_core.schema import Schema
@@ -70,6 +70,17 @@ def test_item_knn_by_hand(three_users):
     decayed = ItemKNN().fit(three_users, {"neighbours": 4, "decay": 0.5}, seed=1)
     scores = decayed.scores(np.arange(1), request_histories([np.array([2, 1])], 4))
     np.testing.assert_allclose(scores[0], [both, 1 + other / 2, other + 0.5, -2], rtol=1e-6)
+
+
+def test_neighbour_lists_by_hand(three_users):
+    # 0 goes on to 1, 1 to 2 and, backward, to 0; 2 back to 1
+    model = NeighbourLists().fit(three_users, {"length": 3, "decay": 0.5}, seed=1)
+    scores = model.scores(np.arange(2), request_histories([np.array([0]), np.array([2, 1])], 4))
+    np.testing.assert_allclose(scores[0], [2 / 3 - 2, 1, 1 / 3 - 2, -2], rtol=1e-6)
+    np.testing.assert_allclose(scores[1], [2**-0.5, 0.5, 1, -2], rtol=1e-6)
+    short = NeighbourLists().fit(three_users, {"length": 1}, seed=1)
+    scores = short.scores(np.arange(1), request_histories([np.array([1])], 4))
+    np.testing.assert_allclose(scores[0], [2 / 3 - 2, -1, 1, -2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["cosine", "tfidf", "bm25"])

@@ -152,7 +152,7 @@ def test_members_of_a_node_weigh_together_as_its_representative():
     )
     users = transform.encode_users({"history": np.array([[20, 10, 30, 20, 40], [40, X, X, X, X]])})
     # items 10 and 20 lie in one node, which 10 represents; 30 is alone; 40 has left
-    of_nodes = i2if.query_of_nodes(i2if.query(users.ids), users.ids, np.array([0, 0, 2]).__getitem__)
+    of_nodes = i2if.query_of_nodes(i2if.query(users.ids), np.array([0, 0, 2]).__getitem__)
     assert of_nodes.terms[0].terms.tolist() == [[2, 4], [0, 0]]
     assert of_nodes.terms[0].weights.tolist() == [[3, 1], [0, 0]]
     found = i2if.probe(of_nodes, np.array([[0, 2], [0, 2]]))
@@ -162,6 +162,95 @@ def test_members_of_a_node_weigh_together_as_its_representative():
     equal(i2if.walk(of_nodes, i2if.postings(np.array([0, 2]))), found)
     # an item weighs what it did
     assert i2if.query(users.ids).terms[0].weights.tolist() == [[1, 2, 1, 1], [1, 0, 0, 0]]
+
+
+def listed_world(lists: np.ndarray, **entry) -> tuple[FeatureTransform, I2IF]:
+    """Items 10, 20, ... whose feature `next` lists items; interaction `led` goes via it."""
+    items = 10 * np.arange(1, len(lists) + 1)
+    declared = ads()
+    declared["features"]["item"]["next"] = {"kind": "sparse", "of": "item", "max": lists.shape[1]}
+    declared["interactions"] = {"led": {"user": "history", "via": "next", "item": "item", **entry}}
+    schema = Schema.from_dict(declared)
+    raw = {"item": items[:, None], "category": np.full((len(items), 4), X), "next": lists}
+    transform = FeatureTransform.fit(schema, {"age": np.zeros((1, 1), np.float32)}, raw, items)
+    position_of_id = np.full(transform.cardinality("item"), -1, np.int32)
+    position_of_id[2:] = np.arange(len(items))
+    return transform, I2IF.build(schema, transform, transform.encode_items(raw), position_of_id)
+
+
+NEXT = np.array([[20, 30, 40], [40, 10, X], [X, X, X], [10, X, X]])
+
+
+def test_via_lists_by_hand():
+    transform, i2if = listed_world(NEXT, fade=0.5)
+    # 10 is the older one: its list counts half. 30 leads nowhere, and nobody knows 77.
+    users = transform.encode_users({"history": np.array([[77, 10, 20, X, X], [30, X, X, X, X]])})
+    query = i2if.query(users.ids)
+    assert query.terms[0].terms.tolist() == [[2, 3, 4, 5], [0, 0, 0, 0]]
+    second, third = 4096 / 2**0.5, 4096 / 3**0.5
+    weights = [round(second), 2048, round(second / 2), 4096 + round(third / 2)]
+    assert query.terms[0].weights.tolist() == [weights, [0, 0, 0, 0]]
+    found = i2if.probe(query, np.array([[0, 1, 2, 3], [0, 1, 2, 3]]))
+    expected = [[np.log1p(w / 4096), w / sum(weights), 1] for w in weights]
+    np.testing.assert_array_equal(found.dense[0], np.array(expected).astype(np.float32))
+    assert found.ids[0].tolist() == [[2], [3], [4], [5]]  # what matched is the candidate itself
+    assert not found.dense[1].any() and not found.ids[1].any()
+    equal(i2if.walk(query, i2if.postings(np.arange(4))), found)
+
+
+def test_via_lists_members_of_a_node_weigh_together():
+    transform, i2if = listed_world(NEXT, nodes="members")
+    users = transform.encode_users({"history": np.array([[10, 20, X, X, X]])})
+    query = i2if.query(users.ids)
+    one, two, three, four = query.terms[0].weights[0].tolist()
+    # 10 and 40 lie in one node, which 10 represents, 20 and 30 in another, which 30 represents
+    of_nodes = i2if.query_of_nodes(query, np.array([0, 2, 2, 0]).__getitem__)
+    assert of_nodes.terms[0].terms.tolist() == [[2, 4]]
+    assert of_nodes.terms[0].weights.tolist() == [[one + four, two + three]]
+    assert of_nodes.terms[0].totals == query.terms[0].totals
+    found = i2if.probe(of_nodes, np.array([[0, 2]]))
+    assert found.dense[0, :, 0].tolist() == [
+        np.float32(np.log1p(w / 4096)) for w in (one + four, two + three)
+    ]
+    equal(i2if.walk(of_nodes, i2if.postings(np.array([0, 2]))), found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), fade=st.sampled_from([1.0, 0.8, 0.01]))
+def test_via_lists_both_plans_equal_the_slow_twin(seed, rows, fade):
+    rng = np.random.default_rng(seed)
+    keys = np.append(10 * np.arange(1, rows + 1), [X, 77])
+    transform, i2if = listed_world(rng.choice(keys, size=(rows, 4)), fade=fade)
+    users = transform.encode_users({"history": rng.choice(keys, size=(3, 5))})
+    positions = rng.integers(0, rows, size=(3, 9))
+    query = i2if.query(users.ids)
+    lists = i2if.forward["next"].base
+    for user, row in enumerate(users.ids[:, i2if.specs[0].user].tolist()):
+        row = [value for value in row if value > 0]
+        held: dict[int, int] = {}
+        for age, value in enumerate(reversed(row)):
+            for place, term in enumerate(lists[value - 2] if value > 1 else []):
+                if term:
+                    weight = max(1, round(4096 * fade**age / (place + 1) ** 0.5))
+                    held[int(term)] = held.get(int(term), 0) + weight
+        here = query.terms[0].terms[user]
+        assert {int(t): int(w) for t, w in zip(here, query.terms[0].weights[user]) if t} == held
+    probed = i2if.probe(query, np.tile(positions[0], (3, 1)))
+    equal(i2if.walk(query, i2if.postings(positions[0])), probed)
+
+
+def test_lists_are_kept_in_the_file_and_not_looked_up_per_candidate():
+    transform, i2if = listed_world(NEXT)
+    arrays = i2if.to_arrays()
+    assert sorted(arrays) == ["i2if.led", "i2if.led.via", "i2if.position_of_id"]
+    assert arrays["i2if.led.via"].tolist() == [[3, 4, 5], [5, 2, 0], [0, 0, 0], [2, 0, 0]]
+    again = I2IF.from_arrays(transform.schema, transform, arrays)
+    users = transform.encode_users({"history": np.array([[10, 20, X, X, X]])}).ids
+    positions = np.array([[0, 1, 2, 3]])
+    equal(again.probe(again.query(users), positions), i2if.probe(i2if.query(users), positions))
+    with pytest.raises(FormatError, match=r"i2if: array i2if.led.via is missing; got i2if.led"):
+        I2IF.from_arrays(transform.schema, transform, {n: a for n, a in arrays.items() if "via" not in n})
+    assert len(i2if.postings(np.arange(4)).lists) == 1
 
 
 def test_interactions_that_read_one_history_equal_the_slow_twin():

@@ -303,6 +303,14 @@ def at(path: str, value):
             "interactions.topics.nodes: members are counted by the item itself; category is not, cross a feature",
         ),
         (
+            at("interactions.seen.via", "category"),
+            "interactions.seen.via: got 'category', expected an item feature with the ids of item (item)",
+        ),
+        (
+            at("interactions.likes.via", "category"),
+            "interactions.likes.via: the lists are those of the user's items, and ids of likes (space category) are",
+        ),
+        (
             at("interactions.topics.match", 1),
             "interactions.topics.match: unknown setting, expected one of user, item, ",
         ),

@@ -38,7 +38,7 @@ class FakeI2IF:
     def query(self, user_ids):
         return user_ids[:, :1]
 
-    def query_of_nodes(self, query, user_ids, stand_in):
+    def query_of_nodes(self, query, stand_in):
         return query
 
     def _at(self, query, positions):

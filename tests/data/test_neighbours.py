@@ -11,7 +11,7 @@ import pytest
 from hsnn_core.errors import SchemaError
 from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Dataset, build_dataset
-from hsnn_train.data.neighbours import DAMPING, DECAY, FOLDS, fold_of, neighbours
+from hsnn_train.data.neighbours import BACKWARD, DAMPING, DECAY, FOLDS, fold_of, neighbours
 from hsnn_train.data.splits import Split
 from hsnn_train.data.tables import LogTables
 from hsnn_train.recipe import Recipe, recipe_from_dict
@@ -19,14 +19,21 @@ from hsnn_train.trainer import make_batches, rows_i2ifs
 
 
 def test_by_hand():
-    # Histories 0-1-2, 1-0, and 3-1: 0 and 1 stand next to each other twice, 0 and 2 once with one place between.
+    # Histories 0-1-2, 1-0, and 3-1: 1 follows 0 and 3, 0 follows 1, 2 follows both 1 and, with one place between, 0.
     group = np.array([7, 7, 7, 8, 8, 9, 9])
     time = np.array([1, 2, 3, 5, 4, 1, 2])
     item = np.array([0, 1, 2, 0, 1, 3, 1])
     found = neighbours(group, time, item, items=5, length=3)
     assert found.tolist() == [[1, 2, -1], [0, 2, 3], [1, 0, -1], [1, -1, -1], [-1, -1, -1]]
-    # Of item 2: 1 has one meeting in a place next to it over popularity 3, 0 a decayed one over popularity 2.
+    # From 1, item 0 came once after and once before, 2 once after; 0 has popularity 2, 2 has 1, and 3 came before.
+    assert (1 + BACKWARD) / 2**DAMPING > 1 > BACKWARD
+    # To 2 nothing goes on; of what came before it, 1 is nearer than 0 by more than its popularity 3 takes.
     assert 1 / 3**DAMPING > DECAY / 2**DAMPING
+
+
+def test_what_comes_after_an_item_weighs_more_than_what_came_before():
+    group, item = np.array([1, 1, 1]), np.array([2, 0, 1])
+    assert neighbours(group, np.arange(3), item, items=3, length=2)[0].tolist() == [1, 2]
 
 
 def test_popular_items_are_damped():
@@ -45,7 +52,7 @@ def test_an_item_is_no_neighbour_of_itself_and_far_places_are_none():
 
 
 def test_of_sets_all_items_are_equally_near_and_long_ones_weigh_less():
-    # 0 is with 1 in a set of two, with 2 and 3 in a set of four: 1 / sqrt(2) against 1 / sqrt(4), popularity aside.
+    # 0 is with 1 in a set of two, with 2 and 3 in a set of four: 1 / 2 against 1 / 4, popularity aside.
     group = np.array([1, 1, 2, 2, 2, 2])
     item = np.array([0, 1, 0, 3, 4, 2])
     found = neighbours(group, np.zeros(6), item, items=5, length=4, ordered=False)
