@@ -55,11 +55,12 @@ def _ages(ids: np.ndarray) -> np.ndarray:
 def summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
     """terms (B, n) with zeros anywhere, weights (B, n) -> each user's different terms and their summed weights."""
     batch, width = terms.shape
-    # A term and its weight in one number: a plain sort of these takes a tenth of what an order of the terms does.
+    # A term and its weight in one number, which sorts faster than an order of the terms is found. Stable, because
+    # quicksort takes four times as long where most are padding.
     packed = terms.astype(np.int64)
     packed <<= 32
     packed |= weights
-    packed.sort(axis=1)
+    packed.sort(axis=1, kind="stable")
     ordered = (packed >> 32).astype(np.int32)
     running = np.zeros((batch, width + 1), np.int32)
     np.cumsum(packed.astype(np.int32), axis=1, out=running[:, 1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class FakeRunner:
         return monn, logits
 
 
-SMALL_SCHEMA = {
+SMALL_SCHEMA: dict[str, Any] = {
     "name": "small",
     "keys": {"user": "user_id", "item": "item_id"},
     "tasks": [{"name": "click"}, {"name": "buy", "rank": 0.5}],
@@ -115,11 +116,18 @@ class World:
 
 
 def small_world(
-    layers: int = 3, items: int = 30, users: int = 4, interactions: bool = True, **changes
+    layers: int = 3,
+    items: int = 30,
+    users: int = 4,
+    interactions: bool | dict[str, Any] = True,
+    **changes,
 ) -> World:
-    """``changes``: sections of the schema."""
+    """``interactions``: the schema's own (True), none (False), or those given beside its own; ``changes``: sections of
+    the schema."""
     rng = np.random.default_rng(7)
-    schema = Schema.from_dict(SMALL_SCHEMA | ({} if interactions else {"interactions": {}}) | changes)
+    own = SMALL_SCHEMA["interactions"] if interactions else {}
+    more = interactions if isinstance(interactions, dict) else {}
+    schema = Schema.from_dict(SMALL_SCHEMA | {"interactions": own | more} | changes)
     item_keys = rng.permutation(10 * items)[:items].astype(np.int64)
 
     def keys(values: np.ndarray, missing: float) -> np.ndarray:

@@ -91,4 +91,9 @@ def schema_dicts(draw: st.DrawFn) -> dict[str, Any]:
     }
     if chosen:
         raw["interactions"] = {f"x{n}": {"user": user, "item": item} for n, (user, item) in enumerate(chosen)}
+        for entry in raw["interactions"].values():
+            item = entry["item"]
+            lists = [name for name in features["item"] if spaces.get(name) == spaces[item]]
+            if spaces[entry["user"]] == "item" and draw(st.booleans()):
+                entry["via"] = draw(st.sampled_from(lists))
     return raw

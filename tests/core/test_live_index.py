@@ -30,7 +30,9 @@ class Live:
     """A live index beside the catalogue that it should show."""
 
     def __init__(self, layers=3, items=30, interactions=True, eligibility=False, embeddings="float32"):
-        self.world = small_world(layers=layers, items=items, interactions=interactions)
+        # One more, via lists: what a new item leads to counts as soon as it is there.
+        led = {"led": {"user": "history", "via": "category", "item": "category"}}
+        self.world = small_world(layers=layers, items=items, interactions=led if interactions else False)
         self.world.runner = SmoothRunner(layers)
         if eligibility:
             with_eligibility(self.world)
