@@ -160,9 +160,9 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
     notes = [TIE_RULE] if len(report["seeds"]) > 1 else ["One seed: no difference is called one, nor a tie."]
     notes += [
         "All methods learn from the train split alone and answer the same requests with the same candidates. The "
-        "request's history (for leave-one-out it holds the validation item) is folded into item-KNN, lists and ALS, "
-        "whose items count decay^age; BPR has no fold-in and uses the user's trained factor. Popularity, item-KNN and "
-        "lists have no randomness, hence no deviation.",
+        "request's history (for leave-one-out it holds the validation item) is folded into item-KNN and ALS, whose "
+        "items count decay^age; BPR has no fold-in and uses the user's trained factor. Popularity and item-KNN have "
+        "no randomness, hence no deviation.",
         "Parameters were chosen on validation requests, with the same number of trials and minutes for every method "
         f"(tuned-{report['data']}.json).",
         "Faiss answers requests one by one on one thread (median, without making the filter); its settings are the "
@@ -170,6 +170,11 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
         "rows are those of our search over the torch model, in small batches: not comparable with Faiss.",
         "Published figures stand as printed; nothing of them was run here.",
     ]
+    if any(row["id"] == "lists" for row in report["rows"]):
+        notes.append(
+            "Neighbour lists are those that HSNN's interactions may go via, ranked without any network (1/√place, "
+            "decay^age) over the whole history, with a length, damping and decay of their own; no randomness."
+        )
     if any(row["id"] == "recent" for row in report["rows"]):
         notes.append(
             "Recent popularity learns from more than train: it counts the positives of every split strictly before the "

@@ -103,7 +103,7 @@ class TimedSearch:
         runner = _Timed(
             OnnxRunner(files[0], files[2:]), watch, {"user_tower": "user tower", "score": "scorer"}
         )
-        crossing = {"query": "I2IF query", "walk": "I2IF", "probe": "I2IF"}
+        crossing = {"query": "I2IF query", "query_of_nodes": "I2IF query", "walk": "I2IF", "probe": "I2IF"}
         i2if: Any = None if bundle.i2if is None else _Timed(bundle.i2if, watch, crossing)
         rows = [_TimedRows(embeddings, watch) for embeddings in bundle.embeddings]
         self._scorer = bundle.scorer(runner).over(bundle.index, i2if, rows)

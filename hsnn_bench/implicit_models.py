@@ -162,8 +162,8 @@ class ItemKNN(OfHistory):
 
 class NeighbourLists(OfHistory):
     """What the lists of `hsnn_train.data.neighbours` rank by themselves, without any network: score_i = Σ_j
-    decay^age_j / √place, over the items j of the history in whose list i has that place, 1 the first. HSNN reads the
-    same as an interaction, so that this says how much of its recall is the lists'.
+    decay^age_j / √place, over the items j of the history in whose list i has that place, 1 the first. HSNN may read
+    such lists as an interaction; here they have the whole history, and a length, damping and decay of their own.
 
     Parameters: ``length`` of a list; ``damping`` of popular items in it; ``decay`` per step of age within the history.
     """

@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
             "damping": Real(0.0, 0.6),
             "decay": Choice((1.0, 0.9, 0.8, 0.6, 0.4)),
         },
-        {"length": 200, "damping": 0.2, "decay": 0.8},
+        {"length": 200, "damping": 0.2, "decay": 1.0},
     ),
     "als": Method(
         {

@@ -78,7 +78,7 @@ def add_commands(commands: Any) -> None:
         table.set_defaults(run_command=run_table)
 
     baselines = kinds.add_parser(
-        "baselines", help="ours beside item-KNN, ALS, BPR, two towers with Faiss and published figures",
+        "baselines", help="ours beside item-KNN, item lists, ALS, BPR, two towers with Faiss and published figures",
         formatter_class=FORMAT,
         description="External baselines and our own models on the same test requests, with the parameters that "
         "`hsnn bench tune` found; writes docs/results/baselines-<data>.{json,md,png}.",

@@ -32,7 +32,7 @@ from .features import Encoded, FeatureTransform, without_gaps, without_repeats
 from .place_table import PositionTable
 from .row_table import RowTable
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
-from .terms import LIST_FIRST, Terms, list_weights, occurrence_weights, over_slots, summed
+from .terms import LIST_FIRST, Terms, list_weights, occurrence_weights, summed
 
 DENSE_PER_INTERACTION = 3
 # Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
@@ -300,7 +300,8 @@ class I2IF:
         """Turn the hits of one interaction into the crossings of b users, from user ``first``; few candidates have any.
 
         ``lists`` (b, C, L): the candidates' terms; ``cells`` (n,) ascending: which of them, flat, the user has;
-        ``weights`` (n,) int32: the user's of these. Integers until the one division, so equal hits give equal bits.
+        ``weights`` (n,) int32: the user's of these. Integers until each column's last operation, so that equal hits
+        give equal bits.
         """
         if not len(cells):
             return
@@ -320,7 +321,7 @@ class I2IF:
             starts = np.flatnonzero(np.diff(pair, prepend=-1))
             pairs, matched = pair[starts], np.diff(starts, append=len(pair))
             weights = np.add.reduceat(weights, starts)
-            of_list = over_slots(lists.reshape(-1, length)[pairs] != ID_PADDING)
+            of_list = _over_slots(lists.reshape(-1, length)[pairs] != ID_PADDING)
             place = np.arange(len(pair)) - np.repeat(starts, matched)
             keep = np.flatnonzero(place < slot.interaction.matches)
             ids[first * count + pair[keep], slot.start + place[keep]] = terms[keep]
@@ -393,6 +394,14 @@ def _forward_list(name: str, spec: CrossSpec, forward: Mapping[str, np.ndarray])
             f"{spec.cardinality - 1}"
         )
     return lists
+
+
+def _over_slots(values: np.ndarray) -> np.ndarray:
+    """The sum over the last axis, of a few slots: (n, L) bool -> (n,) int64."""
+    total = values[:, 0].astype(np.int64)
+    for slot in range(1, values.shape[1]):
+        total += values[:, slot]
+    return total
 
 
 def _inverted(lists: np.ndarray) -> PostingList:

@@ -113,7 +113,7 @@ class LiveIndex:
     ) -> LiveState:
         """Upsert the items ``ids`` (n,) int64 with their n encoded rows and attributes (None when the schema declares
         none), delete ``deleted`` (m,) int64 (those that are not there are left out), and return the new state; an id
-        may occur once.
+        may occur once. A list derived from the log that an upsert leaves empty stays what the item had.
 
         Raises DataError, and changes nothing, when the tower's outputs cannot be used. Whatever else is raised (out of
         memory, say) leaves ``state`` as it was and the index no longer ``usable``.
@@ -124,6 +124,7 @@ class LiveIndex:
             raise DataError(
                 f"{len(ids)} upserts and {len(deleted)} deletes name an item twice, expected once each"
             )
+        items = self._with_kept_lists(ids, items)
         embedded = self._embedded(items)
         self.usable = False
         self.state = self._changed(ids, items, embedded, attributes, deleted, log_position)
@@ -218,6 +219,22 @@ class LiveIndex:
         if self._attributes is None:
             return corpus
         return corpus.with_attributes(self._attributes.whole().take(live))
+
+    def _with_kept_lists(self, ids: np.ndarray, items: Encoded) -> Encoded:
+        """The encoded rows with what those that send updates do not know: the derived lists of items that are there."""
+        slots = [slot for slot in self._schema.layout("item").slots if slot.feature.derive_from is not None]
+        if not slots or not len(ids):
+            return items
+        view = self.state.view
+        positions = view.find(ids)
+        order = np.argsort(ids)
+        rows = order[np.searchsorted(ids, view.ids(positions), sorter=order)]
+        before, kept = self._feature_ids.table().take(positions), items.ids.copy()
+        for slot in slots:
+            part = slice(slot.start, slot.stop)
+            empty = ~kept[rows, part].any(axis=1)
+            kept[rows[empty], part] = before[empty, part]
+        return Encoded(items.dense, kept)
 
     def _embedded(self, items: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of n items: the item layer's embeddings (n, E_N), paths (n, N-1), distances (n, N-1)."""

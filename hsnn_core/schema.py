@@ -112,7 +112,7 @@ class Interaction:
     ``through``: the user's ids are items, and it is the terms of those items that are matched. ``fade``: what an
     occurrence in the user's sequence weighs relative to the one after it; 1: all weigh the same. ``members``: a node is
     crossed by what the user's items among all its items weigh, not by its representative alone. ``via``: the item
-    feature that lists what the user's items stand for, first the most telling.
+    feature that lists what the user's items stand for, first the most telling; it is then never ``through``.
     """
 
     name: str

@@ -11,6 +11,7 @@ from .errors import SchemaError
 from .keys import KeyType
 from .schema import ITEM_SPACE, OWNERS, Encoding, Feature, Interaction, Kind, Owner, Schema, Task
 from .schema_eligibility import EXCLUDED_ITEMS, Attribute, AttributeKind
+from .terms import most_list_weight
 
 Choice = TypeVar("Choice", bound=str)
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -271,8 +272,8 @@ def _interactions(raw: Any, features: dict[str, Feature]) -> tuple[Interaction, 
 def _via(path: str, name: Any, user: Feature, item: Feature, features: dict[str, Feature]) -> str:
     if user.space != ITEM_SPACE:
         raise SchemaError(
-            f"{path}.via: the lists are those of the user's items, and ids of {user.name} (space {user.space}) are "
-            "none; take a user feature `of: item`"
+            f"{path}.user: got {user.name} (space {user.space}), expected a feature `of: item`: via follows the lists "
+            "of the user's items"
         )
     lists = [
         f.name
@@ -282,6 +283,12 @@ def _via(path: str, name: Any, user: Feature, item: Feature, features: dict[str,
     if name not in lists:
         raise SchemaError(
             f"{path}.via: got {name!r}, expected an item feature with the ids of {item.name} ({', '.join(lists)})"
+        )
+    length = features[str(name)].length
+    if most_list_weight(user.length, length) >= 2**31:
+        raise SchemaError(
+            f"{path}.via: {user.length} ids of {user.name} with lists of {length} in {name} can weigh 2^31 and more; "
+            "expected shorter ones"
         )
     return str(name)
 

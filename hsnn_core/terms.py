@@ -80,9 +80,6 @@ def summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
     return Terms(found, sums, sums.sum(axis=1, dtype=np.int64))
 
 
-def over_slots(values: np.ndarray) -> np.ndarray:
-    """The sum over the last axis, of a few slots: (n, L) bool -> (n,) int64."""
-    total = values[:, 0].astype(np.int64)
-    for slot in range(1, values.shape[1]):
-        total += values[:, slot]
-    return total
+def most_list_weight(positions: int, length: int) -> float:
+    """The most that a term can weigh via lists of ``length``, of a user of so many ``positions``."""
+    return LIST_FIRST * positions * float((1 / np.sqrt(1 + np.arange(length))).sum())

@@ -22,7 +22,7 @@ from .presets import MoNNConfig
 from .towers import EmbeddingTables, TowerNetwork, masked_mean
 from .trunk import Trunk
 
-#: dense crossings I2IF gives per interaction spec: matched terms, share of the user's mass, share of the item's
+#: dense crossings I2IF gives per interaction spec (`hsnn_core.i2if`)
 CROSS_DENSE = 3
 
 

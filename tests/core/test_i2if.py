@@ -250,7 +250,23 @@ def test_lists_are_kept_in_the_file_and_not_looked_up_per_candidate():
     equal(again.probe(again.query(users), positions), i2if.probe(i2if.query(users), positions))
     with pytest.raises(FormatError, match=r"i2if: array i2if.led.via is missing; got i2if.led"):
         I2IF.from_arrays(transform.schema, transform, {n: a for n, a in arrays.items() if "via" not in n})
-    assert len(i2if.postings(np.arange(4)).lists) == 1
+    i2if.forward["next"].take = None  # neither plan may read the lists of candidates
+    query = again.query(users)
+    i2if.probe(query, positions)
+    i2if.walk(query, i2if.postings(np.arange(4)))
+
+
+def test_an_item_that_left_the_corpus_leads_nowhere_and_is_led_to_no_more():
+    transform, i2if = listed_world(NEXT)
+    position_of_id = i2if.position_of_id.positions().copy()
+    position_of_id[2] = -1  # 10 has left; its list has too
+    gone = I2IF.from_arrays(
+        transform.schema, transform, i2if.to_arrays() | {"i2if.position_of_id": position_of_id}
+    )
+    users = transform.encode_users({"history": np.array([[10, 20, X, X, X]])}).ids
+    assert gone.query(users).terms[0].terms.tolist() == [[2, 5]]  # what 20 leads to, 10 among them
+    of_nodes = gone.query_of_nodes(gone.query(users), np.array([0, 1, 2, 3]).__getitem__)
+    assert of_nodes.terms[0].terms.tolist() == [[2, 5]]  # not crossed by members: as it was
 
 
 def test_interactions_that_read_one_history_equal_the_slow_twin():

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from core_fakes import small_world
+from core_fakes import SMALL_SCHEMA, small_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_fakes import COUNTRIES, Catalogue, SmoothRunner, with_eligibility
@@ -18,6 +18,7 @@ from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
 from hsnn_core.live_attributes import GrowingAttributes
 from hsnn_core.live_index import LiveIndex
+from hsnn_core.schema import ID_FIRST, KEY_MISSING
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import search
 from hsnn_core.targeting import TargetingFilter
@@ -326,3 +327,42 @@ def test_a_corpus_that_cannot_change_says_why():
     with pytest.raises(DataError, match=re.escape("came with the data, so a new item's nodes are not known")):
         LiveIndex(world.schema, world.transform, given_paths, world.runner.item_tower)
     assert replace(given_paths, records=None).records is None
+
+
+def test_an_upsert_keeps_the_list_that_training_derived():
+    own = SMALL_SCHEMA["features"]
+    derived = {"kind": "sparse", "of": "item", "max": 2, "from": "click"}
+    world = small_world(
+        interactions={"led": {"user": "history", "via": "next", "item": "item", "nodes": "members"}},
+        features=own | {"item": own["item"] | {"next": derived}},
+    )
+    keys = world.item_keys
+    first, second, new = int(keys[4]), int(keys[9]), int(keys.max()) + 1
+    world.item_raw["next"] = np.full((len(keys), 2), KEY_MISSING)
+    world.item_raw["next"][4] = [keys[20], keys[21]]
+    index = LiveIndex(world.schema, world.transform, world.corpus(records=True), world.runner.item_tower)
+
+    def lists(state, item):
+        (position,) = state.view.find(np.array([item]))
+        named = state.i2if.forward["next"].take(np.array([position]))[0]
+        return [int(keys[id_ - ID_FIRST]) for id_ in named if id_]
+
+    def upsert(items, **given):
+        raw = {
+            "item": np.array(items)[:, None],
+            "category": np.full((len(items), 3), KEY_MISSING),
+            "price": np.ones((len(items), 1), np.float32),
+        }
+        encoded = world.transform.encode_items(raw | given)
+        return index.apply(np.array(items), encoded, None, np.empty(0, np.int64), 1)
+
+    state = upsert([new, first, second])
+    assert lists(state, first) == [keys[20], keys[21]]
+    assert lists(state, second) == lists(state, new) == []
+    assert lists(upsert([first], next=np.array([[keys[7], KEY_MISSING]])), first) == [keys[7]]
+    assert lists(upsert([first]), first) == [keys[7]]
+    users = world.transform.encode_users({"history": np.array([[first] + [KEY_MISSING] * 5])})
+    assert index.state.i2if.query(users.ids).terms[-1].terms.tolist() == [[7 + ID_FIRST]]
+    compact = index.compact()
+    (place,) = np.flatnonzero(compact.index.item_ids == first)
+    assert compact.i2if.forward["next"].base[place].tolist() == [7 + ID_FIRST, 0]

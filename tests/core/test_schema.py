@@ -167,6 +167,11 @@ def at(path: str, value):
     return edit
 
 
+def both(first, second):
+    """Two edits, one after the other."""
+    return lambda raw: (first(raw), second(raw))
+
+
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
@@ -307,8 +312,15 @@ def at(path: str, value):
             "interactions.seen.via: got 'category', expected an item feature with the ids of item (item)",
         ),
         (
+            both(
+                at("interactions.seen.via", "item"),
+                at("features.user.history.length", 2**20),
+            ),
+            "interactions.seen.via: 1048576 ids of history with lists of 1 in item can weigh 2^31 and more; exp",
+        ),
+        (
             at("interactions.likes.via", "category"),
-            "interactions.likes.via: the lists are those of the user's items, and ids of likes (space category) are",
+            "interactions.likes.user: got likes (space category), expected a feature `of: item`: via follows",
         ),
         (
             at("interactions.topics.match", 1),

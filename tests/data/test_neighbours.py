@@ -27,13 +27,20 @@ def test_by_hand():
     assert found.tolist() == [[1, 2, -1], [0, 2, 3], [1, 0, -1], [1, -1, -1], [-1, -1, -1]]
     # From 1, item 0 came once after and once before, 2 once after; 0 has popularity 2, 2 has 1, and 3 came before.
     assert (1 + BACKWARD) / 2**DAMPING > 1 > BACKWARD
-    # To 2 nothing goes on; of what came before it, 1 is nearer than 0 by more than its popularity 3 takes.
+    # From 2 nothing goes on; of what came before it, 1 is nearer than 0 by more than its popularity 3 takes.
     assert 1 / 3**DAMPING > DECAY / 2**DAMPING
 
 
 def test_what_comes_after_an_item_weighs_more_than_what_came_before():
-    group, item = np.array([1, 1, 1]), np.array([2, 0, 1])
-    assert neighbours(group, np.arange(3), item, items=3, length=2)[0].tolist() == [1, 2]
+    group, item = np.array([1, 1, 1]), np.array([1, 0, 2])
+    assert neighbours(group, np.arange(3), item, items=3, length=2)[0].tolist() == [2, 1]
+
+
+def test_damping_is_the_callers():
+    # 1 follows 0 twice and is twice as popular as 2, which follows it once.
+    group, item = np.array([1, 1, 2, 2, 3, 3]), np.array([0, 1, 0, 1, 0, 2])
+    found = [neighbours(group, np.arange(6), item, 3, 1, damping=d)[0, 0] for d in (0.0, 1.5)]
+    assert found == [1, 2]
 
 
 def test_popular_items_are_damped():
@@ -57,6 +64,10 @@ def test_of_sets_all_items_are_equally_near_and_long_ones_weigh_less():
     item = np.array([0, 1, 0, 3, 4, 2])
     found = neighbours(group, np.zeros(6), item, items=5, length=4, ordered=False)
     assert found[0].tolist() == [1, 2, 3, 4]
+    # Once among two is more than twice among five: one over the size, not over its root.
+    group, item = np.repeat([1, 2, 3], [2, 5, 5]), np.array([0, 1, 0, 2, 3, 4, 5, 0, 2, 6, 7, 8])
+    assert neighbours(group, np.zeros(12), item, 9, 1, ordered=False, damping=0.0)[0, 0] == 1
+    group, item = np.array([1, 1, 2, 2, 2, 2]), np.array([0, 1, 0, 3, 4, 2])
     shuffled = np.array([3, 1, 5, 0, 2, 4])
     again = neighbours(group[shuffled], np.zeros(6), item[shuffled], items=5, length=4, ordered=False)
     assert again.tolist() == found.tolist()
