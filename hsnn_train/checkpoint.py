@@ -162,8 +162,8 @@ def check_inputs(
     for name in sorted(now):
         if not np.array_equal(now[name], saved[name]):
             raise DataError(
-                f"run {run}: the tables, or how this release derives features from them, have changed since it was "
-                f"trained ({name} differs), so its ids mean other things now; bring back those tables, or train again"
+                f"run {run}: the tables have changed since it was trained ({name} differs), or this release derives "
+                "other features from them, so its ids mean other things now; bring back those tables, or train again"
             )
 
 

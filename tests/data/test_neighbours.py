@@ -102,15 +102,16 @@ SCHEMA = {
 }
 
 
-def dataset() -> Dataset:
-    """Users 0 to 9: user u clicks items 2u and 2u + 1, which nobody else does; the last item is for test."""
+def dataset(near: dict | None = None) -> Dataset:
+    """Users 0 to 9: user u clicks items 2u and 2u + 1, which nobody else does; the last item is for test. ``near``: the
+    interaction, where not SCHEMA's."""
     users = np.repeat(np.arange(10), 3)
     items = np.stack([2 * np.arange(10), 2 * np.arange(10) + 1, np.full(10, 20)], axis=1).ravel()
     part = np.tile(["train", "train", "test"], 10)
     impressions = pa.table(
         {"user": users, "sku": items, "time": np.arange(30), "click": np.ones(30, int), "part": part}
     )
-    schema = Schema.from_dict(SCHEMA)
+    schema = Schema.from_dict(SCHEMA if near is None else SCHEMA | {"interactions": {"near": near}})
     tables = LogTables(schema, impressions, None, pa.table({"sku": np.arange(21)}))
     return build_dataset(schema, tables, Split(by="column", column="part"), seed=1)
 
@@ -132,8 +133,11 @@ def test_a_pair_of_one_user_is_seen_when_served_and_not_when_that_user_is_traine
     assert set(found.test.fold.tolist()) == {-1}
 
 
-def test_training_crosses_out_of_fold_and_evaluation_does_not():
-    found = dataset()
+@pytest.mark.parametrize(
+    ("near", "crossed"), [(None, 1.0), ({"user": "history", "via": "near", "item": "item"}, np.log(2.0))]
+)
+def test_training_crosses_out_of_fold_and_evaluation_does_not(near, crossed):
+    found = dataset(near)
     own = np.arange(20)  # row = item, clicked by user row // 2
     lists = rows_i2ifs(found)
     assert len(lists) == FOLDS + 1
@@ -143,7 +147,7 @@ def test_training_crosses_out_of_fold_and_evaluation_does_not():
     users = found.train.users.ids[second]
     served = batches._crossings(users, second[:, None], [None], np.full(10, -1))[0]
     trained = batches._crossings(users, second[:, None], [None], found.train.fold[second])[0]
-    assert served.dense[:, 0, 0].tolist() == [1.0] * 10
+    assert served.dense[:, 0, 0].tolist() == [np.float32(crossed)] * 10
     assert trained.dense[:, 0, 0].tolist() == [0.0] * 10
 
 

@@ -66,6 +66,7 @@ SCHEMA = {
     "interactions": {
         "topics": {"user": "history", "item": "category", "matches": 2},
         "seen": {"user": "history", "item": "item", "matches": 1},
+        "led": {"user": "history", "via": "category", "item": "category", "fade": 0.5},
     },
 }
 _TYPES = {

@@ -24,11 +24,20 @@ SCHEMA = {
             "category": {"kind": "sparse", "vocab": 20, "max": 2},
             "shop": {"kind": "sparse", "vocab": 8},
             "price": {"kind": "dense"},
+            "next": {"kind": "sparse", "of": "item", "max": 4, "from": "click"},
         },
     },
     "interactions": {
         "topics": {"user": "history", "item": "category"},
         "seen": {"user": "history", "item": "item", "nodes": "members"},
+        "led": {
+            "user": "history",
+            "via": "next",
+            "item": "item",
+            "matches": 1,
+            "fade": 0.8,
+            "nodes": "members",
+        },
     },
 }
 
