@@ -372,7 +372,8 @@ def test_resuming_on_other_tables_is_refused(dataset, make_recipe, tmp_path):
     Trainer(make_recipe(train={"max_steps": 2}), dataset, tmp_path / "run", progress=False).train()
     items = type(dataset.items)(dataset.items.dense + 1, dataset.items.ids)
     with pytest.raises(
-        DataError, match=r"items' dense differs\), so its ids mean other things now; bring back"
+        DataError,
+        match=r"items' dense differs\), or this release derives other features from them, so its ids",
     ):
         Trainer(make_recipe(), replace(dataset, items=items), tmp_path / "run", resume=True, progress=False)
     train = replace(dataset.train, item_row=dataset.train.item_row[:-1])
