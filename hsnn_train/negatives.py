@@ -6,6 +6,7 @@ Letters: B users, M items of the pool, L positions of a list, V items.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,8 +90,9 @@ class Pool:
     """Items that all users of a batch are scored against by their two-tower vectors.
 
     rows (M,) int32, ascending, item-table rows; positive (B,) int64 into them; log_inclusion (M,) float32: log of
-    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always); exists
-    (B, M) bool: whether the item had appeared in the log at the user's time; None: all had. listed (B, n) int64: the
+    the probability that the item is in such a pool, the log-Q correction of a sampled softmax (0: always); allowed
+    (B, M) bool: whether the item is the positive or may be a negative: it had appeared in the log at the user's time,
+    and the user had not had it; None: all may. listed (B, n) int64: the
     draws from each user's own list, positions in the pool, the positive's where the list is empty; lists (B, L) int32:
     item-table rows of those lists, -1 beyond.
     """
@@ -98,7 +100,7 @@ class Pool:
     rows: np.ndarray
     positive: np.ndarray
     log_inclusion: np.ndarray
-    exists: np.ndarray | None
+    allowed: np.ndarray | None
     listed: np.ndarray
     lists: np.ndarray
 
@@ -120,6 +122,8 @@ class Pools:
         size: draws by popularity per pool.
         power: see `CandidateSampler`.
         first_time: (V,) int64, where a negative has to have existed; None where the catalogue stands still.
+        had: examples (B,) -> per example the item rows that its user has had, which are no negatives; None where they
+            are candidates like others.
         lists: what users' own negatives are drawn from; None for nothing.
     """
 
@@ -130,7 +134,9 @@ class Pools:
         power: float,
         first_time: np.ndarray | None = None,
         lists: ItemLists | None = None,
+        had: Callable[[np.ndarray], list[np.ndarray]] | None = None,
     ) -> None:
+        self.had = had
         self.sampler = CandidateSampler(counts, power, everything=False)
         self.frequency = counts[self.sampler.rows] / max(1, counts.sum())
         self.size, self.first_time, self.lists = size, first_time, lists
@@ -156,6 +162,14 @@ class Pools:
                 absent += self.lists.log_absent(lists, drawn)
             log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)
         positive = np.searchsorted(drawn, own)
-        exists = had_appeared(self.first_time, examples, rows, drawn)
+        allowed = had_appeared(self.first_time, examples, rows, drawn)
+        if self.had is not None:
+            allowed = np.ones((len(rows), len(drawn)), bool) if allowed is None else allowed
+            items = self.had(rows)
+            user, item = np.repeat(np.arange(len(rows)), list(map(len, items))), np.concatenate(items)
+            place = np.searchsorted(drawn, item).clip(max=len(drawn) - 1)
+            inside = drawn[place] == item
+            allowed[user[inside], place[inside]] = False
+            allowed[np.arange(len(rows)), positive] = True
         at = np.where(listed >= 0, np.searchsorted(drawn, listed), positive[:, None])
-        return Pool(drawn, positive, log_inclusion, exists, at, lists)
+        return Pool(drawn, positive, log_inclusion, allowed, at, lists)

@@ -111,10 +111,10 @@ class Objective:
             map(torch.from_numpy, (pool.positive, self.examples.labels[rows], pool.log_inclusion))
         )
         positive, hit, log_inclusion = moved(of_pool, model.device)
-        unborn = None if pool.exists is None else moved(torch.from_numpy(~pool.exists), model.device)
+        barred = None if pool.allowed is None else moved(torch.from_numpy(~pool.allowed), model.device)
 
         def possible(logits: Tensor) -> Tensor:
-            return logits if unborn is None else logits.masked_fill(unborn.unsqueeze(-1), NEVER)
+            return logits if barred is None else logits.masked_fill(barred.unsqueeze(-1), NEVER)
 
         def over_pool(logits: Tensor) -> Tensor:
             return losses.pooled_softmax(logits, positive, log_inclusion, hit * self.weights)
@@ -175,8 +175,8 @@ class Objective:
         easy = torch.randint(count, (len(rows), t.negatives - t.hard - t.listed), device=device)
         of = torch.cat([positive, hard, easy, torch.from_numpy(pool.listed).to(device)], dim=1)  # (B, C)
         labelled = (of != positive).to(torch.float32)
-        if pool.exists is not None:
-            labelled *= torch.from_numpy(pool.exists).to(device).gather(1, of)
+        if pool.allowed is not None:
+            labelled *= torch.from_numpy(pool.allowed).to(device).gather(1, of)
         labelled[:, 0] = 1.0
         labels = np.zeros((*of.shape, self.model.tasks), np.float32)
         labels[:, 0] = self.examples.labels[rows]

@@ -156,6 +156,11 @@ class SearchConfig:
         """Whether the catalogue grows: only what had appeared before a request is a candidate."""
         return self.candidates == "seen_before"
 
+    @property
+    def fresh(self) -> bool:
+        """Whether what a user has had is no candidate."""
+        return self.candidates == "new"
+
 
 @dataclass(frozen=True)
 class Recipe:

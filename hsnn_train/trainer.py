@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,14 @@ def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     )  # fmt: skip
 
 
-def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None) -> Pools | None:
-    """The pools of a recipe on such items, with ``first_time`` as `Pools` has it; None where the recipe has none."""
+def make_pools(
+    items: ItemTable,
+    recipe: Recipe,
+    first_time: np.ndarray | None,
+    had: Callable[[np.ndarray], list[np.ndarray]] | None = None,
+) -> Pools | None:
+    """The pools of a recipe on such items, with ``first_time`` and ``had`` as `Pools` has them; None where the recipe
+    has none."""
     t = recipe.train
     if not t.pool:
         return None
@@ -108,7 +115,7 @@ def make_pools(items: ItemTable, recipe: Recipe, first_time: np.ndarray | None) 
         row_of_id = _row_of_id(items)
         drawn = np.where(items.item_counts[row_of_id] > 0, row_of_id, np.int32(-1))
         lists = ItemLists(slice(slot.start, slot.stop), drawn, t.listed)
-    return Pools(items.item_counts, t.pool, t.negative_power, first_time, lists)
+    return Pools(items.item_counts, t.pool, t.negative_power, first_time, lists, had)
 
 
 def evaluation_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
@@ -157,7 +164,8 @@ class Trainer:
         self.kmeans_steps = self._kmeans_schedule()
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
         weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
-        pools = make_pools(dataset, recipe, _first_time(dataset, recipe))
+        had = partial(dataset.earlier, "train") if recipe.search.fresh else None
+        pools = make_pools(dataset, recipe, _first_time(dataset, recipe), had)
         self.objective = Objective(self.model, self.batches, pools, dataset.train, t, weights, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final

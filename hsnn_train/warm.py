@@ -94,7 +94,7 @@ class WarmStarts:
             "dropout": [recipe.model.dropout, recipe.model.id_dropout],
             "min_positives": recipe.model.min_positives,
             "train": {name: getattr(recipe.train, name) for name in READ},
-            "growing": recipe.search.growing,
+            "candidates": recipe.search.candidates,
             "steps": steps,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

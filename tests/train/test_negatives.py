@@ -1,5 +1,7 @@
 """Negatives from the lists that stood before users: what is drawn, how likely it was, what the losses correct for."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,20 @@ def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path)
 def test_lists_that_make_no_sense_are_named(make_recipe, train, message):
     with pytest.raises(SchemaError, match=message):
         make_recipe(train=LISTED | train)
+
+
+def test_what_a_user_has_had_is_no_negative_where_it_is_no_candidate(dataset, make_recipe, tmp_path):
+    fresh = make_recipe(train={"negatives": 6, "unlabelled": 0, "pool": 40}, search={"candidates": "new"})
+    rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[-80:]  # the log's last: users have had something
+    had = partial(dataset.earlier, "train")
+    pool = make_pools(dataset, fresh, None, had).draw(dataset.train, rows, step_rng(0, 7))
+    for user, (earlier, positive) in enumerate(zip(had(rows), pool.positive)):
+        barred = pool.rows[~pool.allowed[user]]
+        assert set(barred) == set(pool.rows) & set(earlier) - {pool.rows[positive]}
+    assert (~pool.allowed).sum() > 0
+    assert pool.allowed[np.arange(len(rows)), pool.positive].all()
+    trainer = Trainer(fresh, dataset, tmp_path / "run", progress=False)
+    assert trainer.objective.pools is not None and trainer.objective.pools.had is not None
+    everything = make_recipe(train={"negatives": 6, "unlabelled": 0, "pool": 40})
+    trainer = Trainer(everything, dataset, tmp_path / "all", progress=False)
+    assert trainer.objective.pools is not None and trainer.objective.pools.had is None
