@@ -223,6 +223,14 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 1, epoch]).permutation(examples)
 
 
+def held_out(user_key: np.ndarray, share: float) -> np.ndarray:
+    """(S,) bool: whether impressions of users (S,) int64 are among the ``share`` of users held out; the same in every
+    process."""
+    mixed = (user_key.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
+    of_user: np.ndarray = (mixed >> np.uint64(40)) < np.uint64(share * 2**24)
+    return of_user
+
+
 def step_rng(seed: int, step: int) -> np.random.Generator:
     """The generator of everything sampled in one step."""
     return np.random.default_rng([seed, 2, step])

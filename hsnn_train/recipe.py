@@ -76,6 +76,9 @@ class TrainConfig:
         refresh_steps: steps between two refreshes of hard paths and representatives.
         towers_first: whether only the item layer's two towers are trained before init_at; with a pool they always are.
         towers_lr: learning rate of that first phase; 0: lr.
+        held: share of the users that the first phase leaves out, and whose impressions alone all that comes after is
+            trained on: the two towers know other users' by heart, and an OverArch on top would learn to believe them.
+            0: both phases see all. Two towers without an OverArch see all.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
             index losses begin.
         trunk_lr: learning rate of the trunk after that, as a share of the rest's, where the towers came first.
@@ -96,6 +99,7 @@ class TrainConfig:
     batch_size: int = 512
     lr: float = 0.002
     towers_lr: float = 0.0
+    held: float = 0.0
     weight_decay: float = 0.0
     seed: int = 1
     pool: int = 0
@@ -370,6 +374,12 @@ def _check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) 
         )
     if train.towers_lr and not train.two_phases:
         raise SchemaError("train.towers_lr: has no effect without train.pool or train.towers_first")
+    if not 0 <= train.held < 1:
+        raise SchemaError(
+            f"train.held: got {train.held!r}, expected a share of the users, at least 0 and below 1"
+        )
+    if train.held and not train.two_phases:
+        raise SchemaError("train.held: has no effect without train.pool or train.towers_first")
     for key in ("lr", "temperature", "heat"):
         if not getattr(train, key) > 0:
             raise SchemaError(f"train.{key}: got {getattr(train, key)!r}, expected a number above 0")

@@ -26,7 +26,7 @@ from hsnn_core.schema import ITEM_SPACE
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.tables import find_rows
 
-from .batches import BatchMaker, IndexState, ItemTable, epoch_order
+from .batches import BatchMaker, IndexState, ItemTable, epoch_order, held_out
 from .checkpoint import (
     check_inputs,
     load_checkpoint,
@@ -158,8 +158,7 @@ class Trainer:
         self.model.to(device)
         self.optimizer = make_optimizer(self.model, t)
         self.batches = make_batches(dataset, recipe)
-        self.steps_per_epoch = max(1, math.ceil(len(dataset.train.item_row) / t.batch_size))
-        self.steps = t.max_steps or t.epochs * self.steps_per_epoch
+        self.steps = t.max_steps or t.epochs * max(1, math.ceil(len(dataset.train) / t.batch_size))
         self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
@@ -174,7 +173,7 @@ class Trainer:
         )
         self.warm = warm
         self._refreshed = -1  # the step of the last refresh
-        self._order_of, self._order = -1, np.empty(0, np.int64)
+        self._order_of, self._order = (False, -1), np.empty(0, np.int64)
         self.history: list[dict[str, Any]] = []
         self.state: IndexState
         self._check_labels()
@@ -195,6 +194,12 @@ class Trainer:
 
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
+        held = held_out(self.dataset.train.user_key, self.recipe.train.held)
+        if self.recipe.train.held and (held.all() or not held.any()):
+            raise DataError(
+                f"train.held: {self.recipe.train.held} of the users is {'all' if held.all() else 'none'} of them; "
+                "set a share that leaves some for both phases, or 0"
+            )
         always = self.dataset.train.labels.min(axis=0) > 0
         if always.any() and not self.recipe.train.negatives:
             names = ", ".join(t.name for t, yes in zip(self.recipe.schema.tasks, always) if yes)
@@ -334,10 +339,7 @@ class Trainer:
 
     def _one_step(self) -> tuple[dict[str, Tensor], int]:
         t = self.recipe.train
-        epoch, at = divmod(self.step, self.steps_per_epoch)
-        if epoch != self._order_of:
-            self._order_of, self._order = epoch, epoch_order(len(self.dataset.train.item_row), t.seed, epoch)
-        rows = np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
+        rows = self._rows()
         set_learning_rate(self.optimizer, t, self._lr_factor(), self._warming)
         moment = Moment(
             self.alpha(),
@@ -346,6 +348,19 @@ class Trainer:
         )
         where = f"step {self.step + 1} of {self.steps}"
         return gradient_step(self.optimizer, self.objective, rows, self.state, moment, self.step, where)
+
+    def _rows(self) -> np.ndarray:
+        """The step's examples, ascending. With users held out each phase has epochs of its own."""
+        t, train = self.recipe.train, self.dataset.train
+        those = np.arange(len(train))
+        step = self.step
+        if t.held and not self.model.two_tower_only:
+            those = np.flatnonzero(held_out(train.user_key, t.held) != self._warming)
+            step -= 0 if self._warming else self.init_step
+        epoch, at = divmod(step, max(1, math.ceil(len(those) / t.batch_size)))
+        if (self._warming, epoch) != self._order_of:
+            self._order_of, self._order = (self._warming, epoch), epoch_order(len(those), t.seed, epoch)
+        return np.sort(those[self._order[at * t.batch_size : (at + 1) * t.batch_size]])
 
     def _lr_factor(self) -> float:
         """Linear warm-up over 5% of the steps, then a cosine down to a tenth; where the two towers come first, once for

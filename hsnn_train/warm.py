@@ -22,8 +22,8 @@ from .recipe import Recipe
 
 #: of `train:`, what the first phase reads
 READ = (
-    "batch_size", "first_lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives", "unlabelled",
-    "negative_power", "listed", "listed_from",
+    "batch_size", "first_lr", "held", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives",
+    "unlabelled", "negative_power", "listed", "listed_from",
 )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hsnn_core.errors import SchemaError
+from hsnn_core.errors import DataError, SchemaError
 from hsnn_train import losses
-from hsnn_train.batches import step_rng
+from hsnn_train.batches import held_out, step_rng
 from hsnn_train.evaluate import platt
 from hsnn_train.negatives import CandidateSampler
 from hsnn_train.objective import Moment
@@ -135,6 +135,12 @@ def test_the_first_phase_may_have_a_learning_rate_of_its_own(
     assert used[2:] == [pytest.approx([0.005, 0.01])] * 2
     with pytest.raises(SchemaError, match=r"train.towers_lr: got -1.0, expected a number of at least 0"):
         make_recipe(train=POOLED | {"towers_lr": -1.0})
+    with pytest.raises(SchemaError, match=r"train.held: has no effect without train.pool"):
+        make_recipe(train={"held": 0.1})
+    with pytest.raises(
+        SchemaError, match=r"train.held: got 1.0, expected a share of the users, at least 0 and below"
+    ):
+        make_recipe(train=POOLED | {"held": 1.0})
     with pytest.raises(SchemaError, match=r"train.towers_lr: has no effect without train.pool"):
         make_recipe(train={"towers_lr": 0.1})
 
@@ -241,3 +247,37 @@ def test_the_temperature_of_the_item_layer_stays(dataset, make_recipe, tmp_path)
     )
     with pytest.raises(SchemaError, match=r"train.temperature: got 0.0, expected a number above 0"):
         make_recipe(train=POOLED | {"temperature": 0.0})
+
+
+def test_held_users_are_new_to_the_second_phase_and_all_it_sees(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(train=POOLED | {"held": 0.4, "max_steps": 60, "batch_size": 64})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    seen = []
+    for trainer.step in range(60):
+        seen.append(trainer._rows())
+    held = held_out(dataset.train.user_key, 0.4)
+    first, second = np.concatenate(seen[:30]), np.concatenate(seen[30:])
+    assert set(first) == set(np.flatnonzero(~held)) and set(second) == set(np.flatnonzero(held))
+    steps = -(-int((~held).sum()) // 64)
+    once = np.sort(np.concatenate(seen[:steps]))  # an epoch of its own: every example once
+    assert np.array_equal(once, np.flatnonzero(~held))
+    with pytest.raises(
+        DataError, match=r"train.held: 1e-06 of the users is none of them; set a share that leaves"
+    ):
+        Trainer(make_recipe(train=POOLED | {"held": 1e-6}), dataset, tmp_path / "none", progress=False)
+
+
+def test_two_towers_alone_see_every_user(dataset, make_recipe, tmp_path):
+    flat = {"layers": ["two_tower_xs"], "codebooks": []}
+    recipe = make_recipe(train=POOLED | {"held": 0.4, "batch_size": 4096}, model=flat, search={"widths": []})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    assert len(trainer._rows()) == len(dataset.train)
+
+
+def test_users_are_held_out_by_share_and_whole():
+    users = np.repeat(np.arange(20_000), 2)
+    held = held_out(users, 0.15)
+    assert np.array_equal(held[::2], held[1::2])
+    assert held.mean() == pytest.approx(0.15, abs=0.01)
+    assert (held <= held_out(users, 0.3)).all()
+    assert not held_out(users, 0.0).any()
