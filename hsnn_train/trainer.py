@@ -161,6 +161,7 @@ class Trainer:
         self.steps = t.max_steps or t.epochs * max(1, math.ceil(len(dataset.train) / t.batch_size))
         self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
+        self.held = t.held if any(monn.over is not None for monn in self.model.monn) else 0.0
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
         weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
         had = partial(dataset.earlier, "train") if recipe.search.fresh else None
@@ -194,10 +195,10 @@ class Trainer:
 
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
-        held = held_out(self.dataset.train.user_key, self.recipe.train.held)
-        if self.recipe.train.held and (held.all() or not held.any()):
+        held = held_out(self.dataset.train.user_key, self.held)
+        if self.held and (held.all() or not held.any()):
             raise DataError(
-                f"train.held: {self.recipe.train.held} of the users is {'all' if held.all() else 'none'} of them; "
+                f"train.held: {self.held} of the users is {'all' if held.all() else 'none'} of them; "
                 "set a share that leaves some for both phases, or 0"
             )
         always = self.dataset.train.labels.min(axis=0) > 0
@@ -354,8 +355,8 @@ class Trainer:
         t, train = self.recipe.train, self.dataset.train
         those = np.arange(len(train))
         step = self.step
-        if t.held and not self.model.two_tower_only:
-            those = np.flatnonzero(held_out(train.user_key, t.held) != self._warming)
+        if self.held:
+            those = np.flatnonzero(held_out(train.user_key, self.held) != self._warming)
             step -= 0 if self._warming else self.init_step
         epoch, at = divmod(step, max(1, math.ceil(len(those) / t.batch_size)))
         if (self._warming, epoch) != self._order_of:

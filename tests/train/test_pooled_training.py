@@ -267,9 +267,11 @@ def test_held_users_are_new_to_the_second_phase_and_all_it_sees(dataset, make_re
         Trainer(make_recipe(train=POOLED | {"held": 1e-6}), dataset, tmp_path / "none", progress=False)
 
 
-def test_two_towers_alone_see_every_user(dataset, make_recipe, tmp_path):
-    flat = {"layers": ["two_tower_xs"], "codebooks": []}
-    recipe = make_recipe(train=POOLED | {"held": 0.4, "batch_size": 4096}, model=flat, search={"widths": []})
+@pytest.mark.parametrize("codebooks", [[], [6]])
+def test_two_towers_alone_see_every_user(dataset, make_recipe, tmp_path, codebooks):
+    towers = {"layers": ["two_tower_xs"] * (1 + len(codebooks)), "codebooks": codebooks, "index": "kmeans"}
+    search = {"widths": [4] * len(codebooks)}
+    recipe = make_recipe(train=POOLED | {"held": 0.4, "batch_size": 4096}, model=towers, search=search)
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     assert len(trainer._rows()) == len(dataset.train)
 
