@@ -74,7 +74,7 @@ def run_throughput(data: str, steps: int = 60, rounds: int = 5, results: Path = 
 
 def _training(recipe: Recipe, dataset: Dataset, method: str, steps: int) -> float:
     """Seconds of one training of ``steps`` steps, into a folder that is removed."""
-    changes = {"model.index": method, "train.max_steps": steps, "train.init_at": 0.0}
+    changes = {"model.index": method, "train.max_steps": steps, "train.init_at": 0.0, "train.held": 0.0}
     with tempfile.TemporaryDirectory(prefix="hsnn-throughput-") as folder:
         trainer = Trainer(changed(recipe, changes), dataset, Path(folder), progress=False)
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from hsnn_core.index import HierarchicalIndex
 from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Examples
 
-from .hsnn import Batch, NodeBatch, Pairs, Sides
+from .hsnn import HSNN, Batch, NodeBatch, Pairs, Sides
 from .negatives import CandidateSampler, had_appeared
 
 
@@ -221,6 +221,12 @@ def as_tensor(values: np.ndarray) -> Tensor | None:
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits its examples, int64 (S,)."""
     return np.random.default_rng([seed, 1, epoch]).permutation(examples)
+
+
+def held_share(model: HSNN, held: float) -> float:
+    """The share of users that ``train.held`` holds for this model: none where the item layer is two towers, on top of
+    which nothing learns what they say."""
+    return held if model.layer(model.layers).over is not None else 0.0
 
 
 def held_out(user_key: np.ndarray, share: float) -> np.ndarray:

@@ -77,8 +77,10 @@ class TrainConfig:
         towers_first: whether only the item layer's two towers are trained before init_at; with a pool they always are.
         towers_lr: learning rate of that first phase; 0: lr.
         held: share of the users that the first phase leaves out, and whose impressions alone all that comes after is
-            trained on: the two towers know other users' by heart, and an OverArch on top would learn to believe them.
-            0: both phases see all. Two towers without an OverArch see all.
+            trained on: two towers memorise the positives of the users they are trained on, and an OverArch on top would
+            learn to believe them. An epoch is a number of steps: the first phase passes epochs · init_at / (1 − held)
+            times over its users, the second epochs · (1 − init_at) / held times over its. 0: both see all, as does a
+            model whose item layer has no OverArch; `hsnn follow` holds nobody.
         init_at: fraction of steps after which the codebooks get their final k-means initialisation and the
             index losses begin.
         trunk_lr: learning rate of the trunk after that, as a share of the rest's, where the towers came first.

@@ -26,7 +26,7 @@ from hsnn_core.schema import ITEM_SPACE
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.tables import find_rows
 
-from .batches import BatchMaker, IndexState, ItemTable, epoch_order, held_out
+from .batches import BatchMaker, IndexState, ItemTable, epoch_order, held_out, held_share
 from .checkpoint import (
     check_inputs,
     load_checkpoint,
@@ -161,7 +161,7 @@ class Trainer:
         self.steps = t.max_steps or t.epochs * max(1, math.ceil(len(dataset.train) / t.batch_size))
         self.init_step = self.steps if self.model.two_tower_only else int(t.init_at * self.steps)
         self.kmeans_steps = self._kmeans_schedule()
-        self.held = t.held if any(monn.over is not None for monn in self.model.monn) else 0.0
+        self.held = held_share(self.model, t.held)
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
         weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
         had = partial(dataset.earlier, "train") if recipe.search.fresh else None
@@ -174,10 +174,12 @@ class Trainer:
         )
         self.warm = warm
         self._refreshed = -1  # the step of the last refresh
-        self._order_of, self._order = (False, -1), np.empty(0, np.int64)
+        self._order_of, self._order = (False, -1), np.empty(0, np.int64)  # of those of the phase
+        self._those = self._order
         self.history: list[dict[str, Any]] = []
         self.state: IndexState
         self._check_labels()
+        self._check_held()
         if resume:
             self._restore()
         else:
@@ -195,18 +197,28 @@ class Trainer:
 
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
-        held = held_out(self.dataset.train.user_key, self.held)
-        if self.held and (held.all() or not held.any()):
-            raise DataError(
-                f"train.held: {self.held} of the users is {'all' if held.all() else 'none'} of them; "
-                "set a share that leaves some for both phases, or 0"
-            )
         always = self.dataset.train.labels.min(axis=0) > 0
         if always.any() and not self.recipe.train.negatives:
             names = ", ".join(t.name for t, yes in zip(self.recipe.schema.tasks, always) if yes)
             raise DataError(
                 f"every training label of task {names} is 1, so there is nothing to tell apart; "
                 "draw negatives: set train.negatives (8, say)"
+            )
+
+    def _check_held(self) -> None:
+        """DataError where users are held out and one of the phases has no user, or no step."""
+        if not self.held:
+            return
+        held = held_out(self.dataset.train.user_key, self.held)
+        if held.all() or not held.any():
+            raise DataError(
+                f"train.held: {self.held} of the users is {'all' if held.all() else 'none'} of them; "
+                "set a share that leaves some for both phases, or 0"
+            )
+        if not 0 < self.init_step < self.steps:
+            raise DataError(
+                f"train.held: the first phase has {self.init_step} of {self.steps} steps, expected some for each; "
+                "change train.init_at, or set train.held to 0"
             )
 
     # Checkpoints.
@@ -352,16 +364,18 @@ class Trainer:
 
     def _rows(self) -> np.ndarray:
         """The step's examples, ascending. With users held out each phase has epochs of its own."""
-        t, train = self.recipe.train, self.dataset.train
-        those = np.arange(len(train))
-        step = self.step
-        if self.held:
-            those = np.flatnonzero(held_out(train.user_key, self.held) != self._warming)
-            step -= 0 if self._warming else self.init_step
-        epoch, at = divmod(step, max(1, math.ceil(len(those) / t.batch_size)))
+        t, train, step = self.recipe.train, self.dataset.train, self.step
+        if self.held and not self._warming:
+            step -= self.init_step
+        if self._warming != self._order_of[0] or self._order_of[1] < 0:
+            all_rows = np.arange(len(train))
+            held = held_out(train.user_key, self.held)
+            self._those = all_rows[held != self._warming] if self.held else all_rows
+        epoch, at = divmod(step, max(1, math.ceil(len(self._those) / t.batch_size)))
         if (self._warming, epoch) != self._order_of:
-            self._order_of, self._order = (self._warming, epoch), epoch_order(len(those), t.seed, epoch)
-        return np.sort(those[self._order[at * t.batch_size : (at + 1) * t.batch_size]])
+            self._order_of = self._warming, epoch
+            self._order = self._those[epoch_order(len(self._those), t.seed, epoch)]
+        return np.sort(self._order[at * t.batch_size : (at + 1) * t.batch_size])
 
     def _lr_factor(self) -> float:
         """Linear warm-up over 5% of the steps, then a cosine down to a tenth; where the two towers come first, once for

@@ -16,13 +16,14 @@ import torch
 from hsnn_core.files import written_aside
 from hsnn_train.data.dataset import Dataset
 
+from .batches import held_share
 from .device import device_name
 from .hsnn import HSNN
 from .recipe import Recipe
 
 #: of `train:`, what the first phase reads
 READ = (
-    "batch_size", "first_lr", "held", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives",
+    "batch_size", "first_lr", "weight_decay", "seed", "pool", "softmax", "temperature", "negatives",
     "unlabelled", "negative_power", "listed", "listed_from",
 )  # fmt: skip
 
@@ -84,8 +85,8 @@ class WarmStarts:
             return None
         train = dataset.train
         content = hashlib.sha256()
-        for array in (train.users.dense, train.users.ids, train.item_row, train.labels, dataset.items.ids,
-                      dataset.items.dense, dataset.item_keys):  # fmt: skip
+        for array in (train.users.dense, train.users.ids, train.item_row, train.labels, train.user_key, train.time,
+                      dataset.items.ids, dataset.items.dense, dataset.item_keys):  # fmt: skip
             content.update(np.ascontiguousarray(array).data)
         key = {
             "schema": recipe.schema.hash,
@@ -94,6 +95,7 @@ class WarmStarts:
             "dropout": [recipe.model.dropout, recipe.model.id_dropout],
             "min_positives": recipe.model.min_positives,
             "train": {name: getattr(recipe.train, name) for name in READ},
+            "held": held_share(model, recipe.train.held),
             "candidates": recipe.search.candidates,
             "steps": steps,
             "torch": torch.__version__,

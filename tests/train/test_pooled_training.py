@@ -93,11 +93,25 @@ def test_a_shared_warm_start_gives_the_same_weights_to_the_bit(dataset, make_rec
     assert len(list((tmp_path / "warm").iterdir())) == 1
 
 
-@pytest.mark.parametrize("train", [POOLED, LISTED, TOWERS_FIRST], ids=["pool", "lists", "impressions"])
+def test_towers_that_saw_all_users_are_not_shared_with_those_that_did_not(dataset, make_recipe, tmp_path):
+    folder = WarmStarts(tmp_path / "warm")
+    for name, layers in (("towers", ["cpu_xs", "cpu_xs"]), ("monn", ["cpu_xs", "cpu_s"])):
+        recipe = make_recipe(model={"layers": layers, "codebooks": [5]}, search={"widths": [3]},
+                             train=POOLED | {"held": 0.4})  # fmt: skip
+        Trainer(recipe, dataset, tmp_path / name, progress=False, warm=folder).train()
+    assert len(list((tmp_path / "warm").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "train",
+    [POOLED, LISTED, TOWERS_FIRST, POOLED | {"held": 0.4, "batch_size": 100}],
+    ids=["pool", "lists", "impressions", "held"],
+)
 def test_an_interrupted_run_of_two_phases_ends_where_an_uninterrupted_one_does(
     dataset, make_recipe, tmp_path, train
 ):
-    recipe = make_recipe(model={"dropout": 0.2}, train=train | {"checkpoint_steps": 4})
+    layers = {"layers": ["cpu_s", "cpu_s"], "codebooks": [5], "dropout": 0.2}
+    recipe = make_recipe(model=layers, search={"widths": [3]}, train=train | {"checkpoint_steps": 4})
     whole = Trainer(recipe, dataset, tmp_path / "whole", progress=False).train().state_dict()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_one_step", _stop_after(Trainer._one_step, 9))
@@ -250,7 +264,8 @@ def test_the_temperature_of_the_item_layer_stays(dataset, make_recipe, tmp_path)
 
 
 def test_held_users_are_new_to_the_second_phase_and_all_it_sees(dataset, make_recipe, tmp_path):
-    recipe = make_recipe(train=POOLED | {"held": 0.4, "max_steps": 60, "batch_size": 64})
+    flat = {"model": {"layers": ["cpu_s"], "codebooks": []}, "search": {"widths": []}}
+    recipe = make_recipe(train=POOLED | {"held": 0.4, "max_steps": 60, "batch_size": 64}, **flat)
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     seen = []
     for trainer.step in range(60):
@@ -264,7 +279,14 @@ def test_held_users_are_new_to_the_second_phase_and_all_it_sees(dataset, make_re
     with pytest.raises(
         DataError, match=r"train.held: 1e-06 of the users is none of them; set a share that leaves"
     ):
-        Trainer(make_recipe(train=POOLED | {"held": 1e-6}), dataset, tmp_path / "none", progress=False)
+        Trainer(
+            make_recipe(train=POOLED | {"held": 1e-6}, **flat), dataset, tmp_path / "none", progress=False
+        )
+    late = make_recipe(train=POOLED | {"held": 0.4, "init_at": 1.0}, **flat)
+    with pytest.raises(
+        DataError, match=r"train.held: the first phase has 12 of 12 steps, expected some for each"
+    ):
+        Trainer(late, dataset, tmp_path / "late", progress=False)
 
 
 @pytest.mark.parametrize("codebooks", [[], [6]])
@@ -273,7 +295,8 @@ def test_two_towers_alone_see_every_user(dataset, make_recipe, tmp_path, codeboo
     search = {"widths": [4] * len(codebooks)}
     recipe = make_recipe(train=POOLED | {"held": 0.4, "batch_size": 4096}, model=towers, search=search)
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
-    assert len(trainer._rows()) == len(dataset.train)
+    for trainer.step in (0, 6, 11):
+        assert len(trainer._rows()) == len(dataset.train)
 
 
 def test_users_are_held_out_by_share_and_whole():
