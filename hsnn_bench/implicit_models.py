@@ -20,6 +20,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from hsnn_core.errors import DataError
+from hsnn_core.terms import place_weights
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.neighbours import DAMPING, neighbours
 
@@ -160,7 +161,7 @@ class ItemKNN(OfHistory):
         return np.where(scores > 0, scores, self.popularity - 2)
 
 
-class NeighbourLists(OfHistory):
+class NeighbourLists(ItemKNN):
     """What the lists of `hsnn_train.data.neighbours` rank by themselves, without any network: score_i = Σ_j
     decay^age_j / √place, over the items j of the history in whose list i has that place, 1 the first. HSNN may read
     such lists as an interaction; here they have the whole history, and a length, damping and decay of their own.
@@ -183,13 +184,9 @@ class NeighbourLists(OfHistory):
             *self.positives, items, min(params["length"], items), self.ordered, params["damping"]
         )
         item, place = np.nonzero(lists >= 0)
-        weight = (1 / np.sqrt(1 + place)).astype(np.float32)
-        self.leads = sparse.csr_matrix((weight, (item, lists[item, place])), shape=(items, items))
+        weight = place_weights(lists.shape[1]).astype(np.float32)[place]
+        self.similarity = sparse.csr_matrix((weight, (item, lists[item, place])), shape=(items, items))
         self.decay = params["decay"]
-
-    def scores(self, user_key: np.ndarray, history: sparse.csr_matrix) -> np.ndarray:
-        scores = (_weighted(history, self.decay) @ self.leads).toarray()
-        return np.where(scores > 0, scores, self.popularity - 2)
 
 
 class ALS(OfHistory):

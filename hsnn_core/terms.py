@@ -37,12 +37,18 @@ def occurrence_weights(ids: np.ndarray, fade: float) -> np.ndarray:
     return by_age[_ages(ids)]
 
 
+def place_weights(length: int) -> np.ndarray:
+    """(L,) float64: what the terms of a list weigh by their places, 1 the first."""
+    weights: np.ndarray = 1 / np.sqrt(1 + np.arange(length))
+    return weights
+
+
 def list_weights(ids: np.ndarray, fade: float, length: int) -> np.ndarray:
     """(B, S, L) int32: what the terms of every position's list of ``length`` weigh, at least 1: `LIST_FIRST` times fade
     to the power of the position's age, by the root of the place."""
     by_age = fade ** np.arange(ids.shape[1])
-    by_place = 1 / np.sqrt(1 + np.arange(length))
-    weights = np.maximum(1, np.round(LIST_FIRST * by_age[:, None] * by_place)).astype(np.int32)
+    weights = np.round(LIST_FIRST * by_age[:, None] * place_weights(length))
+    weights = np.maximum(1, weights).astype(np.int32)
     return weights[_ages(ids)]
 
 
@@ -82,4 +88,4 @@ def summed(terms: np.ndarray, weights: np.ndarray) -> Terms:
 
 def most_list_weight(positions: int, length: int) -> float:
     """The most that a term can weigh via lists of ``length``, of a user of so many ``positions``."""
-    return LIST_FIRST * positions * float((1 / np.sqrt(1 + np.arange(length))).sum())
+    return LIST_FIRST * positions * float(place_weights(length).sum())
