@@ -100,7 +100,7 @@ def test_globo_by_hand(tmp_path: Path) -> None:
         "user_id": [1, 1, 2, 2, 2],
         "session_id": [1, 1, 2, 2, 2],
         "session_start": [monday, monday, monday + 26 * hour, monday + 26 * hour, monday],
-        "click_article_id": [5, 6, 5, 7, 8],
+        "click_article_id": [5, 1006, 5, 2007, 8],
         "click_timestamp": time,
         **{
             f"click_{name}": [1] * 5
@@ -111,11 +111,12 @@ def test_globo_by_hand(tmp_path: Path) -> None:
     whole, last = globo(tmp_path), globo(tmp_path, last_days=1)
     assert whole.impressions.column("hour").to_pylist() == [0, 23, 1, 2]
     assert whole.impressions.column("weekday").to_pylist() == [0, 0, 1, 1]
-    assert whole.items.column("article_id").to_pylist() == [5, 6, 7]
+    assert whole.items.column("article_id").to_pylist() == [5, 1006, 2007]
     # to the hour: the article's first click does not have the article's time as its own
     np.testing.assert_allclose(whole.items.column("first_seen").to_numpy(), [0, 23 / 24, 26 / 24], rtol=1e-6)
     assert whole.items.column("first_hour").to_pylist() == [0, 23, 2]
-    assert last.impressions.column("article_id").to_pylist() == [6, 5, 7]
+    assert whole.items.column("block").to_pylist() == [0, 1, 2]
+    assert last.impressions.column("article_id").to_pylist() == [1006, 5, 2007]
     assert last.items.column("first_seen").to_pylist()[0] == 0.0  # known from before the kept days
     assert whole.notes == ("1 of 5 clicks are outside the chosen days",)
 
