@@ -1,16 +1,18 @@
 """What is tuned: per method the parameters, their ranges and where the search begins.
 
 A method of `implicit` has the parameters of its class in `implicit_models`; a method of ours has dotted keys of a
-recipe. The first trial of every method is its ``start``, so that tuning never ends below it.
+recipe. The first trial of every method is its ``start``, so that tuning never ends below it; ours start where the
+recipe stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hsnn_core.errors import DataError
+from hsnn_train.recipe import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Method:
 
     Attributes:
         knobs: the search space.
-        start: the first trial; a value for every knob.
+        start: the first trial; a value for every knob. Ours have none before `around`.
         recipe: for our own methods, what makes the recipe this method: dotted keys and their values.
         ours: whether the method is trained from a recipe.
         timed: whether it needs requests whose times compare (`search.candidates: seen_before`).
@@ -66,15 +68,31 @@ _OURS: dict[str, Knob] = {
     "train.batch_size": Choice((256, 512, 1024)),
     "train.temperature": Real(0.05, 0.3, log=True),
 }
-_OURS_START = {"train.lr": 3e-3, "train.epochs": 9, "train.batch_size": 512, "train.temperature": 0.12}
 
 
-def _flat(preset: str) -> Method:
+def _flat(preset: str, knobs: Mapping[str, Knob]) -> Method:
     """One MoNN over all items, without an index."""
-    # A recipe's own rate of the first phase would make train.lr do nothing for two towers; untuned it stands.
     single = {"model.layers": [preset], "model.codebooks": [], "search.widths": []}
-    knobs, start = _OURS | {"train.towers_lr": Choice((0.0,))}, _OURS_START | {"train.towers_lr": 0.0}
-    return Method(knobs, start, single, ours=True)
+    return Method(knobs, {}, single, ours=True)
+
+
+def around(space: Method, train: TrainConfig) -> Method:
+    """A method of ours for a recipe: it starts at the recipe's values, and what they exceed is widened to hold them. A
+    recipe that counts steps has its number of steps as the knob, from half to twice: epochs would do nothing."""
+    knobs = dict(space.knobs)
+    if "train.epochs" in knobs and train.max_steps:
+        del knobs["train.epochs"]
+        knobs["train.max_steps"] = Whole(max(1, train.max_steps // 2), 2 * train.max_steps, log=True)
+    start = {key: getattr(train, key.removeprefix("train.")) for key in knobs}
+    if "train.towers_lr" in knobs:
+        start |= {"train.lr": train.first_lr, "train.towers_lr": 0.0}
+    return replace(space, knobs={key: _holding(knob, start[key]) for key, knob in knobs.items()}, start=start)
+
+
+def _holding(knob: Knob, value: Any) -> Knob:
+    if isinstance(knob, Choice):
+        return knob if value in knob.values else Choice((*knob.values, value))
+    return replace(knob, low=min(knob.low, value), high=max(knob.high, value))
 
 
 METHODS: dict[str, Method] = {
@@ -117,10 +135,11 @@ METHODS: dict[str, Method] = {
         },
         {"factors": 64, "learning_rate": 0.05, "regularization": 0.01, "iterations": 100},
     ),
-    "two_tower": _flat("cpu_xs"),
-    "mol": _flat("cpu_mol"),
-    "flat": _flat("cpu_s"),
-    "hsnn": Method(_OURS, _OURS_START, ours=True),
+    # two towers have the first phase alone: a recipe's own rate of it would make train.lr do nothing
+    "two_tower": _flat("cpu_xs", _OURS | {"train.towers_lr": Choice((0.0,))}),
+    "mol": _flat("cpu_mol", _OURS),
+    "flat": _flat("cpu_s", _OURS),
+    "hsnn": Method(_OURS, {}, ours=True),
 }
 
 

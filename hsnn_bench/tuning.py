@@ -32,7 +32,7 @@ from hsnn_train.trainer import Interrupted
 from . import ours
 from .implicit_models import MODELS
 from .requests import load_requests, measure, metric
-from .spaces import Choice, Knob, Method, Real, method, methods_for
+from .spaces import Choice, Knob, Method, Real, around, method, methods_for
 
 RESULTS = Path("docs/results")
 STARTUP = 5  # trials drawn at random before TPE has something to go by
@@ -191,7 +191,9 @@ def run_tuning(
             search = {"search.requests": requests, "search.candidates": candidates}
             changes = {**space.recipe, **search, "train.seed": seed}
             own = ours.variant(recipe, changes)
-            space = replace(space, recipe={**recipe.changes_for(own.model.layers), **space.recipe})
+            space = replace(
+                around(space, own.train), recipe={**recipe.changes_for(own.model.layers), **space.recipe}
+            )
             objective = recipe_objective(own, dataset, work / recipe.name / f"{name}-trial", figure)
         else:
             objective = implicit_objective(name, dataset, candidates, requests, seed, figure)

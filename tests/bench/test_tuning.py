@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from hsnn_bench.spaces import METHODS, Choice, Method, Real, Whole, method
+from hsnn_bench.spaces import METHODS, Choice, Method, Real, Whole, around, method
 from hsnn_bench.tuning import keep, run_tuning, tune, tuned
 from hsnn_core.errors import DataError
+from hsnn_train.recipe import TrainConfig
 
 SPACE = Method({"x": Real(-2, 2), "n": Whole(1, 8), "c": Choice(("a", "b"))}, {"x": 2.0, "n": 8, "c": "b"})
 
@@ -62,6 +63,11 @@ def test_minutes_bound_the_budget_too(tmp_path):
 
 def test_every_space_starts_inside_itself():
     for name, space in METHODS.items():
+        if space.ours:
+            space = around(
+                space, TrainConfig(lr=0.1, towers_lr=0.2, batch_size=64, epochs=1, temperature=0.5)
+            )
+            assert space.start["train.lr"] == (0.2 if name == "two_tower" else 0.1), name
         assert set(space.start) == set(space.knobs), name
         for key, knob in space.knobs.items():
             value = space.start[key]
@@ -69,6 +75,12 @@ def test_every_space_starts_inside_itself():
             assert inside, f"{name}.{key}"
     with pytest.raises(DataError, match="'svd': unknown; known: popularity, recent, item_knn"):
         method("svd")
+
+
+def test_a_recipe_of_so_many_steps_is_tuned_by_them():
+    tuned_by = around(METHODS["hsnn"], TrainConfig(max_steps=2400))
+    assert tuned_by.knobs["train.max_steps"] == Whole(1200, 4800, log=True)
+    assert tuned_by.start["train.max_steps"] == 2400 and "train.epochs" not in tuned_by.knobs
 
 
 def test_entries_are_merged_per_method(tmp_path):
