@@ -128,9 +128,11 @@ def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path)
         ({"listed": 0}, "train.listed_from: got 'history' beside train.listed 0; set both"),
         (
             {"listed": 4},
-            "train.hard and train.listed: got 2 and 4, expected less than train.negatives .6. together",
+            "train.hard, train.crossed and train.listed: got 2, 0, 4, expected less than train.negatives .6. together",
         ),
         ({"listed": -1}, "train.listed: got -1, expected a whole number of at least 0"),
+        ({"crossed": 1}, "train.crossed_from: got '', expected an interaction: topics, seen"),
+        ({"crossed_from": "seen"}, "train.crossed_from: got 'seen' beside train.crossed 0; set both"),
     ],
 )
 def test_lists_that_make_no_sense_are_named(make_recipe, train, message):
