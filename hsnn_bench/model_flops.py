@@ -15,7 +15,8 @@ import torch
 from hsnn_core.schema import Schema
 from hsnn_train.flops import counted
 from hsnn_train.hsnn import HSNN
-from hsnn_train.recipe import ModelConfig, Recipe
+from hsnn_train.recipe import Recipe
+from hsnn_train.recipe_sections import ModelConfig
 
 from .rows import S
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hsnn_core.errors import SchemaError
-from hsnn_train.recipe import ModelConfig, Recipe
+from hsnn_train.recipe import Recipe
+from hsnn_train.recipe_sections import ModelConfig
 
 XS, S, M, L, XL = "cpu_xs", "cpu_s", "cpu_m", "cpu_l", "cpu_xl"
 TABLES = ("table1", "table2", "table3")

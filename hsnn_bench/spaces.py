@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hsnn_core.errors import DataError
-from hsnn_train.recipe import TrainConfig
+from hsnn_train.recipe_sections import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .batches import BatchMaker, IndexState, users_of
 from .device import moved
 from .hsnn import HSNN, HSNNOutput, Pairs
 from .negatives import Pool, Pools
-from .recipe import TrainConfig
+from .recipe_sections import TrainConfig
 from .teacher import Teacher
 
 NEVER = -1e4  # the logit of what cannot be; an infinite one times a target of 0 would be no number

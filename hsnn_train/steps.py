@@ -15,7 +15,7 @@ from .batches import IndexState, step_rng
 from .hsnn import HSNN
 from .lti import LearnToIndex
 from .objective import Moment, Objective
-from .recipe import TrainConfig
+from .recipe_sections import TrainConfig
 from .refresh import reset_optimizer_rows
 
 LAST_LR = 0.1  # the learning rate at the end of its cosine, as a share of the recipe's

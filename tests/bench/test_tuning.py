@@ -8,7 +8,7 @@ import pytest
 from hsnn_bench.spaces import METHODS, Choice, Method, Real, Whole, around, method
 from hsnn_bench.tuning import keep, run_tuning, tune, tuned
 from hsnn_core.errors import DataError
-from hsnn_train.recipe import TrainConfig
+from hsnn_train.recipe_sections import TrainConfig
 
 SPACE = Method({"x": Real(-2, 2), "n": Whole(1, 8), "c": Choice(("a", "b"))}, {"x": 2.0, "n": 8, "c": "b"})
 
