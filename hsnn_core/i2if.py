@@ -34,7 +34,7 @@ from .row_table import RowTable
 from .schema import ID_FIRST, ID_PADDING, Interaction, Schema
 from .terms import LIST_FIRST, Terms, list_weights, occurrence_weights, summed
 
-DENSE_PER_INTERACTION, SHARE_OF_USER = 3, 1
+DENSE_PER_INTERACTION = 3
 # Entries of the term table that `probe` keeps per thread (4 MiB): how many users one pass can hold.
 TABLE_ENTRIES = 1 << 20
 
@@ -170,14 +170,6 @@ class I2IF:
         changed.forward, changed.position_of_id = dict(forward), position_of_id
         changed.positions = len(next(iter(forward.values())))
         return changed
-
-    def only(self, name: str) -> I2IF:
-        """The interaction of that name alone, over the same lists."""
-        (spec,) = (spec for spec in self.specs if spec.interaction.name == name)
-        one = copy(self)
-        one.specs, one._crossed = (spec,), {spec.interaction.item}
-        one.id_slots = (IdSlot(spec.interaction, 0, spec.interaction.matches),)
-        return one
 
     @property
     def dense_width(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hsnn_core.features import Encoded, FeatureTransform
-from hsnn_core.i2if import I2IF, SHARE_OF_USER, Crossings
+from hsnn_core.i2if import I2IF, Crossings
 from hsnn_core.index import HierarchicalIndex
 from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Examples
@@ -174,17 +174,6 @@ class BatchMaker:
             labels=torch.from_numpy(labels),
             labelled=torch.from_numpy(labelled),
         )
-
-    def shares(self, users: Encoded, rows: np.ndarray, interaction: str, fold: np.ndarray) -> np.ndarray:
-        """(B, M) float32: what share of all that a user's terms weigh in the interaction each of the items ``rows``
-        (M,) has, for users (B rows) by the lists of their folds (B,)."""
-        found = np.empty((len(fold), len(rows)), np.float32)
-        for number in np.unique(fold):
-            of_fold = np.flatnonzero(fold == number)
-            i2if = self.i2ifs[number].only(interaction)
-            positions = np.broadcast_to(rows, (len(of_fold), len(rows)))
-            found[of_fold] = i2if.probe(i2if.query(users.ids[of_fold]), positions).dense[..., SHARE_OF_USER]
-        return found
 
     def _crossings(
         self,

@@ -29,7 +29,6 @@ from .recipe_sections import TrainConfig
 from .teacher import Teacher
 
 NEVER = -1e4  # the logit of what cannot be; an infinite one times a target of 0 would be no number
-LEAST_SHARE = 1e-9  # so that what is drawn from adds up to something for every user
 Weighted = dict[str, tuple[float, Tensor]]
 
 
@@ -165,35 +164,28 @@ class Objective:
         self, rows: np.ndarray, pool: Pool, possible: int, proposal: Tensor, state: IndexState
     ) -> tuple[Pairs, Tensor]:
         """The positive and ``train.negatives`` items of the pool per user, ``train.hard`` of them drawn from what the
-        two towers put first, ``train.crossed`` from what an interaction weighs and ``train.listed`` from the user's
-        list; and the offset (B, C) by which logits exceed those of negatives drawn uniformly from the ``possible``
-        ones."""
+        two towers put first and ``train.listed`` from the user's list; and the offset (B, C) by which logits exceed
+        those of negatives drawn uniformly from the ``possible`` ones."""
         t = self.train
         count, device = len(pool.rows), proposal.device
         positive = torch.from_numpy(pool.positive).to(device).unsqueeze(-1)
-        users, fold = users_of(self.examples, rows), self.examples.fold[rows]
-        proposals = [(t.hard, proposal)] if t.hard else []
-        if t.crossed:
-            share = torch.from_numpy(self.batches.shares(users, pool.rows, t.crossed_from, fold)).to(device)
-            proposals.append((t.crossed, F.normalize(share + LEAST_SHARE, p=1.0, dim=-1)))
-        drawn = [
-            torch.multinomial(each.scatter(1, positive, 0.0) + LEAST_SHARE, draws, replacement=True)
-            for draws, each in proposals
-        ]
-        easy = torch.randint(count, (len(rows), t.negatives - t.hard - t.crossed - t.listed), device=device)
-        of = torch.cat([positive, *drawn, easy, torch.from_numpy(pool.listed).to(device)], dim=1)  # (B, C)
+        hard = torch.multinomial(
+            proposal.scatter(1, positive, 0.0) + 1e-9, t.hard, replacement=True
+        ) if t.hard else positive[:, :0]  # fmt: skip
+        easy = torch.randint(count, (len(rows), t.negatives - t.hard - t.listed), device=device)
+        of = torch.cat([positive, hard, easy, torch.from_numpy(pool.listed).to(device)], dim=1)  # (B, C)
         labelled = (of != positive).to(torch.float32)
         if pool.allowed is not None:
             labelled *= torch.from_numpy(pool.allowed).to(device).gather(1, of)
         labelled[:, 0] = 1.0
         labels = np.zeros((*of.shape, self.model.tasks), np.float32)
         labels[:, 0] = self.examples.labels[rows]
-        slots = torch.full(of.shape, easy.shape[1] / count, device=device)
-        for draws, each in proposals:
-            slots += draws * each.gather(1, of)
+        slots = easy.shape[1] / count + t.hard * proposal.gather(1, of)
         of_list = torch.from_numpy(pool.listed_draws(of.cpu().numpy())).to(device)  # of the pool for certain
         offset = torch.log(torch.from_numpy(pool.log_inclusion).to(device)[of].exp() * slots + of_list)
         offset = offset - math.log(t.negatives / possible)
+        users = users_of(self.examples, rows)
+        fold = self.examples.fold[rows]
         pairs = self.batches.pairs(
             users, pool.rows, of.cpu().numpy(), state, labels, labelled.cpu().numpy(), fold
         )

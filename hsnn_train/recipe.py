@@ -29,8 +29,8 @@ from .recipe_sections import (
     ModelConfig,
     SearchConfig,
     TrainConfig,
+    check_listed,
     check_ranges,
-    check_sources,
     read_section,
 )
 
@@ -114,7 +114,7 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
     train = read_section(TrainConfig, raw.get("train"), "train")
     check_ranges(model, train, search)
     schema = Schema.from_dict(raw["schema"])
-    check_sources(train, schema)
+    check_listed(train, schema)
     return Recipe(
         name=str(raw.get("name", name)),
         schema=schema,

@@ -49,9 +49,6 @@ class TrainConfig:
         softmax: weight of the sampled softmax losses beside the cross-entropy, where there is a pool.
         negatives: sampled negatives per impression, label 0 (for logs of positives only).
         hard: how many of them are drawn from what the two towers put first, where there is a pool.
-        crossed: how many of them are drawn from what ``crossed_from``, an interaction, weighs for the user, in
-            proportion, where there is a pool: where the interaction and the two towers disagree, neither alone draws
-            what the other puts first.
         listed: how many of them are drawn from ``listed_from``, a user feature that lists items, where there is a pool:
             what stood before the user beside what was chosen, not what the user chose before. They join the pool.
         unlabelled: sampled unlabelled pairs per impression that only the distillation loss sees (Eq. 2).
@@ -94,8 +91,6 @@ class TrainConfig:
     temperature: float = 0.07
     negatives: int = 0
     hard: int = 0
-    crossed: int = 0
-    crossed_from: str = ""
     listed: int = 0
     listed_from: str = ""
     unlabelled: int = 1
@@ -202,7 +197,7 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
             "train.checkpoint_steps", "train.em_rounds", "search.widths", "search.k", "search.max_k",
             "search.requests"),
         0: ("train.max_steps", "train.seed", "train.negatives", "train.unlabelled", "train.pool", "train.hard",
-            "train.crossed", "train.listed"),
+            "train.listed"),
     }  # fmt: skip
     for least, paths in smallest.items():
         for path in paths:
@@ -239,12 +234,10 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
         raise SchemaError("train.pool: is for logs of positives alone; set train.negatives (8, say) too")
     if train.pool and train.unlabelled:
         raise SchemaError(f"train.unlabelled: got {train.unlabelled}, expected 0 beside train.pool")
-    chosen = train.hard, train.crossed, train.listed
-    if sum(chosen) >= (train.negatives if train.pool else 1):
+    if train.hard + train.listed >= (train.negatives if train.pool else 1):
         raise SchemaError(
-            f"train.hard, train.crossed and train.listed: got {', '.join(map(str, chosen))}, expected less than "
-            f"train.negatives ({train.negatives}) together, since every item must have a chance, and 0 without "
-            "train.pool"
+            f"train.hard and train.listed: got {train.hard} and {train.listed}, expected less than train.negatives "
+            f"({train.negatives}) together, since every item must have a chance, and 0 without train.pool"
         )
     if train.towers_lr and not train.two_phases:
         raise SchemaError("train.towers_lr: has no effect without train.pool or train.towers_first")
@@ -265,18 +258,15 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
         raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
 
 
-def check_sources(train: TrainConfig, schema: Schema) -> None:
-    """SchemaError unless what negatives are drawn from is there, and something that they can be drawn from."""
+def check_listed(train: TrainConfig, schema: Schema) -> None:
+    """SchemaError unless ``train.listed_from`` is a feature that negatives can be drawn from, where any are."""
     lists = [f.name for f in schema.user_features if f.encoding == "item" and f.kind == "sequence"]
-    crossings = [interaction.name for interaction in schema.interactions]
-    for key, source, known, expected in (
-        ("listed", "listed_from", lists, "a sequence of items of the user's"),
-        ("crossed", "crossed_from", crossings, "an interaction"),
-    ):
-        count, got = getattr(train, key), getattr(train, source)
-        if count and got not in known:
-            raise SchemaError(
-                f"train.{source}: got {got!r}, expected {expected}: {', '.join(known) or 'the schema has none'}"
-            )
-        if bool(count) != bool(got):
-            raise SchemaError(f"train.{source}: got {got!r} beside train.{key} {count}; set both")
+    if train.listed and train.listed_from not in lists:
+        raise SchemaError(
+            f"train.listed_from: got {train.listed_from!r}, expected a sequence of items of the user's: "
+            f"{', '.join(lists) or 'the schema has none'}"
+        )
+    if bool(train.listed) != bool(train.listed_from):
+        raise SchemaError(
+            f"train.listed_from: got {train.listed_from!r} beside train.listed {train.listed}; set both"
+        )

@@ -8,8 +8,6 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.errors import SchemaError
-from hsnn_core.features import Encoded
-from hsnn_core.i2if import SHARE_OF_USER
 from hsnn_train.batches import step_rng
 from hsnn_train.negatives import ItemLists, Pools
 from hsnn_train.objective import Moment
@@ -24,7 +22,6 @@ LISTED = {
     "unlabelled": 0,
     "max_steps": 8,
 }
-CROSSED = LISTED | {"hard": 1, "crossed": 3, "crossed_from": "led", "listed": 0, "listed_from": ""}
 LISTS = ItemLists(slice(1, 5), np.array([-1, -1, 0, 1, 2, -1], np.int32), 2)
 USER_IDS = np.array([[9, 2, 4, 2, 0], [9, 5, 3, 0, 0], [9, 1, 5, 0, 0]], np.int32)
 
@@ -111,59 +108,8 @@ def test_what_the_losses_take_off_is_how_often_a_candidate_is_drawn(dataset, mak
     assert seen[listed].mean() == pytest.approx(told[listed].mean(), rel=0.1)
 
 
-def test_shares_are_those_of_the_crossings_by_the_lists_of_the_users_folds(dataset, make_recipe, tmp_path):
-    trainer = Trainer(make_recipe(train=CROSSED), dataset, tmp_path / "run", progress=False)
-    trainer._refresh(tqdm(disable=True))
-    batches, train = trainer.batches, dataset.train
-    rows = np.flatnonzero((train.users.ids != 0).any(1))[-40:]
-    assert len(np.unique(train.fold[rows])) > 1
-    items = np.arange(0, len(dataset.item_keys), 3)
-    users = Encoded(train.users.dense[rows], train.users.ids[rows])
-    shares = batches.shares(users, items, "led", train.fold[rows])
-    assert 0 < shares.max() <= 1 and (shares.sum(1) <= 1 + 1e-6).all()
-    unused = np.zeros((len(rows), len(items)), np.float32)
-    of = np.broadcast_to(np.arange(len(items)), unused.shape)
-    pairs = batches.pairs(users, items, of, trainer.state, unused[..., None], unused, train.fold[rows])
-    led = [interaction.name for interaction in dataset.schema.interactions].index("led")
-    np.testing.assert_array_equal(shares, pairs.cross_dense[-1][..., 3 * led + SHARE_OF_USER].numpy())
-
-
-def test_negatives_by_an_interaction_come_as_often_as_the_losses_take_off(dataset, make_recipe, tmp_path):
-    trainer = Trainer(make_recipe(train=CROSSED), dataset, tmp_path / "run", progress=False)
-    trainer._refresh(tqdm(disable=True))
-    objective, train = trainer.objective, dataset.train
-    rows = np.flatnonzero((train.labels[:, 0] > 0) & (train.users.ids != 0).any(1))[-8:]
-    pool = objective.pools.draw(train, rows, step_rng(0, 0))
-    count = len(pool.rows)
-    users = Encoded(train.users.dense[rows], train.users.ids[rows])
-    shares = objective.batches.shares(users, pool.rows, "led", train.fold[rows])
-    flat = torch.full((len(rows), count), 1 / count)
-    seen, told = np.zeros((2, len(rows), count))
-    rounds = 2000
-    inside = np.exp(pool.log_inclusion)
-    for step in range(rounds):
-        torch.manual_seed(step)
-        pairs, offset = objective._candidates(rows, pool, count, flat, trainer.state)
-        for user, of in enumerate(pairs.of[:, 1:].numpy()):
-            np.add.at(seen[user], of, 1 / rounds)
-            told[user, of] = np.exp(offset[user, 1:].numpy()) * 6 / count / inside[of]
-    known = shares.sum(1) > 0
-    assert known.sum() > 3
-    for user in np.flatnonzero(known):
-        others = np.arange(count) != pool.positive[user]
-        # the positive's part of the draws goes to the others
-        own = shares[user, pool.positive[user]] / shares[user].sum()
-        weighed = others & (shares[user] > 0)
-        expected = 3 * shares[user, weighed] / shares[user].sum()
-        np.testing.assert_allclose(told[user, weighed] - expected, 3 / count, rtol=1e-3)
-        assert seen[user, weighed].sum() == pytest.approx((expected / (1 - own) + 3 / count).sum(), rel=0.1)
-
-
-@pytest.mark.parametrize("settings", [LISTED, CROSSED], ids=["listed", "crossed"])
-def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path, settings):
-    trainer = Trainer(
-        make_recipe(train=settings | {"init_at": 0.5}), dataset, tmp_path / "run", progress=False
-    )
+def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path):
+    trainer = Trainer(make_recipe(train=LISTED | {"init_at": 0.5}), dataset, tmp_path / "run", progress=False)
     trainer.train()
     assert trainer.finished
     moment = Moment(None, 1.0, warm=False)
@@ -182,11 +128,9 @@ def test_training_with_lists_runs_in_both_phases(dataset, make_recipe, tmp_path,
         ({"listed": 0}, "train.listed_from: got 'history' beside train.listed 0; set both"),
         (
             {"listed": 4},
-            "train.hard, train.crossed and train.listed: got 2, 0, 4, expected less than train.negatives .6. together",
+            "train.hard and train.listed: got 2 and 4, expected less than train.negatives .6. together",
         ),
         ({"listed": -1}, "train.listed: got -1, expected a whole number of at least 0"),
-        ({"hard": 1, "crossed": 1}, "train.crossed_from: got '', expected an interaction: topics, seen, led"),
-        ({"crossed_from": "seen"}, "train.crossed_from: got 'seen' beside train.crossed 0; set both"),
     ],
 )
 def test_lists_that_make_no_sense_are_named(make_recipe, train, message):

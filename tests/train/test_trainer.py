@@ -305,7 +305,7 @@ def test_the_section_for_models_without_interactions_is_kept_and_names_what_is_w
         ({"train": {"min": 1}}, r"without_interactions: train\.min: unknown key; known keys: epochs"),
         (
             {"train": {"listed": 2}},
-            "without_interactions: train.hard, train.crossed and train.listed: got 0, 0, 2, expected less",
+            "without_interactions: train.hard and train.listed: got 0 and 2, expected less",
         ),
         (
             {"train": {"seed": 2}},
