@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsnn_train.hsnn import HSNN, LayerEnsemble
+from hsnn_train.ensemble import LayerEnsemble
+from hsnn_train.hsnn import HSNN
 from hsnn_train.monn import CROSS_DENSE, InteractionTower, MoNN
 from hsnn_train.overarch import (
     AttentionModule,
@@ -111,6 +112,8 @@ class ColumnScorer(nn.Module):
         total = own * weight[-1].unsqueeze(-1) + self.ensemble.bias.unsqueeze(-1)
         if previous is not None:
             total = total + torch.matmul(self.earlier, previous.transpose(-1, -2))  # type: ignore[arg-type]
+        if cross_dense is not None and self.ensemble.reads_crossings:
+            total = total + torch.matmul(self.ensemble.crossing.T, cross_dense.transpose(-1, -2))
         return own.transpose(-1, -2), total.transpose(-1, -2)
 
 

@@ -16,7 +16,8 @@ from hsnn_train.data.dataset import Dataset, Examples
 from .batches import BatchMaker, IndexState, step_rng
 from .checkpoint import without_nan
 from .device import moved
-from .hsnn import HSNN, LayerEnsemble
+from .ensemble import LayerEnsemble
+from .hsnn import HSNN
 from .metrics import calibration, normalised_entropy
 from .recipe import Recipe
 from .refresh import index_vectors
@@ -28,10 +29,12 @@ EVAL_BATCH = 1024
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Ensemble logits (N, S, T) of S labelled pairs and their labels (S, T)."""
+    """Ensemble logits (N, S, T) of S labelled pairs, their labels (S, T) and, where asked for, the dense crossings that
+    each layer's ensemble reads, N times (S, D)."""
 
     logits: np.ndarray
     labels: np.ndarray
+    crossings: tuple[np.ndarray, ...] = ()
 
 
 @torch.inference_mode()
@@ -43,6 +46,7 @@ def pointwise(
     seed: int,
     limit: int = 200_000,
     progress: str = "",
+    crossings: bool = False,
 ) -> Pointwise:
     """Logits of every layer for held-out impressions (and sampled negatives where training has them), with the
     hard codes that serving uses. At most ``limit`` examples, chosen by seed.
@@ -54,6 +58,7 @@ def pointwise(
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng([seed, 4]).choice(rows, limit, replace=False))
     logits, labels = [], []
+    crossed: list[list[np.ndarray]] = [[] for _ in model.ensemble]
     parts = range(0, len(rows), EVAL_BATCH)
     for number, start in enumerate(tqdm(parts, desc=progress, disable=not progress)):
         batch = batches.make(
@@ -63,7 +68,17 @@ def pointwise(
         chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
-    return Pointwise(np.concatenate(logits, axis=1), np.concatenate(labels))
+        for of_layer, ensemble, dense in zip(
+            crossed, model.ensemble, batch.pairs.cross_dense if crossings else ()
+        ):
+            assert isinstance(ensemble, LayerEnsemble)
+            read = dense[chosen].numpy() if dense is not None and ensemble.reads_crossings else None
+            of_layer.append(np.empty((int(chosen.sum()), 0), np.float32) if read is None else read)
+    return Pointwise(
+        np.concatenate(logits, axis=1),
+        np.concatenate(labels),
+        tuple(np.concatenate(of_layer) for of_layer in crossed) if crossings else (),
+    )
 
 
 def base_rates(dataset: Dataset, negatives: int) -> np.ndarray:
@@ -81,43 +96,6 @@ def pointwise_report(values: Pointwise, rates: np.ndarray, tasks: Sequence[str])
             ne = normalised_entropy(z, y, float(rates[t])) if 0 < rates[t] < 1 else None
             rows.append({"layer": layer + 1, "task": task, "ne": ne, "calibration": calibration(z, y)})
     return rows
-
-
-@torch.no_grad()
-def calibrate(model: HSNN, values: Pointwise) -> None:
-    """Scale and shift every layer's and task's ensemble so that its probabilities fit ``values`` (a validation split)
-    best (Platt 1999): the correction that no ranking of a single task notices. The ensemble is linear, so it
-    carries both."""
-    for layer, ensemble in enumerate(model.ensemble):
-        assert isinstance(ensemble, LayerEnsemble)
-        for t in range(model.tasks):
-            z = values.logits[layer, :, t].astype(np.float64)
-            y = values.labels[:, t].astype(np.float64)
-            if 0.0 < y.mean() < 1.0 and z.std() > 0:
-                scale, shift = platt(z, y)
-                ensemble.weight[:, t] *= scale
-                ensemble.bias[t] = ensemble.bias[t] * scale + shift
-
-
-def platt(z: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """(a, b) with a > 0 that minimise the log loss of sigmoid(a z + b) against y, both (S,) float64, by Newton's
-    method. At the minimum the predicted mean equals the observed one. Where the best a would not be positive, a
-    stays small and positive, so that the order is kept."""
-    design = np.stack([z, np.ones_like(z)], axis=1)
-    found = np.array([1.0, 0.0])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-(design @ found)))
-        gradient = design.T @ (p - y) / len(y)
-        hessian = (design * (p * (1 - p))[:, None]).T @ design / len(y) + 1e-9 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        step *= min(
-            1.0, 2.0 / max(1e-12, float(np.abs(step).max()))
-        )  # far from the minimum Newton overshoots
-        found = found - step
-        found[0] = max(found[0], 1e-3)
-        if float(np.abs(step).max()) < 1e-9:
-            break
-    return float(found[0]), float(found[1])
 
 
 def health_report(model: HSNN, dataset: Dataset, state: IndexState, alpha: float) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from hsnn_core.errors import SchemaError
 from hsnn_core.features import Encoded
 from hsnn_core.schema import ID_FIRST, Schema
 
+from .ensemble import LayerEnsemble
 from .lti import LearnToIndex, LTIOutput
 from .monn import MoNN, cross_layout
 from .overarch import InnerProduct
@@ -92,18 +93,6 @@ class HSNNOutput(NamedTuple):
     embedded: Embedded
 
 
-class LayerEnsemble(nn.Module):
-    """Linear layer over the MoNN logits of layers 1..l, per task (paper §3.1). (B, C, l, T) -> (B, C, T)."""
-
-    def __init__(self, layers: int, tasks: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((layers, tasks), 1.0 / layers))
-        self.bias = nn.Parameter(torch.zeros(tasks))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return (logits * self.weight).sum(-2) + self.bias
-
-
 @dataclass(frozen=True)
 class IndexConfig:
     """How the hierarchy comes about.
@@ -168,7 +157,8 @@ class HSNN(nn.Module):
             for number, config in enumerate(layers, start=1)
         )
         self.ensemble = nn.ModuleList(
-            LayerEnsemble(number, self.tasks) for number in range(1, self.layers + 1)
+            LayerEnsemble(number, self.tasks, self.cross_dense_width if monn.interaction is not None else 0)
+            for number, monn in enumerate(self.monn, start=1)
         )
         last = self.layer(self.layers)
         self.index_width = last.item_vector_width
@@ -300,7 +290,7 @@ class HSNN(nn.Module):
         stacked = own.unsqueeze(-2)
         if previous is not None:
             stacked = torch.cat([previous.unflatten(-1, (layer - 1, self.tasks)), stacked], dim=-2)
-        return own, self.ensemble[layer - 1](stacked)
+        return own, self.ensemble[layer - 1](stacked, cross_dense)
 
     def two_towers(self, sides: Sides) -> tuple[Tensor, Tensor]:
         """The item layer's two-tower vectors alone: users (B, T, e) and items (R, e), of norm sqrt(e). The items' are
@@ -371,11 +361,12 @@ class HSNN(nn.Module):
         interactions: list[Tensor | None] = []
         for number in range(1, self.layers + 1):
             module, user = self.layer(number), embedded.users[number - 1]
+            dense = pairs.cross_dense[number - 1]
             pair = embedded.items[number - 1][pairs.of]  # (B, C, E_l)
-            crossing = module.interact(user, pair, pairs.cross_dense[number - 1], pairs.cross_ids[number - 1])
+            crossing = module.interact(user, pair, dense, pairs.cross_ids[number - 1])
             monn.append(module.logits(user, pair, crossing))
             interactions.append(crossing)
-            logits.append(self.ensemble[number - 1](torch.stack(monn, dim=-2)))
+            logits.append(self.ensemble[number - 1](torch.stack(monn, dim=-2), dense))
         return HSNNOutput(monn, logits, interactions, embedded)
 
     def forward(self, batch: Batch, alpha: float | None) -> HSNNOutput:

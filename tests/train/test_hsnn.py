@@ -8,7 +8,7 @@ from hsnn_core.errors import SchemaError
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.batches import step_rng
 from hsnn_train.checkpoint import make_model
-from hsnn_train.hsnn import LayerEnsemble
+from hsnn_train.ensemble import LayerEnsemble
 from hsnn_train.losses import layered
 from hsnn_train.refresh import index_vectors, refresh, residual_kmeans
 from hsnn_train.retrieval import corpus_of

@@ -7,7 +7,6 @@ import torch
 from hsnn_core.errors import DataError, SchemaError
 from hsnn_train import losses
 from hsnn_train.batches import held_out, step_rng
-from hsnn_train.evaluate import platt
 from hsnn_train.negatives import CandidateSampler
 from hsnn_train.objective import Moment
 from hsnn_train.trainer import Trainer, make_pools
@@ -157,17 +156,6 @@ def test_the_first_phase_may_have_a_learning_rate_of_its_own(
         make_recipe(train=POOLED | {"held": 1.0})
     with pytest.raises(SchemaError, match=r"train.towers_lr: has no effect without train.pool"):
         make_recipe(train={"towers_lr": 0.1})
-
-
-def test_platt_meets_the_mean_and_undoes_a_scale_and_a_shift():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=20_000) * 2
-    y = (rng.random(20_000) < 1 / (1 + np.exp(-(z - 1)))).astype(np.float64)
-    scale, shift = platt(3 * z + 5, y)  # what is true is z - 1
-    assert scale == pytest.approx(1 / 3, rel=0.05)
-    assert 3 * shift + 5 * 3 * scale == pytest.approx(-3, abs=0.25)
-    assert np.mean(1 / (1 + np.exp(-(scale * (3 * z + 5) + shift)))) == pytest.approx(y.mean(), abs=1e-6)
-    assert platt(-z, y)[0] > 0, "the order is kept even where it is wrong"
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from hsnn_core.errors import DataError, FormatError, SchemaError, SchemaMismatch
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.batches import step_rng
+from hsnn_train.calibration import calibrate
 from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint, write_json
-from hsnn_train.evaluate import calibrate, evaluate, pointwise, pointwise_report
+from hsnn_train.evaluate import evaluate, pointwise, pointwise_report
 from hsnn_train.recipe import load_recipe, recipe_from_dict
 from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
@@ -73,7 +74,7 @@ def test_it_learns_and_calibration_meets_the_validation_mean(dataset, make_recip
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     model = trainer.train()
     batches = make_batches(dataset, recipe)
-    values = pointwise(model, batches, dataset.valid, trainer.state, 1)
+    values = pointwise(model, batches, dataset.valid, trainer.state, 1, crossings=True)
     calibrate(model, values)
     after = pointwise_report(
         pointwise(model, batches, dataset.valid, trainer.state, 1), np.array([0.3, 0.1]), "ab"

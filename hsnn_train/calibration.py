@@ -1,0 +1,85 @@
+"""Calibration: the linear ensembles are fitted once more, to impressions that training has not seen.
+
+Two towers, and so an OverArch on top of them, know the impressions that they were trained on better than any they will
+see; against that, the crossings, which are taken out of fold, look weaker in training than they are. So what a crossing
+is worth beside the networks is settled here, with a scale, a shift and one weight per dense crossing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .ensemble import LayerEnsemble
+from .evaluate import Pointwise
+from .hsnn import HSNN
+
+#: of crossings of deviation 1, so that columns that say the same share a weight and none grows without bound
+RIDGE = 1e-4
+LEAST_SCALE = 1e-3
+
+
+@torch.no_grad()
+def calibrate(model: HSNN, values: Pointwise) -> None:
+    """Fit every layer's and task's ensemble to ``values``, of a validation split, in log loss: its logits are scaled
+    and shifted (Platt 1999) and the crossings that it reads get their weights. Needs ``values`` with crossings where
+    the ensembles read any. A task of which every label is the same is left as it is."""
+    for layer, ensemble in enumerate(model.ensemble):
+        assert isinstance(ensemble, LayerEnsemble)
+        crossings = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
+        for t in range(model.tasks):
+            added = crossings @ ensemble.crossing[:, t].cpu().numpy()
+            z = values.logits[layer, :, t].astype(np.float64) - added
+            y = values.labels[:, t].astype(np.float64)
+            if 0.0 < y.mean() < 1.0 and z.std() > 0:
+                scale, weights, shift = fit(z, crossings.astype(np.float64), y)
+                ensemble.weight[:, t] *= scale
+                ensemble.bias[t] = ensemble.bias[t] * scale + shift
+                ensemble.crossing[:, t] = torch.from_numpy(weights)
+
+
+def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """(a, w (D,), b) with a > 0 that minimise the log loss of sigmoid(a z + crossings @ w + b) against y, for z and y
+    (S,) and crossings (S, D), all float64, by Newton's method. At the minimum the predicted mean equals the observed
+    one. Where the best a would not be positive, a stays small and positive, so that the order is kept. A crossing that
+    never varies has weight 0."""
+    mean, deviation = crossings.mean(0), crossings.std(0)
+    varies = deviation > 0
+    scaled = (crossings[:, varies] - mean[varies]) / deviation[varies]
+    design = np.column_stack([z, scaled, np.ones_like(z)])
+    start = np.zeros(design.shape[1])
+    start[0] = 1.0
+    ridge = np.full(design.shape[1], RIDGE)
+    ridge[[0, -1]] = 0.0
+    found = _newton(design, np.zeros_like(z), y, ridge, start)
+    if found[0] < LEAST_SCALE:
+        rest = _newton(design[:, 1:], LEAST_SCALE * z, y, ridge[1:], start[1:])
+        found = np.concatenate([[LEAST_SCALE], rest])
+    weights = np.zeros(crossings.shape[1])
+    weights[varies] = found[1:-1] / deviation[varies]
+    return float(found[0]), weights, float(found[-1] - weights @ mean)
+
+
+def _newton(
+    design: np.ndarray, offset: np.ndarray, y: np.ndarray, ridge: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """The weights (D,) of the design (S, D) with which sigmoid(design @ weights + offset) has the least log loss
+    against y (S,) plus ridge (D,) times half their squares."""
+
+    def loss(weights: np.ndarray) -> float:
+        z = design @ weights + offset
+        return float(np.mean(np.logaddexp(0, z) - y * z) + ridge @ weights**2 / 2)
+
+    found, least = start, loss(start)
+    for _ in range(100):
+        p = np.exp(-np.logaddexp(0, -(design @ found + offset)))
+        gradient = design.T @ (p - y) / len(y) + ridge * found
+        hessian = (design * (p * (1 - p))[:, None]).T @ design / len(y) + np.diag(ridge + 1e-9)
+        step = np.linalg.solve(hessian, gradient)
+        # Where few pairs are in doubt Newton overshoots.
+        while (reached := loss(found - step)) > least and np.abs(step).max() > 1e-9:
+            step = step / 2
+        found, least = found - step, reached
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    return found
