@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from hsnn_core.files import write_bytes
+from hsnn_train.ensemble import CALIBRATION
 from hsnn_train.recipe import Recipe
 
 from .model_flops import model_flops
@@ -48,6 +49,11 @@ def key(recipe: Recipe, work: Path, without: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def evaluation_key(recipe: Recipe, work: Path) -> str:
+    """`key`, and how models are calibrated before they are evaluated."""
+    return f"{key(recipe, work)}-{CALIBRATION}"
+
+
 @dataclass(frozen=True)
 class Job:
     """A recipe (its seed in it) to be trained under ``work``; ``label`` is for people."""
@@ -70,14 +76,19 @@ class Job:
         """The same for all seeds of a model."""
         return key(self.recipe, self.work, (*EVALUATION_ONLY, "train.seed"))
 
+    @property
+    def evaluation_key(self) -> str:
+        """The same for all evaluations that come out alike."""
+        return evaluation_key(self.recipe, self.work)
+
     def record(self) -> dict[str, Any] | None:
         """What the worker left when it was done ({"evaluated", "commit", "minutes"}), None when it is not done, or was
-        evaluated otherwise than this recipe says."""
+        evaluated otherwise than this recipe and this release say."""
         try:
             found: dict[str, Any] = json.loads((self.folder / DONE).read_text())
         except (OSError, ValueError):
             return None
-        whole = found.get("evaluated") == key(self.recipe, self.work) and (self.folder / METRICS).exists()
+        whole = found.get("evaluated") == self.evaluation_key and (self.folder / METRICS).exists()
         return found if whole else None
 
     def metrics(self) -> dict[str, Any] | None:

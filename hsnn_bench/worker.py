@@ -26,7 +26,7 @@ from hsnn_train.device import device_name, find_device
 from hsnn_train.recipe import recipe_from_dict
 from hsnn_train.warm import WarmStarts
 
-from .jobs import CHECKPOINT, DONE, JOB, key
+from .jobs import CHECKPOINT, DONE, JOB, evaluation_key
 from .widths import SWEEP
 
 WATCH_SECONDS = 2.0
@@ -47,7 +47,7 @@ def work(folder: Path, device: torch.device) -> None:
     if not train_and_evaluate(recipe, dataset, folder, resume=resume, warm=warm, device=device):
         raise DataError("the split leaves no impressions for test, so there is nothing for a table")
     minutes = (time.monotonic() - began) / 60
-    evaluated = key(recipe, folder.parents[1])
+    evaluated = evaluation_key(recipe, folder.parents[1])
     found = {"evaluated": evaluated, "commit": commit(), "minutes": minutes, "device": device_name(device)}
     write_json(folder / DONE, found)
 

@@ -1,8 +1,8 @@
 """Calibration: the linear ensembles are fitted once more, to impressions that training has not seen.
 
 Two towers, and so an OverArch on top of them, know the impressions that they were trained on better than any they will
-see; against that, the crossings, which are taken out of fold, look weaker in training than they are. So what a crossing
-is worth beside the networks is settled here, with a scale, a shift and one weight per dense crossing.
+see; beside that, crossings look weaker in training than they are. So what a crossing is worth beside the networks is
+settled here, with a scale, a shift and one weight per dense crossing.
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
 
-#: of crossings of deviation 1, so that columns that say the same share a weight and none grows without bound
-RIDGE = 1e-4
+#: A crossing's weight, of deviation 1, costs as much as so many pairs' log loss: few pairs settle nothing.
+RIDGE_PAIRS = 10.0
+LEAST_PAIRS = 30  # that have a crossing, for it to get a weight
 LEAST_SCALE = 1e-3
 
 
 @torch.no_grad()
 def calibrate(model: HSNN, values: Pointwise) -> None:
     """Fit every layer's and task's ensemble to ``values``, of a validation split, in log loss: its logits are scaled
-    and shifted (Platt 1999) and the crossings that it reads get their weights. Needs ``values`` with crossings where
-    the ensembles read any. A task of which every label is the same is left as it is."""
+    and shifted (Platt 1999) and the crossings that it reads get their weights. A task of which every label is the same
+    is left as it is. Raises ValueError where ensembles read crossings and ``values`` have none."""
     for layer, ensemble in enumerate(model.ensemble):
         assert isinstance(ensemble, LayerEnsemble)
-        crossings = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
+        if ensemble.reads_crossings and not values.crossings:
+            raise ValueError("calibrate: the ensembles read crossings, expected values with crossings")
+        given = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
+        crossings = given.astype(np.float64)
         for t in range(model.tasks):
             added = crossings @ ensemble.crossing[:, t].cpu().numpy()
             z = values.logits[layer, :, t].astype(np.float64) - added
             y = values.labels[:, t].astype(np.float64)
             if 0.0 < y.mean() < 1.0 and z.std() > 0:
-                scale, weights, shift = fit(z, crossings.astype(np.float64), y)
+                scale, weights, shift = fit(z, crossings, y)
                 ensemble.weight[:, t] *= scale
                 ensemble.bias[t] = ensemble.bias[t] * scale + shift
                 ensemble.crossing[:, t] = torch.from_numpy(weights)
@@ -41,22 +45,22 @@ def calibrate(model: HSNN, values: Pointwise) -> None:
 def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:
     """(a, w (D,), b) with a > 0 that minimise the log loss of sigmoid(a z + crossings @ w + b) against y, for z and y
     (S,) and crossings (S, D), all float64, by Newton's method. At the minimum the predicted mean equals the observed
-    one. Where the best a would not be positive, a stays small and positive, so that the order is kept. A crossing that
-    never varies has weight 0."""
+    one. Where the best a would not be positive, it is set to `LEAST_SCALE`, and without crossings the order is kept. A
+    crossing that never varies, or is other than 0 for too few pairs, has weight 0."""
     mean, deviation = crossings.mean(0), crossings.std(0)
-    varies = deviation > 0
-    scaled = (crossings[:, varies] - mean[varies]) / deviation[varies]
+    told = (deviation > 0) & (np.count_nonzero(crossings, axis=0) >= LEAST_PAIRS)
+    scaled = (crossings[:, told] - mean[told]) / deviation[told]
     design = np.column_stack([z, scaled, np.ones_like(z)])
     start = np.zeros(design.shape[1])
     start[0] = 1.0
-    ridge = np.full(design.shape[1], RIDGE)
+    ridge = np.full(design.shape[1], RIDGE_PAIRS / len(y))
     ridge[[0, -1]] = 0.0
     found = _newton(design, np.zeros_like(z), y, ridge, start)
     if found[0] < LEAST_SCALE:
         rest = _newton(design[:, 1:], LEAST_SCALE * z, y, ridge[1:], start[1:])
         found = np.concatenate([[LEAST_SCALE], rest])
     weights = np.zeros(crossings.shape[1])
-    weights[varies] = found[1:-1] / deviation[varies]
+    weights[told] = found[1:-1] / deviation[told]
     return float(found[0]), weights, float(found[-1] - weights @ mean)
 
 

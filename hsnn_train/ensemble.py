@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: How calibration fits ensembles, kept with what it fitted: 1 a scale and a shift, 2 weights of crossings too.
+CALIBRATION = 2
+
 
 class LayerEnsemble(nn.Module):
     """Linear layer over the MoNN logits of layers 1..l, per task (paper §3.1), and over the dense crossings of the node
     where the layer's MoNN reads any: (B, C, l, T) and (B, C, D) -> (B, C, T).
 
-    ``crossing`` (D, T) is no part of training, which fits what impressions of its own say; it is zero until calibration
-    fits it to others (docs/design.md).
+    ``crossing`` (D, T) is not trained: what impressions say of crossings that the networks on top know too well is not
+    what others will say (docs/design.md). It is zero until calibration fits it, and stands from then on, also where a
+    calibrated model teaches another or follows a stream.
     """
 
     crossing: Tensor

@@ -323,7 +323,6 @@ class Follower:
             "schema_hash": self.recipe.schema.hash,
             "step": self.step,
             "finished": True,
-            "calibrated": True,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "paths": torch.from_numpy(self.state.paths),

@@ -35,6 +35,7 @@ from .checkpoint import (
     save_inputs,
     without_nan,
 )
+from .ensemble import CALIBRATION
 from .guards import deterministic, interrupt_flag
 from .hsnn import HSNN
 from .lti import alpha_at, warmup_at
@@ -229,7 +230,7 @@ class Trainer:
             "schema_hash": self.recipe.schema.hash,
             "step": self.step,
             "finished": self.finished,
-            "calibrated": self.calibrated,
+            "calibrated": CALIBRATION if self.calibrated else 0,
             "examples": len(self.dataset.train),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -267,7 +268,7 @@ class Trainer:
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
         self.step = int(saved["step"])
         self.finished = bool(saved.get("finished", False))
-        self.calibrated = bool(saved.get("calibrated", False))
+        self.calibrated = saved.get("calibrated") == CALIBRATION  # else it is fitted anew
         self.history = list(saved["history"])
 
     # The loop.

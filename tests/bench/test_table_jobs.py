@@ -46,7 +46,7 @@ if seed == 3:
 job["base"] = os.path.relpath(job["base"], folder.parents[1])
 key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
 (folder / "metrics.json").write_text("{}")
-(folder / "done.json").write_text(json.dumps({"evaluated": key, "commit": "abc", "minutes": 1.0}))
+(folder / "done.json").write_text(json.dumps({"evaluated": key + "-2", "commit": "abc", "minutes": 1.0}))
 """
 
 
@@ -97,8 +97,8 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     assert job.record() is None and job.metrics() is None
     job.prepare()
     (job.folder / METRICS).write_text('{"a": 1}')
-    write_json(job.folder / DONE, {"evaluated": key(job.recipe, job.work), "commit": "abc", "minutes": 2.0})
-    assert job.record() == {"evaluated": key(job.recipe, job.work), "commit": "abc", "minutes": 2.0}
+    write_json(job.folder / DONE, {"evaluated": job.evaluation_key, "commit": "abc", "minutes": 2.0})
+    assert job.record() == {"evaluated": job.evaluation_key, "commit": "abc", "minutes": 2.0}
     assert job.metrics() == {"a": 1}
     wider = Job(changed(job.recipe, {"search.widths": [4], "search.requests": 5}), job.work, "row")
     assert wider.folder == job.folder

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hsnn_train.calibration import calibrate, fit
+from hsnn_train.checkpoint import load_run
 from hsnn_train.ensemble import LayerEnsemble
 from hsnn_train.evaluate import pointwise, pointwise_report
 from hsnn_train.trainer import Trainer, evaluation_batches
@@ -47,6 +48,26 @@ def test_crossings_get_what_the_logit_leaves_out_of_them():
         assert min(log_loss(fitted + x @ nudge, y), log_loss(fitted - x @ nudge, y)) > best - 1e-6
 
 
+def test_few_pairs_settle_little_and_rare_crossings_nothing():
+    rng = np.random.default_rng(2)
+    worse = []
+    for _ in range(20):
+        z, noise = rng.normal(0, 2, (2, 900)), (rng.random((2, 900, 9)) < 0.2).astype(np.float64)
+        y = (rng.random((2, 900)) < 1 / (1 + np.exp(-(z - 1)))).astype(np.float64)
+        scale, weights, shift = fit(z[0], noise[0], y[0])
+        alone, _, constant = fit(z[0], NO_CROSSINGS[:900], y[0])
+        fitted = log_loss(scale * z[1] + noise[1] @ weights + shift, y[1])
+        worse.append(fitted / log_loss(alone * z[1] + constant, y[1]))
+    assert 1.0 < np.mean(worse) < 1.012, "nine columns of nothing over 900 pairs"
+    rare = np.zeros((20_000, 1))
+    rare[:29] = 1.0
+    y = np.zeros(20_000)
+    y[:40] = 1.0
+    assert fit(rng.normal(size=20_000), rare, y)[1] == 0.0
+    rare[:30] = 1.0
+    assert fit(rng.normal(size=20_000), rare, y)[1] > 1.0
+
+
 def test_an_ensemble_adds_the_crossings_that_it_has_weights_for():
     ensemble = LayerEnsemble(1, 2, 3)
     logits, dense = torch.randn(2, 4, 1, 2), torch.randn(2, 4, 3)
@@ -83,3 +104,21 @@ def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_not
     calibrate(model, values())
     for ensemble, first in zip(model.ensemble, crossing):
         assert torch.allclose(ensemble.crossing, first, rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="the ensembles read crossings, expected values with crossings"):
+        calibrate(model, pointwise(model, batches, dataset.valid, trainer.state, 1))
+
+
+def test_a_run_that_was_calibrated_otherwise_is_loaded_and_is_calibrated_anew(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(train={"max_steps": 6})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    trainer.train()
+    trainer.calibrated = True
+    trainer.save()
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert Trainer(recipe, dataset, tmp_path / "run", resume=True, progress=False).calibrated
+    state = torch.load(path, weights_only=True)
+    state["calibrated"] = True  # as before crossings had weights
+    state["model"] = {name: value for name, value in state["model"].items() if "crossing" not in name}
+    torch.save(state, path)
+    assert not Trainer(recipe, dataset, tmp_path / "run", resume=True, progress=False).calibrated
+    assert not load_run(tmp_path / "run").model.ensemble[0].crossing.any()

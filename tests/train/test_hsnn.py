@@ -21,6 +21,8 @@ def world(dataset, make_recipe):
     torch.manual_seed(0)
     recipe = make_recipe(model={"layers": ["small", "medium", "small"]})
     model = make_model(recipe, dataset.transform)
+    for ensemble in model.ensemble:
+        ensemble.crossing.normal_()  # as after calibration
     v = index_vectors(model, dataset.items)
     model.lti.set_codebooks(residual_kmeans(v, model.lti.sizes, 0))
     state, _ = refresh(model, dataset.items, dataset.item_keys)

@@ -1,4 +1,4 @@
-"""Training against a pool: the losses' formulas, the log-Q correction, shared warm starts, Platt's calibration."""
+"""Training against a pool: the losses' formulas, the log-Q correction, shared warm starts."""
 
 import numpy as np
 import pytest
