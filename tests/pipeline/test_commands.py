@@ -12,7 +12,7 @@ from own_logs import OWN_LOGS, write_logs
 
 from hsnn_cli.main import main, parser
 from hsnn_core.errors import PublishError
-from hsnn_train import evaluate
+from hsnn_train import calibration, evaluate
 from hsnn_train.trainer import Trainer
 
 
@@ -167,9 +167,9 @@ def test_stopped_anywhere_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, c
     assert main(["train", recipe, "--run", str(cut)]) == 1
     assert f"stopped at step 3 of 6; the checkpoint is in {cut}; go on with" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "_one_step", one_step)
-    for name in ("calibrate", "retrieval"):
+    for module, name in ((calibration, "calibrate"), (evaluate, "retrieval")):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, name, hit)
+            patch.setattr(module, name, hit)
             assert main(["train", "--resume", str(cut)]) == 1
         assert "stopped after training, before the end of calib" in capsys.readouterr().err
         assert not (cut / "metrics.json").exists()
