@@ -93,9 +93,8 @@ def run_baselines(
     with tqdm(jobs, desc=f"baselines {recipe.name}", unit="run") as bar:
         for name, seed in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
-            # Ours begin as their recipe, which may be tuned already.
-            start = {} if METHODS[name].ours else METHODS[name].start
-            params = best[name]["params"] if name in best else dict(start)
+            # Ours have no start of their own: they begin as their recipe, which may be tuned already.
+            params = best[name]["params"] if name in best else dict(METHODS[name].start)
             try:
                 for row, entry in bench.results(name, params, seed).items():
                     # What has no randomness has the same figures whatever the seed.

@@ -76,11 +76,6 @@ class Job:
         """The same for all seeds of a model."""
         return key(self.recipe, self.work, (*EVALUATION_ONLY, "train.seed"))
 
-    @property
-    def evaluation_key(self) -> str:
-        """The same for all evaluations that come out alike."""
-        return evaluation_key(self.recipe, self.work)
-
     def record(self) -> dict[str, Any] | None:
         """What the worker left when it was done ({"evaluated", "commit", "minutes"}), None when it is not done, or was
         evaluated otherwise than this recipe and this release say."""
@@ -88,8 +83,8 @@ class Job:
             found: dict[str, Any] = json.loads((self.folder / DONE).read_text())
         except (OSError, ValueError):
             return None
-        whole = found.get("evaluated") == self.evaluation_key and (self.folder / METRICS).exists()
-        return found if whole else None
+        whole = found.get("evaluated") == evaluation_key(self.recipe, self.work)
+        return found if whole and (self.folder / METRICS).exists() else None
 
     def metrics(self) -> dict[str, Any] | None:
         """Its metrics; None when it is not done."""

@@ -68,12 +68,11 @@ def pointwise(
         chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
-        for of_layer, ensemble, dense in zip(
-            crossed, model.ensemble, batch.pairs.cross_dense if crossings else ()
-        ):
+        for layer, ensemble in enumerate(model.ensemble if crossings else ()):
             assert isinstance(ensemble, LayerEnsemble)
-            read = dense[chosen].numpy() if dense is not None and ensemble.reads_crossings else None
-            of_layer.append(np.empty((int(chosen.sum()), 0), np.float32) if read is None else read)
+            dense = batch.pairs.cross_dense[layer] if ensemble.reads_crossings else None
+            read = torch.empty(*chosen.shape, 0) if dense is None else dense
+            crossed[layer].append(read[chosen].numpy())
     return Pointwise(
         np.concatenate(logits, axis=1),
         np.concatenate(labels),

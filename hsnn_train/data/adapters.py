@@ -24,7 +24,7 @@ from .tables import LogTables
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
-GLOBO_BLOCK = 1000  # article ids per block: 353 blocks in the log
+GLOBO_BLOCK = 1000  # article ids per block: 352 blocks in the log
 TRENDING = 200  # articles of Globo's trending list
 TRENDING_EVERY_MS, TRENDING_HALF_MS = 5 * 60_000, 20 * 60_000
 TRENDING_LEAST = 1e-3  # below it a click of some hours ago is forgotten
@@ -135,8 +135,8 @@ def globo(folder: Path, last_days: int = 0) -> Raw:
     The end is the start of the last session: the few clicks after it trail over four weeks. Added are hour
     and weekday of a click, ``day`` (days since the log began) and, of an article, ``first_seen``: the hour of
     its first click, in days since the log began, and that hour's place in its day, ``first_hour``. The exact time would
-    tell the first click from all others. ``block``: the article's id in thousands, for the publisher gave ids by
-    topic (docs/log.md), and articles that nobody has clicked yet differ by little else.
+    tell the first click from all others. ``block``: the article's id in thousands, for ids run by
+    topic (docs/log.md), and articles without clicks in train differ by little else.
     ``trending``: what the site's readers were clicking when the request came, the `TRENDING` articles of the most
     clicks, the most clicked last, where a click loses half its weight in twenty minutes; made anew every five
     minutes, of what was clicked before.

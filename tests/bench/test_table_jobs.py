@@ -12,7 +12,17 @@ import torch
 from halves_world import SCHEMA
 
 from hsnn_bench import workers
-from hsnn_bench.jobs import DONE, EVALUATION_ONLY, JOB, LOG, METRICS, Job, expected_minutes, key
+from hsnn_bench.jobs import (
+    DONE,
+    EVALUATION_ONLY,
+    JOB,
+    LOG,
+    METRICS,
+    Job,
+    evaluation_key,
+    expected_minutes,
+    key,
+)
 from hsnn_bench.model_flops import model_flops
 from hsnn_bench.ours import changed
 from hsnn_train.checkpoint import write_json
@@ -97,8 +107,15 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     assert job.record() is None and job.metrics() is None
     job.prepare()
     (job.folder / METRICS).write_text('{"a": 1}')
-    write_json(job.folder / DONE, {"evaluated": job.evaluation_key, "commit": "abc", "minutes": 2.0})
-    assert job.record() == {"evaluated": job.evaluation_key, "commit": "abc", "minutes": 2.0}
+    write_json(
+        job.folder / DONE,
+        {"evaluated": evaluation_key(job.recipe, job.work), "commit": "abc", "minutes": 2.0},
+    )
+    assert job.record() == {
+        "evaluated": evaluation_key(job.recipe, job.work),
+        "commit": "abc",
+        "minutes": 2.0,
+    }
     assert job.metrics() == {"a": 1}
     wider = Job(changed(job.recipe, {"search.widths": [4], "search.requests": 5}), job.work, "row")
     assert wider.folder == job.folder

@@ -8,7 +8,7 @@ from halves_world import SCHEMA
 
 from hsnn_bench import tables
 from hsnn_bench.cost import Cost, interleave
-from hsnn_bench.jobs import DONE, METRICS, Job
+from hsnn_bench.jobs import DONE, METRICS, Job, evaluation_key
 from hsnn_bench.model_flops import ModelFlops
 from hsnn_bench.ours import changed
 from hsnn_bench.report import change, percent, render, si
@@ -83,7 +83,7 @@ def report(tmp_path, monkeypatch):
                 job.prepare()
                 (job.folder / METRICS).write_text(json.dumps(metrics(*RUNS[row.id][seed])))
                 done = {
-                    "evaluated": job.evaluation_key,
+                    "evaluated": evaluation_key(recipe, job.work),
                     "commit": "1234567",
                     "minutes": 1.0,
                     "device": "A GPU",
