@@ -152,6 +152,7 @@ def train_and_evaluate(
     an empty dict without ``evaluate`` or without a test split. Raises Interrupted after Ctrl-C. ``warm``,
     ``device`` (the CPU by default): see `Trainer`."""
     from hsnn_train import evaluate as ev
+    from hsnn_train.beam import fit_beam, node_pairs
     from hsnn_train.calibration import calibrate
     from hsnn_train.plots import index_over_training, node_occupancy, training_curves
     from hsnn_train.trainer import CPU, Interrupted, Trainer, evaluation_batches
@@ -166,9 +167,14 @@ def train_and_evaluate(
             batches = evaluation_batches(dataset, recipe)
             seed = recipe.train.seed
             values = ev.pointwise(
-                model, batches, dataset.valid, trainer.state, seed, progress="calibrate", crossings=True
+                model, batches, dataset.valid, trainer.state, seed, progress="calibrate", parts=True
             )
             calibrate(model, values)
+            fit_beam(
+                model,
+                node_pairs(model, dataset, recipe, trainer.state, progress="calibrate the beam"),
+                values,
+            )
             trainer.calibrated = True
             trainer.save()
         else:

@@ -24,11 +24,11 @@ LEAST_SCALE = 1e-3
 def calibrate(model: HSNN, values: Pointwise) -> None:
     """Fit every layer's and task's ensemble to ``values``, of a validation split, in log loss: its logits are scaled
     and shifted (Platt 1999) and the crossings that it reads get their weights. A task of which every label is the same
-    is left as it is. Raises ValueError where ensembles read crossings and ``values`` have none."""
+    is left as it is. Raises ValueError where ensembles read crossings and ``values`` have no parts."""
     for layer, ensemble in enumerate(model.ensemble):
         assert isinstance(ensemble, LayerEnsemble)
         if ensemble.reads_crossings and not values.crossings:
-            raise ValueError("calibrate: the ensembles read crossings, expected values with crossings")
+            raise ValueError("calibrate: the ensembles read crossings, expected values with their parts")
         given = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
         crossings = given.astype(np.float64)
         for t in range(model.tasks):
@@ -55,16 +55,16 @@ def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.
     start[0] = 1.0
     ridge = np.full(design.shape[1], RIDGE_PAIRS / len(y))
     ridge[[0, -1]] = 0.0
-    found = _newton(design, np.zeros_like(z), y, ridge, start)
+    found = newton(design, np.zeros_like(z), y, ridge, start)
     if found[0] < LEAST_SCALE:
-        rest = _newton(design[:, 1:], LEAST_SCALE * z, y, ridge[1:], start[1:])
+        rest = newton(design[:, 1:], LEAST_SCALE * z, y, ridge[1:], start[1:])
         found = np.concatenate([[LEAST_SCALE], rest])
     weights = np.zeros(crossings.shape[1])
     weights[told] = found[1:-1] / deviation[told]
     return float(found[0]), weights, float(found[-1] - weights @ mean)
 
 
-def _newton(
+def newton(
     design: np.ndarray, offset: np.ndarray, y: np.ndarray, ridge: np.ndarray, start: np.ndarray
 ) -> np.ndarray:
     """The weights (D,) of the design (S, D) with which sigmoid(design @ weights + offset) has the least log loss

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: How calibration fits ensembles, kept with what it fitted: 1 a scale and a shift, 2 weights of crossings too.
-CALIBRATION = 2
+#: How calibration fits ensembles, kept with what it fitted: 1 a scale and a shift, 2 weights of crossings too, 3 those
+#: above the items to the order that the beam needs.
+CALIBRATION = 3
 
 
 class LayerEnsemble(nn.Module):

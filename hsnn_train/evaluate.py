@@ -29,11 +29,13 @@ EVAL_BATCH = 1024
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Ensemble logits (N, S, T) of S labelled pairs, their labels (S, T) and, where asked for, the dense crossings that
-    each layer's ensemble reads, N times (S, D)."""
+    """Ensemble logits (N, S, T) of S labelled pairs, their labels (S, T) and, where parts are asked for, what the
+    ensembles were given: MoNN logits (N, S, T) and the dense crossings that each layer's ensemble reads, N times
+    (S, D)."""
 
     logits: np.ndarray
     labels: np.ndarray
+    monn: np.ndarray | None = None
     crossings: tuple[np.ndarray, ...] = ()
 
 
@@ -46,21 +48,21 @@ def pointwise(
     seed: int,
     limit: int = 200_000,
     progress: str = "",
-    crossings: bool = False,
+    parts: bool = False,
 ) -> Pointwise:
     """Logits of every layer for held-out impressions (and sampled negatives where training has them), with the
     hard codes that serving uses. At most ``limit`` examples, chosen by seed.
-    ``progress`` names a progress bar. Raises DataError when there are no examples."""
+    ``parts``: those of `Pointwise`. ``progress`` names a progress bar. Raises DataError when there are no examples."""
     if not len(examples):
         raise DataError("no impressions to evaluate on: this split is empty; change the recipe's split:")
     model.eval()
     rows = np.arange(len(examples.item_row))
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng([seed, 4]).choice(rows, limit, replace=False))
-    logits, labels = [], []
+    logits, labels, monn = [], [], []
     crossed: list[list[np.ndarray]] = [[] for _ in model.ensemble]
-    parts = range(0, len(rows), EVAL_BATCH)
-    for number, start in enumerate(tqdm(parts, desc=progress, disable=not progress)):
+    starts = range(0, len(rows), EVAL_BATCH)
+    for number, start in enumerate(tqdm(starts, desc=progress, disable=not progress)):
         batch = batches.make(
             examples, rows[start : start + EVAL_BATCH], state, step_rng(seed + 1_000_000, number)
         )
@@ -68,7 +70,10 @@ def pointwise(
         chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
-        for layer, ensemble in enumerate(model.ensemble if crossings else ()):
+        if not parts:
+            continue
+        monn.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.monn]))
+        for layer, ensemble in enumerate(model.ensemble):
             assert isinstance(ensemble, LayerEnsemble)
             dense = batch.pairs.cross_dense[layer] if ensemble.reads_crossings else None
             read = torch.empty(*chosen.shape, 0) if dense is None else dense
@@ -76,7 +81,8 @@ def pointwise(
     return Pointwise(
         np.concatenate(logits, axis=1),
         np.concatenate(labels),
-        tuple(np.concatenate(of_layer) for of_layer in crossed) if crossings else (),
+        np.concatenate(monn, axis=1) if parts else None,
+        tuple(np.concatenate(of_layer) for of_layer in crossed) if parts else (),
     )
 
 

@@ -12,7 +12,7 @@ from own_logs import OWN_LOGS, write_logs
 
 from hsnn_cli.main import main, parser
 from hsnn_core.errors import PublishError
-from hsnn_train import calibration, evaluate
+from hsnn_train import beam, calibration, evaluate
 from hsnn_train.trainer import Trainer
 
 
@@ -167,7 +167,7 @@ def test_stopped_anywhere_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, c
     assert main(["train", recipe, "--run", str(cut)]) == 1
     assert f"stopped at step 3 of 6; the checkpoint is in {cut}; go on with" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "_one_step", one_step)
-    for module, name in ((calibration, "calibrate"), (evaluate, "retrieval")):
+    for module, name in ((calibration, "calibrate"), (beam, "fit_beam"), (evaluate, "retrieval")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, hit)
             assert main(["train", "--resume", str(cut)]) == 1

@@ -89,7 +89,7 @@ def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_not
     model, batches = trainer.train(), evaluation_batches(dataset, recipe)
 
     def values():
-        return pointwise(model, batches, dataset.valid, trainer.state, 1, crossings=True)
+        return pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
 
     rates = np.array([0.3, 0.1])
     before = pointwise_report(values(), rates, "ab")
@@ -104,7 +104,7 @@ def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_not
     calibrate(model, values())
     for ensemble, first in zip(model.ensemble, crossing):
         assert torch.allclose(ensemble.crossing, first, rtol=0.02, atol=0.02)
-    with pytest.raises(ValueError, match="the ensembles read crossings, expected values with crossings"):
+    with pytest.raises(ValueError, match="the ensembles read crossings, expected values with their parts"):
         calibrate(model, pointwise(model, batches, dataset.valid, trainer.state, 1))
 
 

@@ -74,7 +74,7 @@ def test_it_learns_and_calibration_meets_the_validation_mean(dataset, make_recip
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     model = trainer.train()
     batches = make_batches(dataset, recipe)
-    values = pointwise(model, batches, dataset.valid, trainer.state, 1, crossings=True)
+    values = pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
     calibrate(model, values)
     after = pointwise_report(
         pointwise(model, batches, dataset.valid, trainer.state, 1), np.array([0.3, 0.1]), "ab"

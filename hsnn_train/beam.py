@@ -1,0 +1,168 @@
+"""What the beam is for: node layers' ensembles are fitted to say which nodes hold the best items.
+
+To labels, a node is the mean of its items, so calibration alone ranks a node of one item that a user will want under
+one of many that they might. The search needs the other order (paper §4: search recall), and can be taught it without
+any label: exhaustive search says which nodes hold its best items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.features import Encoded
+from hsnn_core.item_filter import MaskFilter
+from hsnn_core.scorer import LayerScorer
+from hsnn_train.data.dataset import Dataset
+from hsnn_train.data.requests import evaluation_requests
+
+from .batches import IndexState
+from .calibration import fit, newton
+from .ensemble import LayerEnsemble
+from .evaluate import Pointwise
+from .hsnn import HSNN
+from .recipe import Recipe
+from .retrieval import corpus_of
+from .runner import TorchRunner
+
+REQUESTS = 100
+REQUESTS_PER_CALL = 8
+#: Nodes of a request without any of its best items; those with one are all taken. It moves the shift alone, which
+#: labels set.
+OTHER_NODES = 1000
+RIDGE = 1e-5
+
+
+@dataclass(frozen=True)
+class NodePairs:
+    """S pairs of a request and a node of layer l: the MoNN logits of layers 1..l (S, l, T) float32, the dense crossings
+    that the layer's ensemble reads (S, D) float32, and whether the node holds any of the request's best items (S,)."""
+
+    monn: np.ndarray
+    crossings: np.ndarray
+    holds: np.ndarray
+
+
+def node_pairs(
+    model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, split: str = "valid", progress: str = ""
+) -> list[NodePairs]:
+    """Per layer above the items the pairs of some requests of ``split``, chosen by the recipe's seed: all nodes that
+    hold any of the best ``search.k`` items by exhaustive search, and some that do not. A node without any item that the
+    request may get is left out, as the search leaves it out. No pairs at all without requests, an empty list without
+    layers above the items. ``progress`` names a progress bar."""
+    requests = evaluation_requests(dataset, split, recipe.search.candidates, REQUESTS)
+    if model.layers == 1 or not len(requests):
+        return []
+    corpus = corpus_of(model, dataset, state)
+    index = corpus.index
+    seen = _Seen(model)
+    scorer = LayerScorer(index, corpus.i2if, corpus.embeddings, seen)
+    k = min(recipe.search.k, requests.items)
+    rng = np.random.default_rng([recipe.train.seed, 5])
+    ancestors = [index.ancestors(layer) for layer in range(1, model.layers)]
+    found: list[list[NodePairs]] = [[] for _ in ancestors]
+    for start in tqdm(range(0, len(requests), REQUESTS_PER_CALL), desc=progress, disable=not progress):
+        part = slice(start, start + REQUESTS_PER_CALL)
+        users = Encoded(requests.users.dense[part], requests.users.ids[part])
+        mask, allowed = requests.eligible(part), None
+        eligible = np.ones((len(users), requests.items), dtype=bool)
+        if mask is not None:
+            eligible = mask[:, index.row_of_position]
+            allowed = MaskFilter(index, eligible)
+        seen.clear()
+        best = exhaustive(index, scorer, users, k, recipe.schema.rank, allowed)
+        for above, (of_layer, pairs) in enumerate(zip(ancestors, found)):
+            monn, crossings = seen.of_layer(above)
+            for user in range(len(users)):
+                holds = np.zeros(monn.shape[1], dtype=bool)
+                holds[of_layer[best.positions[user, : best.valid[user]]]] = True
+                alive = np.zeros(monn.shape[1], dtype=bool)
+                alive[of_layer[eligible[user]]] = True
+                others = np.flatnonzero(alive & ~holds)
+                chosen = np.concatenate([np.flatnonzero(holds), rng.permutation(others)[:OTHER_NODES]])
+                pairs.append(NodePairs(monn[user, chosen], crossings[user, chosen], holds[chosen]))
+    return [
+        NodePairs(
+            *(np.concatenate([getattr(p, name) for p in pairs]) for name in ("monn", "crossings", "holds"))
+        )
+        for pairs in found
+    ]
+
+
+@torch.no_grad()
+def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise) -> None:
+    """Give every ensemble above the items the weights, of MoNN logits and of crossings, that tell best in log loss
+    which nodes hold the best items, then the scale and the shift with which it is calibrated on ``values``, whose
+    ``parts`` are needed (else ValueError). All tasks learn the same order, that by which the search ranks items. A
+    layer of which all nodes hold one or none does, and a task of which every label is the same, are left as they are.
+    """
+    if values.monn is None:
+        raise ValueError("fit_beam: expected values with their parts")
+    for layer, of_layer in enumerate(pairs):
+        ensemble = model.ensemble[layer]
+        assert isinstance(ensemble, LayerEnsemble)
+        if of_layer.holds.all() or not of_layer.holds.any():
+            continue
+        for t in range(model.tasks):
+            y = values.labels[:, t].astype(np.float64)
+            if not 0.0 < y.mean() < 1.0:
+                continue
+            weights = order(
+                np.concatenate([of_layer.monn[:, :, t], of_layer.crossings], axis=1), of_layer.holds
+            )
+            given = np.concatenate([values.monn[: layer + 1, :, t].T, values.crossings[layer]], axis=1)
+            scale, _, shift = fit(given @ weights, np.empty((len(y), 0)), y)
+            ensemble.weight[:, t] = torch.from_numpy(scale * weights[: layer + 1])
+            ensemble.crossing[:, t] = torch.from_numpy(scale * weights[layer + 1 :])
+            ensemble.bias[t] = shift
+
+
+def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    """The weights (F,) float64 of ``given`` (S, F) that tell best, in log loss with a shift, the pairs that ``holds``
+    (S,) bool names from the others. What does not vary has weight 0."""
+    given = given.astype(np.float64)
+    mean, deviation = given.mean(0), given.std(0)
+    told = deviation > 0
+    design = np.column_stack([(given[:, told] - mean[told]) / deviation[told], np.ones(len(given))])
+    ridge = np.full(design.shape[1], RIDGE)
+    ridge[-1] = 0.0
+    found = newton(design, np.zeros(len(given)), holds.astype(np.float64), ridge, np.zeros(design.shape[1]))
+    weights = np.zeros(given.shape[1])
+    weights[told] = found[:-1] / deviation[told]
+    return weights
+
+
+class _Seen(TorchRunner):
+    """A runner that keeps, above the items, what the ensembles were given, all nodes of a layer in order."""
+
+    def __init__(self, model: HSNN) -> None:
+        super().__init__(model)
+        self.clear()
+
+    def clear(self) -> None:
+        self._monn: list[list[np.ndarray]] = [[] for _ in range(self.model.layers - 1)]
+        self._crossings: list[list[np.ndarray]] = [[] for _ in range(self.model.layers - 1)]
+
+    def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        monn, logits = super().score(layer, inputs)
+        if layer < self.model.layers:
+            ensemble = self.model.ensemble[layer - 1]
+            assert isinstance(ensemble, LayerEnsemble)
+            so_far = [inputs["previous"], monn] if layer > 1 else [monn]
+            self._monn[layer - 1].append(np.concatenate(so_far, axis=2))
+            reads = (
+                inputs["cross_dense"]
+                if ensemble.reads_crossings
+                else np.empty((*monn.shape[:2], 0), np.float32)
+            )
+            self._crossings[layer - 1].append(reads)
+        return monn, logits
+
+    def of_layer(self, above: int) -> tuple[np.ndarray, np.ndarray]:
+        """MoNN logits (B, I_l, l, T) and dense crossings (B, I_l, D) of layer l = above + 1."""
+        monn = np.concatenate(self._monn[above], axis=1)
+        return monn.reshape(*monn.shape[:2], above + 1, -1), np.concatenate(self._crossings[above], axis=1)

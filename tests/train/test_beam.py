@@ -1,0 +1,108 @@
+"""Node layers' ensembles, fitted to what the beam is for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hsnn_core.exhaustive import exhaustive
+from hsnn_core.item_filter import MaskFilter
+from hsnn_core.scorer import LayerScorer
+from hsnn_train.beam import fit_beam, node_pairs, order
+from hsnn_train.calibration import calibrate, fit
+from hsnn_train.data.requests import evaluation_requests
+from hsnn_train.evaluate import pointwise, pointwise_report
+from hsnn_train.retrieval import corpus_of
+from hsnn_train.runner import TorchRunner
+from hsnn_train.trainer import Trainer, evaluation_batches
+
+
+@pytest.fixture
+def trained(dataset, make_recipe, tmp_path):
+    """A calibrated model, its recipe, the index it ends with, and what it says of validation."""
+    recipe = make_recipe(train={"max_steps": 60}, search={"candidates": "new"})
+    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
+    model, batches = trainer.train(), evaluation_batches(dataset, recipe)
+
+    def values():
+        return pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
+
+    calibrate(model, values())
+    return model, recipe, trainer.state, values
+
+
+def test_the_order_is_that_of_what_tells_nodes_apart():
+    rng = np.random.default_rng(0)
+    given = rng.random((4000, 3)) * [1.0, 50.0, 0.0] + [0.0, 0.0, 7.0]
+    z = 8 * given[:, 0] - 0.1 * given[:, 1] - 3
+    weights = order(given, rng.random(4000) < 1 / (1 + np.exp(-z)))
+    assert weights[:2] == pytest.approx([8, -0.1], rel=0.15)
+    assert weights[2] == 0.0, "what does not vary says nothing"
+
+
+def test_pairs_are_what_the_search_is_given_and_what_exhaustive_search_finds(trained, dataset, monkeypatch):
+    model, recipe, state, _ = trained
+    monkeypatch.setattr("hsnn_train.beam.REQUESTS", 1)
+    pairs = node_pairs(model, dataset, recipe, state)
+    corpus, runner = corpus_of(model, dataset, state), TorchRunner(model)
+    index, scorer = corpus.index, LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, runner)
+    asked = evaluation_requests(dataset, "valid", "new", 1)
+    eligible = asked.eligible(slice(0, 1))[:, index.row_of_position]
+    best = exhaustive(index, scorer, asked.users, 10, recipe.schema.rank, MaskFilter(index, eligible))
+    assert len(pairs) == 2 and best.valid[0] == 10
+    users, carried = scorer.open(asked.users), np.zeros((1, index.nodes(1), 0), np.float32)
+    for layer, of_layer in enumerate(pairs, start=1):
+        every = np.arange(index.nodes(layer))[None]
+        monn, logits = scorer.score(users, layer, every, carried)
+        carried = np.concatenate([carried, monn], axis=2)[:, index.parents(layer + 1)]
+        ancestors = index.ancestors(layer)
+        alive, holders = np.unique(ancestors[eligible[0]]), np.unique(ancestors[best.positions[0]])
+        given = torch.from_numpy(of_layer.monn), torch.from_numpy(of_layer.crossings)
+        said = model.ensemble[layer - 1](*given).detach().numpy()
+        # In the order of the pairs: those that hold any, by their number, then the others.
+        assert np.allclose(said[of_layer.holds], logits[0, holders], atol=1e-5)
+        assert np.allclose(np.sort(said, 0), np.sort(logits[0, alive], 0), atol=1e-5)
+
+
+def test_nodes_that_hold_the_best_items_come_first_and_labels_still_set_the_scale(trained, dataset):
+    model, recipe, state, values = trained
+    pairs = node_pairs(model, dataset, recipe, state)
+
+    def surprise():
+        """Log loss of who holds the best, after the best scale and shift, per layer."""
+        losses = []
+        for ensemble, of_layer in zip(model.ensemble, pairs):
+            z = ensemble(torch.from_numpy(of_layer.monn), torch.from_numpy(of_layer.crossings))[:, 0]
+            z, y = z.detach().numpy().astype(np.float64), of_layer.holds.astype(np.float64)
+            scale, _, shift = fit(z, np.empty((len(z), 0)), y)
+            losses.append(np.mean(np.logaddexp(0, scale * z + shift) - y * (scale * z + shift)))
+        return np.array(losses)
+
+    before, items = surprise(), [p.clone() for p in model.ensemble[-1].state_dict().values()]
+    fit_beam(model, pairs, values())
+    assert (surprise() < 0.95 * before).all()
+    assert all(torch.equal(p, q) for p, q in zip(model.ensemble[-1].state_dict().values(), items))
+    rows = pointwise_report(values(), np.array([0.3, 0.1]), "ab")
+    assert all(abs(row["calibration"] - 1) < 1e-3 for row in rows)
+    after = surprise()
+    fit_beam(model, node_pairs(model, dataset, recipe, state), values())
+    assert surprise() == pytest.approx(after), "a second fit changes nothing"
+
+
+def test_what_cannot_be_told_is_left_alone(trained, dataset, make_recipe, tmp_path):
+    model, recipe, state, values = trained
+    seen, before = values(), [p.clone() for p in model.ensemble.state_dict().values()]
+    all_hold = [replace(p, holds=np.ones_like(p.holds)) for p in node_pairs(model, dataset, recipe, state)]
+    fit_beam(model, all_hold, seen)
+    fit_beam(model, node_pairs(model, dataset, recipe, state), replace(seen, labels=seen.labels * 0))
+    labels = np.zeros_like(dataset.valid.labels)
+    nobody = replace(dataset, valid=replace(dataset.valid, labels=labels))
+    assert node_pairs(model, nobody, recipe, state) == []
+    fit_beam(model, [], seen)
+    assert all(torch.equal(p, q) for p, q in zip(model.ensemble.state_dict().values(), before))
+    one_layer = make_recipe(model={"layers": ["small"], "codebooks": []})
+    flat = Trainer(one_layer, dataset, tmp_path / "flat", progress=False)
+    assert node_pairs(flat.model, dataset, one_layer, state) == []
+    with pytest.raises(ValueError, match="fit_beam: expected values with their parts"):
+        fit_beam(model, all_hold, replace(seen, monn=None))
