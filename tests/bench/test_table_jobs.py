@@ -26,6 +26,7 @@ from hsnn_bench.jobs import (
 from hsnn_bench.model_flops import model_flops
 from hsnn_bench.ours import changed
 from hsnn_train.checkpoint import write_json
+from hsnn_train.ensemble import CALIBRATION
 from hsnn_train.recipe import recipe_from_dict
 from hsnn_train.trainer import Trainer
 
@@ -56,8 +57,8 @@ if seed == 3:
 job["base"] = os.path.relpath(job["base"], folder.parents[1])
 key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
 (folder / "metrics.json").write_text("{}")
-(folder / "done.json").write_text(json.dumps({"evaluated": key + "-2", "commit": "abc", "minutes": 1.0}))
-"""
+(folder / "done.json").write_text(json.dumps({"evaluated": key + "-CALIBRATION", "commit": "abc", "minutes": 1.0}))
+""".replace("CALIBRATION", str(CALIBRATION))
 
 
 @pytest.fixture
