@@ -170,11 +170,8 @@ def train_and_evaluate(
                 model, batches, dataset.valid, trainer.state, seed, progress="calibrate", parts=True
             )
             calibrate(model, values)
-            fit_beam(
-                model,
-                node_pairs(model, dataset, recipe, trainer.state, progress="calibrate the beam"),
-                values,
-            )
+            pairs = node_pairs(model, dataset, recipe, trainer.state, progress="calibrate the beam")
+            fit_beam(model, pairs, values, recipe.schema.rank)
             trainer.calibrated = True
             trainer.save()
         else:

@@ -21,7 +21,7 @@ from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.requests import evaluation_requests
 
 from .batches import IndexState
-from .calibration import fit, newton
+from .calibration import LEAST_PAIRS, fit, newton
 from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
@@ -30,10 +30,13 @@ from .retrieval import corpus_of
 from .runner import TorchRunner
 
 REQUESTS = 100
+#: The best items of a request, which its nodes should hold: what search recall is measured at. A model is calibrated
+#: once, so this is no setting of a search.
+BEST = 100
 REQUESTS_PER_CALL = 8
-#: Nodes of a request without any of its best items; those with one are all taken. It moves the shift alone, which
-#: labels set.
+#: Drawn among the nodes of a request without any of its best items; those with one are all taken.
 OTHER_NODES = 1000
+#: Of the mean log loss, on inputs of deviation 1: it settles inputs that say the same, and hardly more.
 RIDGE = 1e-5
 
 
@@ -50,10 +53,10 @@ class NodePairs:
 def node_pairs(
     model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, split: str = "valid", progress: str = ""
 ) -> list[NodePairs]:
-    """Per layer above the items the pairs of some requests of ``split``, chosen by the recipe's seed: all nodes that
-    hold any of the best ``search.k`` items by exhaustive search, and some that do not. A node without any item that the
-    request may get is left out, as the search leaves it out. No pairs at all without requests, an empty list without
-    layers above the items. ``progress`` names a progress bar."""
+    """Per layer above the items the pairs of `REQUESTS` requests of ``split``: all nodes that hold any of the `BEST`
+    items by exhaustive search, and some, drawn by the recipe's seed, that do not. A node without any item that the
+    request may get is left out, as the search leaves it out. An empty list without requests or without layers above
+    the items. ``progress`` names a progress bar."""
     requests = evaluation_requests(dataset, split, recipe.search.candidates, REQUESTS)
     if model.layers == 1 or not len(requests):
         return []
@@ -61,7 +64,7 @@ def node_pairs(
     index = corpus.index
     seen = _Seen(model)
     scorer = LayerScorer(index, corpus.i2if, corpus.embeddings, seen)
-    k = min(recipe.search.k, requests.items)
+    k = min(BEST, requests.items)
     rng = np.random.default_rng([recipe.train.seed, 5])
     ancestors = [index.ancestors(layer) for layer in range(1, model.layers)]
     found: list[list[NodePairs]] = [[] for _ in ancestors]
@@ -94,31 +97,28 @@ def node_pairs(
 
 
 @torch.no_grad()
-def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise) -> None:
+def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise, rank: np.ndarray) -> None:
     """Give every ensemble above the items the weights, of MoNN logits and of crossings, that tell best in log loss
     which nodes hold the best items, then the scale and the shift with which it is calibrated on ``values``, whose
-    ``parts`` are needed (else ValueError). All tasks learn the same order, that by which the search ranks items. A
-    layer of which all nodes hold one or none does, and a task of which every label is the same, are left as they are.
-    """
+    ``parts`` are needed (else ValueError). Every task that raises a search's score, its ``rank`` (T,) being positive,
+    learns this order; the others, a layer with fewer than `LEAST_PAIRS` nodes that hold any or that hold none, and a
+    task of which every label is the same, are left as they are."""
     if values.monn is None:
         raise ValueError("fit_beam: expected values with their parts")
-    for layer, of_layer in enumerate(pairs):
+    for layer, given in enumerate(pairs):
         ensemble = model.ensemble[layer]
         assert isinstance(ensemble, LayerEnsemble)
-        if of_layer.holds.all() or not of_layer.holds.any():
+        if min(given.holds.sum(), (~given.holds).sum()) < LEAST_PAIRS:
             continue
-        for t in range(model.tasks):
+        for t in np.flatnonzero(np.asarray(rank) > 0):
             y = values.labels[:, t].astype(np.float64)
-            if not 0.0 < y.mean() < 1.0:
-                continue
-            weights = order(
-                np.concatenate([of_layer.monn[:, :, t], of_layer.crossings], axis=1), of_layer.holds
-            )
-            given = np.concatenate([values.monn[: layer + 1, :, t].T, values.crossings[layer]], axis=1)
-            scale, _, shift = fit(given @ weights, np.empty((len(y), 0)), y)
-            ensemble.weight[:, t] = torch.from_numpy(scale * weights[: layer + 1])
-            ensemble.crossing[:, t] = torch.from_numpy(scale * weights[layer + 1 :])
-            ensemble.bias[t] = shift
+            weights = order(np.concatenate([given.monn[:, :, t], given.crossings], axis=1), given.holds)
+            z = np.concatenate([values.monn[: layer + 1, :, t].T, values.crossings[layer]], axis=1) @ weights
+            if 0.0 < y.mean() < 1.0 and z.std() > 0:
+                scale, _, shift = fit(z, np.empty((len(y), 0)), y)
+                ensemble.weight[:, t] = torch.from_numpy(scale * weights[: layer + 1])
+                ensemble.crossing[:, t] = torch.from_numpy(scale * weights[layer + 1 :])
+                ensemble.bias[t] = shift
 
 
 def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:

@@ -19,8 +19,10 @@ from hsnn_train.trainer import Trainer, evaluation_batches
 
 
 @pytest.fixture
-def trained(dataset, make_recipe, tmp_path):
-    """A calibrated model, its recipe, the index it ends with, and what it says of validation."""
+def trained(dataset, make_recipe, tmp_path, monkeypatch):
+    """A calibrated model, its recipe, the index it ends with, and what it says of validation. The best are ten: a
+    hundred would be all of this world's items."""
+    monkeypatch.setattr("hsnn_train.beam.BEST", 10)
     recipe = make_recipe(train={"max_steps": 60}, search={"candidates": "new"})
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     model, batches = trainer.train(), evaluation_batches(dataset, recipe)
@@ -80,29 +82,57 @@ def test_nodes_that_hold_the_best_items_come_first_and_labels_still_set_the_scal
         return np.array(losses)
 
     before, items = surprise(), [p.clone() for p in model.ensemble[-1].state_dict().values()]
-    fit_beam(model, pairs, values())
+    fit_beam(model, pairs, values(), recipe.schema.rank)
     assert (surprise() < 0.95 * before).all()
     assert all(torch.equal(p, q) for p, q in zip(model.ensemble[-1].state_dict().values(), items))
     rows = pointwise_report(values(), np.array([0.3, 0.1]), "ab")
     assert all(abs(row["calibration"] - 1) < 1e-3 for row in rows)
     after = surprise()
-    fit_beam(model, node_pairs(model, dataset, recipe, state), values())
+    fit_beam(model, node_pairs(model, dataset, recipe, state), values(), recipe.schema.rank)
     assert surprise() == pytest.approx(after), "a second fit changes nothing"
 
 
 def test_what_cannot_be_told_is_left_alone(trained, dataset, make_recipe, tmp_path):
     model, recipe, state, values = trained
     seen, before = values(), [p.clone() for p in model.ensemble.state_dict().values()]
+    rank = recipe.schema.rank
     all_hold = [replace(p, holds=np.ones_like(p.holds)) for p in node_pairs(model, dataset, recipe, state)]
-    fit_beam(model, all_hold, seen)
-    fit_beam(model, node_pairs(model, dataset, recipe, state), replace(seen, labels=seen.labels * 0))
+    fit_beam(model, all_hold, seen, rank)
+    fit_beam(model, node_pairs(model, dataset, recipe, state), replace(seen, labels=seen.labels * 0), rank)
+    few = np.arange(len(all_hold[0].holds)) < 29
+    fit_beam(model, [replace(all_hold[0], holds=few)], seen, rank)
+    fit_beam(model, [replace(all_hold[0], holds=~few)], seen, rank)
     labels = np.zeros_like(dataset.valid.labels)
     nobody = replace(dataset, valid=replace(dataset.valid, labels=labels))
     assert node_pairs(model, nobody, recipe, state) == []
-    fit_beam(model, [], seen)
+    fit_beam(model, [], seen, rank)
     assert all(torch.equal(p, q) for p, q in zip(model.ensemble.state_dict().values(), before))
     one_layer = make_recipe(model={"layers": ["small"], "codebooks": []})
     flat = Trainer(one_layer, dataset, tmp_path / "flat", progress=False)
     assert node_pairs(flat.model, dataset, one_layer, state) == []
     with pytest.raises(ValueError, match="fit_beam: expected values with their parts"):
-        fit_beam(model, all_hold, replace(seen, monn=None))
+        fit_beam(model, all_hold, replace(seen, monn=None), rank)
+
+
+def test_a_task_that_ranks_nothing_stays_with_its_labels(trained, dataset):
+    model, recipe, state, values = trained
+    before = (
+        [e.weight[:, 1].clone() for e in model.ensemble],
+        [e.crossing[:, 1].clone() for e in model.ensemble],
+    )
+    first = model.ensemble[0].weight[0, 0].item()
+    fit_beam(model, node_pairs(model, dataset, recipe, state), values(), np.array([1.0, 0.0]))
+    for ensemble, weight, crossing in zip(model.ensemble, *before):
+        assert torch.equal(ensemble.weight[:, 1], weight) and torch.equal(ensemble.crossing[:, 1], crossing)
+    assert model.ensemble[0].weight[0, 0].item() != first
+
+
+def test_of_nodes_without_any_of_the_best_some_are_drawn(trained, dataset, monkeypatch):
+    model, recipe, state, _ = trained
+    every = node_pairs(model, dataset, recipe, state)
+    monkeypatch.setattr("hsnn_train.beam.OTHER_NODES", 2)
+    requests = len(evaluation_requests(dataset, "valid", "new", 100))
+    for some, of_layer in zip(node_pairs(model, dataset, recipe, state), every):
+        assert some.holds.sum() == of_layer.holds.sum()
+        assert 0 < (~some.holds).sum() <= min(2 * requests, (~of_layer.holds).sum())
+        assert len(some.monn) == len(some.crossings) == len(some.holds)
