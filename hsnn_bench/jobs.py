@@ -22,7 +22,7 @@ from hsnn_train.recipe import Recipe
 
 from .model_flops import model_flops
 
-#: Entries of a recipe that training never reads; a test trains twice to see that it is so.
+#: Entries of a recipe that training and calibration never read; a test trains twice to see that it is so.
 EVALUATION_ONLY = ("search.widths", "search.k", "search.max_k", "search.requests")
 
 DONE, METRICS, CHECKPOINT, JOB, LOG = "done.json", "metrics.json", "checkpoint.pt", "job.json", "worker.log"

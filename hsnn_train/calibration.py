@@ -2,7 +2,8 @@
 
 Two towers, and so an OverArch on top of them, know the impressions that they were trained on better than any they will
 see; beside that, crossings look weaker in training than they are. So what a crossing is worth beside the networks is
-settled here, with a scale, a shift and one weight per dense crossing.
+settled here, with a scale, a shift and one weight per dense crossing. Above the items `hsnn_train.beam` fits anew what
+ranks, and this is what is left where it has nothing to go by.
 """
 
 from __future__ import annotations
