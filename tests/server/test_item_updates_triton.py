@@ -158,9 +158,9 @@ def test_calls_that_are_refused_as_a_whole(server: TritonServer, client: ItemCli
         grpc.infer("hsnn_index", [many], parameters={"clok": 1})
     with (
         pytest.raises(DeadlineExceeded, match="allow a longer timeout, or send fewer updates at a time"),
-        ItemClient(server.urls.grpc, timeout=1e-4) as hasty,
+        ItemClient(server.urls.grpc, timeout=1e-4, batch=10_000) as hasty,
     ):
-        hasty.upsert([{"id": 1}])
+        hasty.upsert({"id": n} for n in range(10_000))  # one alone may be answered in time
     with (
         ItemClient("127.0.0.1:9", timeout=2) as nobody,
         pytest.raises(ServerError, match="check that Triton runs"),
