@@ -51,13 +51,13 @@ class NodePairs:
 
 
 def node_pairs(
-    model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, split: str = "valid", progress: str = ""
+    model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, progress: str = ""
 ) -> list[NodePairs]:
-    """Per layer above the items the pairs of `REQUESTS` requests of ``split``: all nodes that hold any of the `BEST`
+    """Per layer above the items the pairs of `REQUESTS` validation requests: all nodes that hold any of the `BEST`
     items by exhaustive search, and some, drawn by the recipe's seed, that do not. A node without any item that the
     request may get is left out, as the search leaves it out. An empty list without requests or without layers above
     the items. ``progress`` names a progress bar."""
-    requests = evaluation_requests(dataset, split, recipe.search.candidates, REQUESTS)
+    requests = evaluation_requests(dataset, "valid", recipe.search.candidates, REQUESTS)
     if model.layers == 1 or not len(requests):
         return []
     corpus = corpus_of(model, dataset, state)
