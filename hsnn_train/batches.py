@@ -69,7 +69,7 @@ class BatchMaker:
         dataset: its items, already encoded.
         i2ifs: crossings with forward lists in item-table row order: those of every fold of the data set, then those
             that serve; empty without interactions.
-        layers: N.
+        reads: of each of the N layers, whether it reads crossings; none are looked up for the others.
         negatives, unlabelled: sampled candidates per example, with label 0 and without label.
         power: see `CandidateSampler`.
         first_time: (V,) int64 time of the item's first impression, where a negative has to have existed at the time of
@@ -80,7 +80,7 @@ class BatchMaker:
         self,
         dataset: ItemTable,
         i2ifs: Sequence[I2IF],
-        layers: int,
+        reads: Sequence[bool],
         negatives: int,
         unlabelled: int,
         power: float,
@@ -89,7 +89,8 @@ class BatchMaker:
         self.first_time = first_time
         self.items = dataset.items
         self.i2ifs = i2ifs
-        self.layers = layers
+        self.reads = tuple(reads)
+        self.layers = len(self.reads)
         self.negatives = negatives
         self.unlabelled = unlabelled
         self.of_seen = CandidateSampler(dataset.item_counts, power, everything=False)
@@ -157,14 +158,16 @@ class BatchMaker:
         labelled: np.ndarray,
         fold: np.ndarray,
     ) -> Pairs:
-        """The pairs of users (B rows) and items ``rows[of]`` (B, C), with the crossings of every layer's node by the
-        forward lists of the users' folds (B,), -1 for those that serve."""
+        """The pairs of users (B rows) and items ``rows[of]`` (B, C), with the crossings of the node of every layer that
+        reads them by the forward lists of the users' folds (B,), -1 for those that serve."""
         candidates = rows[of]
         cross_dense: list[Tensor | None] = [None] * self.layers
         cross_ids: list[Tensor | None] = [None] * self.layers
-        if self.i2ifs:
+        if self.i2ifs and any(self.reads):
             stand_ins = [*(state.representative[layer] for layer in range(self.layers - 1)), None]
-            for layer, found in enumerate(self._crossings(users.ids, candidates, stand_ins, fold)):
+            reading = [layer for layer, reads in enumerate(self.reads) if reads]
+            of_layers = self._crossings(users.ids, candidates, [stand_ins[layer] for layer in reading], fold)
+            for layer, found in zip(reading, of_layers):
                 cross_dense[layer] = torch.from_numpy(found.dense)
                 cross_ids[layer] = torch.from_numpy(found.ids)
         return Pairs(

@@ -188,6 +188,11 @@ class HSNN(nn.Module):
         assert isinstance(ensemble, LayerEnsemble)
         return ensemble.weight.device
 
+    @property
+    def reads_crossings(self) -> tuple[bool, ...]:
+        """Of every layer, whether its MoNN reads crossings where the schema has any."""
+        return tuple(self.layer(number).interaction is not None for number in range(1, self.layers + 1))
+
     def layer(self, number: int) -> MoNN:
         """The MoNN of layer ``number`` (from 1)."""
         module = self.monn[number - 1]

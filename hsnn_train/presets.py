@@ -8,7 +8,7 @@ open, and ours are chosen so that the FLOPs of a single inference stand in the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hsnn_core.errors import SchemaError
@@ -259,3 +259,8 @@ def preset(name: str) -> MoNNConfig:
     if not isinstance(name, str) or name not in PRESETS:
         raise SchemaError(f"model.layers: unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def reads_interactions(names: Sequence[str]) -> tuple[bool, ...]:
+    """Of every layer by its preset, whether its MoNN reads interactions."""
+    return tuple(preset(name).interaction is not None for name in names)

@@ -22,7 +22,7 @@ import yaml
 from hsnn_core.errors import SchemaError
 from hsnn_core.schema import Schema
 
-from .presets import preset
+from .presets import reads_interactions
 from .recipe_sections import (
     CANDIDATES,
     INDEX_METHODS,
@@ -75,7 +75,7 @@ class Recipe:
     def changes_for(self, layers: Sequence[str]) -> dict[str, Any]:
         """What ``without_interactions`` changes, as dotted keys and their values, for a model of these presets: nothing
         where one of them reads interactions."""
-        if any(preset(name).interaction is not None for name in layers):
+        if any(reads_interactions(layers)):
             return {}
         apart = self.without_interactions.items()
         return {f"{section}.{key}": value for section, values in apart for key, value in values.items()}

@@ -41,6 +41,7 @@ from .hsnn import HSNN
 from .lti import alpha_at, warmup_at
 from .negatives import ItemLists, Pools
 from .objective import Moment, Objective
+from .presets import reads_interactions
 from .recipe import Recipe
 from .refresh import index_vectors, refresh, residual_kmeans
 from .steps import (
@@ -92,9 +93,9 @@ def _first_time(dataset: Dataset, recipe: Recipe) -> np.ndarray | None:
 
 def make_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """The batch maker of a recipe, as training and evaluation use it."""
-    t = recipe.train
+    t, reads = recipe.train, reads_interactions(recipe.model.layers)
     return BatchMaker(
-        dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, t.unlabelled, t.negative_power,
+        dataset, rows_i2ifs(dataset), reads, t.negatives, t.unlabelled, t.negative_power,
         _first_time(dataset, recipe),
     )  # fmt: skip
 
@@ -123,7 +124,9 @@ def evaluation_batches(dataset: Dataset, recipe: Recipe) -> BatchMaker:
     """As training's, but negatives are uniform among the items with a training positive: what logits are calibrated
     for, whatever training drew."""
     t = recipe.train
-    return BatchMaker(dataset, rows_i2ifs(dataset), len(recipe.model.layers), t.negatives, 0, 0.0)
+    return BatchMaker(
+        dataset, rows_i2ifs(dataset), reads_interactions(recipe.model.layers), t.negatives, 0, 0.0
+    )
 
 
 class Trainer:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hsnn_train.batches import step_rng
 from hsnn_train.checkpoint import make_model
@@ -66,3 +67,20 @@ def test_labels_say_which_candidates_are_labelled(dataset, make_recipe):
     assert not batch.pairs.labelled[:, 4:].any()
     again = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7))
     assert np.array_equal(batch.candidates, again.candidates)
+
+
+def test_crossings_are_looked_up_for_the_layers_that_read_them(dataset, make_recipe):
+    """This world's item layer is two towers; where all layers read, those that do here are given the same."""
+    recipe = make_recipe()
+    every = make_recipe(model={"layers": ["small", "medium", "small"]})
+    model = make_model(recipe, dataset.transform)
+    state, _ = refresh(model, dataset.items, dataset.item_keys)
+    rows = np.arange(40)
+    some = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7)).pairs
+    all_of_them = make_batches(dataset, every).make(dataset.train, rows, state, step_rng(0, 7)).pairs
+    reads = [dense is not None for dense in some.cross_dense]
+    assert reads == [ids is not None for ids in some.cross_ids] == list(model.reads_crossings)
+    assert reads == [True, True, False]
+    for layer in (0, 1):
+        assert torch.equal(some.cross_dense[layer], all_of_them.cross_dense[layer])
+        assert torch.equal(some.cross_ids[layer], all_of_them.cross_ids[layer])
