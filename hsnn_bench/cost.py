@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hsnn_core.features import Encoded
 from hsnn_core.index import HierarchicalIndex
-from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.checkpoint import load_run
@@ -74,11 +72,7 @@ def _asker(index: HierarchicalIndex, scorer: LayerScorer, asked: Requests, recip
     k = min(recipe.search.k, asked.items)
 
     def ask(number: int) -> SearchResult:
-        part = slice(number, number + 1)
-        users = Encoded(asked.users.dense[part], asked.users.ids[part])
-        mask, allowed = asked.eligible(part), None
-        if mask is not None:
-            allowed = MaskFilter(index, mask[:, index.row_of_position])
+        users, _, allowed = asked.asked_of(slice(number, number + 1), index)
         return search(index, scorer, users, widths, k, recipe.schema.rank, allowed, adapt=False)
 
     return ask

@@ -14,14 +14,12 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.exhaustive import exhaustive
-from hsnn_core.features import Encoded
-from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.requests import evaluation_requests
 
 from .batches import IndexState
-from .calibration import LEAST_PAIRS, fit, newton
+from .calibration import LEAST_PAIRS, fit, newton, standard
 from .ensemble import LayerEnsemble, columns
 from .evaluate import Pointwise
 from .hsnn import HSNN
@@ -70,12 +68,7 @@ def node_pairs(
     found: list[list[NodePairs]] = [[] for _ in ancestors]
     for start in tqdm(range(0, len(requests), REQUESTS_PER_CALL), desc=progress, disable=not progress):
         part = slice(start, start + REQUESTS_PER_CALL)
-        users = Encoded(requests.users.dense[part], requests.users.ids[part])
-        mask, allowed = requests.eligible(part), None
-        eligible = np.ones((len(users), requests.items), dtype=bool)
-        if mask is not None:
-            eligible = mask[:, index.row_of_position]
-            allowed = MaskFilter(index, eligible)
+        users, eligible, allowed = requests.asked_of(part, index)
         seen.clear()
         best = exhaustive(index, scorer, users, k, recipe.schema.rank, allowed)
         for above, (of_layer, pairs) in enumerate(zip(ancestors, found)):
@@ -126,14 +119,12 @@ def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise, rank: np.nd
 def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:
     """The weights (F,) of ``given`` (S, F), both float64, that tell best, in log loss with a shift, the pairs that
     ``holds`` (S,) bool names from the others. What does not vary has weight 0."""
-    mean, deviation = given.mean(0), given.std(0)
-    told = deviation > 0
-    design = np.column_stack([(given[:, told] - mean[told]) / deviation[told], np.ones(len(given))])
+    scaled, deviation = standard(given)
+    design = np.column_stack([scaled, np.ones(len(given))])
     ridge = np.full(design.shape[1], RIDGE)
     ridge[-1] = 0.0
     found = newton(design, np.zeros(len(given)), holds.astype(np.float64), ridge, np.zeros(design.shape[1]))
-    weights = np.zeros(given.shape[1])
-    weights[told] = found[:-1] / deviation[told]
+    weights: np.ndarray = found[:-1] / deviation
     return weights
 
 

@@ -48,9 +48,8 @@ def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.
     (S,) and crossings (S, D), all float64, by Newton's method. At the minimum the predicted mean equals the observed
     one. Where the best a would not be positive, it is set to `LEAST_SCALE`, and without crossings the order is kept. A
     crossing that never varies, or is other than 0 for too few pairs, has weight 0."""
-    mean, deviation = crossings.mean(0), crossings.std(0)
-    told = (deviation > 0) & (np.count_nonzero(crossings, axis=0) >= LEAST_PAIRS)
-    scaled = (crossings[:, told] - mean[told]) / deviation[told]
+    told = np.count_nonzero(crossings, axis=0) >= LEAST_PAIRS
+    scaled, deviation = standard(crossings * told)
     design = np.column_stack([z, scaled, np.ones_like(z)])
     start = np.zeros(design.shape[1])
     start[0] = 1.0
@@ -60,9 +59,16 @@ def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.
     if found[0] < LEAST_SCALE:
         rest = newton(design[:, 1:], LEAST_SCALE * z, y, ridge[1:], start[1:])
         found = np.concatenate([[LEAST_SCALE], rest])
-    weights = np.zeros(crossings.shape[1])
-    weights[told] = found[1:-1] / deviation[told]
-    return float(found[0]), weights, float(found[-1] - weights @ mean)
+    weights = found[1:-1] / deviation
+    return float(found[0]), weights, float(found[-1] - weights @ crossings.mean(0))
+
+
+def standard(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (S, F) with mean 0 and deviation 1, and the deviations (F,) that they had; infinite where a column does
+    not vary, so that it becomes 0 and any weight of it too."""
+    deviation = columns.std(0)
+    deviation[deviation == 0] = np.inf
+    return (columns - columns.mean(0)) / deviation, deviation
 
 
 def newton(

@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from hsnn_core.corpus import Corpus, build_corpus
 from hsnn_core.exhaustive import exhaustive
-from hsnn_core.features import Encoded
-from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_core.search import SearchResult, search
 from hsnn_train.data.dataset import Dataset
@@ -78,13 +76,8 @@ def retrieval(
     eligible, seconds = 0, 0.0
     for start in tqdm(range(0, len(requests), USERS_PER_CALL), desc="retrieve", disable=not progress):
         part = slice(start, start + USERS_PER_CALL)
-        users = Encoded(requests.users.dense[part], requests.users.ids[part])
-        mask, allowed = requests.eligible(part), None
-        if mask is None:
-            eligible += len(users) * requests.items
-        else:
-            eligible += int(mask.sum())
-            allowed = MaskFilter(corpus.index, mask[:, corpus.index.row_of_position])
+        users, candidates, allowed = requests.asked_of(part, corpus.index)
+        eligible += int(candidates.sum())
         began = time.perf_counter()
         found.append(search(corpus.index, scorer, users, widths, k, rank, allowed, adapt=False))
         seconds += time.perf_counter() - began

@@ -26,6 +26,8 @@ import numpy as np
 
 from hsnn_core.errors import DataError
 from hsnn_core.features import Encoded
+from hsnn_core.index import HierarchicalIndex
+from hsnn_core.item_filter import ItemFilter, MaskFilter
 
 from .dataset import Dataset, Examples
 
@@ -74,6 +76,17 @@ class Requests:
         of_request = np.repeat(np.arange(len(known)), [len(rows) for rows in known])
         mask[of_request, np.concatenate([*known, np.empty(0, np.int32)])] = False
         return mask
+
+    def asked_of(
+        self, part: slice, index: HierarchicalIndex
+    ) -> tuple[Encoded, np.ndarray, ItemFilter | None]:
+        """The requests ``part`` (b of them) as a search of ``index`` takes them: users, their candidates (b, V) bool
+        by position, and these as a filter; None for one when all items are."""
+        users, mask = Encoded(self.users.dense[part], self.users.ids[part]), self.eligible(part)
+        if mask is None:
+            return users, np.ones((len(users), self.items), dtype=bool), None
+        by_position = mask[:, index.row_of_position]
+        return users, by_position, MaskFilter(index, by_position)
 
 
 def evaluation_requests(

@@ -13,7 +13,7 @@ from hsnn_train.beam import fit_beam, node_pairs, order
 from hsnn_train.calibration import calibrate, fit
 from hsnn_train.data.requests import evaluation_requests
 from hsnn_train.evaluate import pointwise, pointwise_report
-from hsnn_train.retrieval import corpus_of
+from hsnn_train.retrieval import corpus_of, retrieval
 from hsnn_train.runner import TorchRunner
 from hsnn_train.trainer import Trainer, evaluation_batches
 
@@ -90,6 +90,18 @@ def test_nodes_that_hold_the_best_items_come_first_and_labels_still_set_the_scal
     after = surprise()
     fit_beam(model, node_pairs(model, dataset, recipe, state), values(), recipe.schema.rank)
     assert surprise() == pytest.approx(after), "a second fit changes nothing"
+
+
+def test_a_narrow_beam_keeps_more_of_what_exhaustive_search_finds(trained, dataset, make_recipe):
+    model, recipe, state, values = trained
+    narrow = make_recipe(train={"max_steps": 60}, search={"candidates": "new", "widths": [2, 4], "max_k": 10})
+
+    def kept():
+        return retrieval(model, dataset, narrow, state, "test")["search_recall"]["@10"]
+
+    before = kept()
+    fit_beam(model, node_pairs(model, dataset, recipe, state), values(), recipe.schema.rank)
+    assert kept() > before + 0.05
 
 
 def test_what_cannot_be_told_is_left_alone(trained, dataset, make_recipe, tmp_path):
