@@ -71,8 +71,6 @@ class ColumnScorer(nn.Module):
         # Which floats of a packed embedding the towers read: one product with all of it is quicker than slices of it.
         select = torch.eye(monn.item_width)[monn.item_vector_width :]
         self.register_buffer("node", select, persistent=False)
-        crossed = torch.cat([ensemble.crossing, ensemble.product], dim=1).T
-        self.register_buffer("crossed", crossed, persistent=False)
         self.register_buffer("earlier", _weights_of_earlier(ensemble.weight.detach()), persistent=False)
 
     def forward(
@@ -109,14 +107,13 @@ class ColumnScorer(nn.Module):
             tokens = monn.user_align(tokens)
         own = logits + _over(self.over, tokens, pair)  # (B, T, C)
 
-        # Each layer's logits times their weights, added up (paper §3.1), and what crossings add to it.
+        # The ensemble is linear: each layer's logits times their weights, added up (paper §3.1).
         weight = self.ensemble.weight  # (l, T)
         total = own * weight[-1].unsqueeze(-1) + self.ensemble.bias.unsqueeze(-1)
         if previous is not None:
             total = total + torch.matmul(self.earlier, previous.transpose(-1, -2))  # type: ignore[arg-type]
         if cross_dense is not None and self.ensemble.reads_crossings:
-            read = torch.matmul(self.crossed, cross_dense.transpose(-1, -2))  # type: ignore[arg-type]  # (B, 2T, C)
-            total = total + read[:, : self.tasks] + read[:, self.tasks :] * own
+            total = total + torch.matmul(self.ensemble.crossing.T, cross_dense.transpose(-1, -2))
         return own.transpose(-1, -2), total.transpose(-1, -2)
 
 

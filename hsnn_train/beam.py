@@ -20,7 +20,7 @@ from hsnn_train.data.requests import evaluation_requests
 
 from .batches import IndexState
 from .calibration import LEAST_PAIRS, fit, newton, standard
-from .ensemble import LayerEnsemble, columns
+from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
 from .recipe import Recipe
@@ -92,11 +92,10 @@ def node_pairs(
 @torch.no_grad()
 def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise, rank: np.ndarray) -> None:
     """Give every ensemble above the items the weights, of MoNN logits and of crossings, that tell best in log loss
-    which nodes hold the best items (docs/log.md: products of the two would cost search recall), then the scale and the
-    shift with which it is calibrated on ``values``, whose ``parts`` are needed (else ValueError). Every task that
-    raises a search's score, its ``rank`` (T,) being positive, learns this order; the others, a layer with fewer than
-    `LEAST_PAIRS` nodes that hold any or that hold none, and a task of which every label is the same, are left as they
-    are."""
+    which nodes hold the best items, then the scale and the shift with which it is calibrated on ``values``, whose
+    ``parts`` are needed (else ValueError). Every task that raises a search's score, its ``rank`` (T,) being positive,
+    learns this order; the others, a layer with fewer than `LEAST_PAIRS` nodes that hold any or that hold none, and a
+    task of which every label is the same, are left as they are."""
     if values.monn is None:
         raise ValueError("fit_beam: expected values with their parts")
     for layer, given in enumerate(pairs):
@@ -106,20 +105,19 @@ def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise, rank: np.nd
             continue
         for t in np.flatnonzero(np.asarray(rank) > 0):
             y = values.labels[:, t].astype(np.float64)
-            known = columns(given.monn[:, :, t], given.crossings)
-            weights = np.zeros(known.shape[1])
-            alone = slice(known.shape[1] - len(ensemble.product))
-            weights[alone] = order(known[:, alone], given.holds)
-            z = columns(values.monn[: layer + 1, :, t].T, values.crossings[layer]) @ weights
+            weights = order(np.concatenate([given.monn[:, :, t], given.crossings], axis=1), given.holds)
+            z = np.concatenate([values.monn[: layer + 1, :, t].T, values.crossings[layer]], axis=1) @ weights
             if 0.0 < y.mean() < 1.0 and z.std() > 0:
                 scale, _, shift = fit(z, np.empty((len(y), 0)), y)
-                ensemble.weigh(t, scale * weights, shift)
+                ensemble.weight[:, t] = torch.from_numpy(scale * weights[: layer + 1])
+                ensemble.crossing[:, t] = torch.from_numpy(scale * weights[layer + 1 :])
+                ensemble.bias[t] = shift
 
 
 def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:
-    """The weights (F,) of ``given`` (S, F), both float64, that tell best, in log loss with a shift, the pairs that
-    ``holds`` (S,) bool names from the others. What does not vary has weight 0."""
-    scaled, deviation = standard(given)
+    """The weights (F,) float64 of ``given`` (S, F) that tell best, in log loss with a shift, the pairs that ``holds``
+    (S,) bool names from the others. What does not vary has weight 0."""
+    scaled, deviation = standard(given.astype(np.float64))
     design = np.column_stack([scaled, np.ones(len(given))])
     ridge = np.full(design.shape[1], RIDGE)
     ridge[-1] = 0.0

@@ -2,7 +2,7 @@
 
 Two towers, and so an OverArch on top of them, know the impressions that they were trained on better than any they will
 see; beside that, crossings look weaker in training than they are. So what a crossing is worth beside the networks is
-settled here, with a scale, a shift and two weights per dense crossing. Above the items `hsnn_train.beam` fits anew what
+settled here, with a scale, a shift and one weight per dense crossing. Above the items `hsnn_train.beam` fits anew what
 ranks, and this is what is left where it has nothing to go by.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .ensemble import LayerEnsemble, columns
+from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
 
@@ -23,24 +23,24 @@ LEAST_SCALE = 1e-3
 
 @torch.no_grad()
 def calibrate(model: HSNN, values: Pointwise) -> None:
-    """Fit every layer's and task's ensemble to ``values``, of a validation split, in log loss: what it makes of logits
-    is scaled and shifted (Platt 1999), and the crossings that it reads, alone and times the layer's own logit, get
-    their weights. A task of which every label is the same is left as it is. Raises ValueError where ensembles read
-    crossings and ``values`` have no parts."""
+    """Fit every layer's and task's ensemble to ``values``, of a validation split, in log loss: its logits are scaled
+    and shifted (Platt 1999) and the crossings that it reads get their weights. A task of which every label is the same
+    is left as it is. Raises ValueError where ensembles read crossings and ``values`` have no parts."""
     for layer, ensemble in enumerate(model.ensemble):
         assert isinstance(ensemble, LayerEnsemble)
-        if ensemble.reads_crossings and values.monn is None:
+        if ensemble.reads_crossings and not values.crossings:
             raise ValueError("calibrate: the ensembles read crossings, expected values with their parts")
+        given = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
+        crossings = given.astype(np.float64)
         for t in range(model.tasks):
-            z, read = values.logits[layer, :, t].astype(np.float64), np.empty((len(values.labels), 0))
-            weight, bias = ensemble.weight[:, t].cpu().numpy().astype(np.float64), float(ensemble.bias[t])
-            if ensemble.reads_crossings and values.monn is not None:
-                given = columns(values.monn[: layer + 1, :, t].T, values.crossings[layer])
-                z, read = given[:, : layer + 1] @ weight + bias, given[:, layer + 1 :]
+            added = crossings @ ensemble.crossing[:, t].cpu().numpy()
+            z = values.logits[layer, :, t].astype(np.float64) - added
             y = values.labels[:, t].astype(np.float64)
             if 0.0 < y.mean() < 1.0 and z.std() > 0:
-                scale, weights, shift = fit(z, read, y)
-                ensemble.weigh(t, np.concatenate([scale * weight, weights]), bias * scale + shift)
+                scale, weights, shift = fit(z, crossings, y)
+                ensemble.weight[:, t] *= scale
+                ensemble.bias[t] = ensemble.bias[t] * scale + shift
+                ensemble.crossing[:, t] = torch.from_numpy(weights)
 
 
 def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:

@@ -33,7 +33,6 @@ def model_of(layers: list[str], folder: Path) -> tuple[HSNN, dict[str, np.ndarra
                 torch.nn.init.normal_(parameter, std=0.5)
         for ensemble in run.model.ensemble:
             ensemble.crossing.normal_(std=0.5)
-            ensemble.product.normal_(std=0.5)
         for layer in range(1, len(layers) + 1):
             over = run.model.layer(layer).over
             if isinstance(over, DHENOverArch):

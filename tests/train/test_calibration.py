@@ -6,8 +6,8 @@ import torch
 
 from hsnn_train.calibration import calibrate, fit
 from hsnn_train.checkpoint import load_run
-from hsnn_train.ensemble import LayerEnsemble, columns
-from hsnn_train.evaluate import Pointwise, pointwise, pointwise_report
+from hsnn_train.ensemble import LayerEnsemble
+from hsnn_train.evaluate import pointwise, pointwise_report
 from hsnn_train.trainer import Trainer, evaluation_batches
 
 NO_CROSSINGS = np.empty((20_000, 0))
@@ -68,52 +68,17 @@ def test_few_pairs_settle_little_and_rare_crossings_nothing():
     assert fit(rng.normal(size=20_000), rare, y)[1] > 1.0
 
 
-def test_an_ensemble_adds_crossings_and_their_products_with_its_own_logit():
-    ensemble = LayerEnsemble(2, 2, 3)
-    logits, dense = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 3)
+def test_an_ensemble_adds_the_crossings_that_it_has_weights_for():
+    ensemble = LayerEnsemble(1, 2, 3)
+    logits, dense = torch.randn(2, 4, 1, 2), torch.randn(2, 4, 3)
     assert torch.equal(ensemble(logits, dense), ensemble(logits)), "none before calibration"
     ensemble.crossing[:] = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    ensemble.product[:] = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
     added = ensemble(logits, dense) - ensemble(logits)
-    own = logits[:, :, 1]  # of layer 2
-    expected = torch.stack([dense[..., 0] + 0.5 * dense[..., 1] * own[..., 0], 2 * dense[..., 1]], -1)
-    assert torch.allclose(added, expected, atol=1e-6)
-    before = {name: ensemble.state_dict()[name] for name in ("weight", "bias")}
-    fresh = LayerEnsemble(2, 2, 3)
+    assert torch.allclose(added, torch.stack([dense[..., 0], 2 * dense[..., 1]], -1), atol=1e-6)
+    before = {name: value for name, value in ensemble.state_dict().items() if name != "crossing"}
+    fresh = LayerEnsemble(1, 2, 3)
     fresh.load_state_dict(before)
-    assert not fresh.crossing.any() and not fresh.product.any()
-
-
-def test_columns_are_what_an_ensemble_weighs():
-    ensemble = LayerEnsemble(3, 2, 4)
-    logits, dense = torch.randn(50, 3, 2), torch.randn(50, 4)
-    rng = np.random.default_rng(3)
-    weights, biases = rng.normal(size=(2, 3 + 4 + 4)), (0.5, -2.0)
-    with torch.no_grad():
-        for task in (0, 1):
-            ensemble.weigh(task, weights[task], biases[task])
-        said = ensemble(logits[None], dense[None])[0].numpy()
-    for task in (0, 1):
-        given = columns(logits[:, :, task].numpy(), dense.numpy())
-        assert said[:, task] == pytest.approx(given @ weights[task] + biases[task], abs=1e-5)
-
-
-def test_a_crossing_that_counts_the_more_the_higher_the_logit_is_found_to(dataset, make_recipe, tmp_path):
-    """Labels drawn so that a crossing is worth .5 z beside the logit z; calibration says so."""
-    recipe = make_recipe(train={"max_steps": 2})
-    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
-    model, batches = trainer.train(), evaluation_batches(dataset, recipe)
-    seen = pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
-    rng, width = np.random.default_rng(4), seen.crossings[0].shape[1]
-    monn = rng.normal(size=(3, 80_000, 2)).astype(np.float32)
-    crossing = rng.random((80_000, width)).astype(np.float32)
-    z = monn[0] * (1 + 0.5 * crossing[:, :1]) - 1
-    labels = (rng.random(z.shape) < 1 / (1 + np.exp(-z))).astype(np.float32)
-    calibrate(model, Pointwise(monn.copy(), labels, monn, (crossing, crossing, np.empty((80_000, 0)))))
-    ensemble = model.ensemble[0]
-    assert ensemble.product[0].numpy() == pytest.approx(0.5, abs=0.12)
-    assert ensemble.product[1:].abs().max() < 0.12
-    assert ensemble.crossing.abs().max() < 0.12
+    assert not fresh.crossing.any()
 
 
 def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_nothing(
@@ -135,12 +100,10 @@ def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_not
     reads = [ensemble.reads_crossings for ensemble in model.ensemble]
     assert reads == [True, True, False], "the item layer of this recipe is two towers"
     assert [bool(ensemble.crossing.any()) for ensemble in model.ensemble] == reads
-    assert [bool(ensemble.product.any()) for ensemble in model.ensemble] == reads
-    first = [(ensemble.crossing.clone(), ensemble.product.clone()) for ensemble in model.ensemble]
+    crossing = [ensemble.crossing.clone() for ensemble in model.ensemble]
     calibrate(model, values())
-    for ensemble, (crossing, product) in zip(model.ensemble, first):
-        assert torch.allclose(ensemble.crossing, crossing, rtol=0.02, atol=0.02)
-        assert torch.allclose(ensemble.product, product, rtol=0.02, atol=0.02)
+    for ensemble, first in zip(model.ensemble, crossing):
+        assert torch.allclose(ensemble.crossing, first, rtol=0.02, atol=0.02)
     with pytest.raises(ValueError, match="the ensembles read crossings, expected values with their parts"):
         calibrate(model, pointwise(model, batches, dataset.valid, trainer.state, 1))
 
@@ -155,11 +118,7 @@ def test_a_run_that_was_calibrated_otherwise_is_loaded_and_is_calibrated_anew(da
     assert Trainer(recipe, dataset, tmp_path / "run", resume=True, progress=False).calibrated
     state = torch.load(path, weights_only=True)
     state["calibrated"] = True  # as before crossings had weights
-    state["model"] = {
-        name: value
-        for name, value in state["model"].items()
-        if name.split(".")[-1] not in ("crossing", "product")
-    }
+    state["model"] = {name: value for name, value in state["model"].items() if "crossing" not in name}
     torch.save(state, path)
     assert not Trainer(recipe, dataset, tmp_path / "run", resume=True, progress=False).calibrated
     assert not load_run(tmp_path / "run").model.ensemble[0].crossing.any()

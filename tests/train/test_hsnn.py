@@ -23,7 +23,6 @@ def world(dataset, make_recipe):
     model = make_model(recipe, dataset.transform)
     for ensemble in model.ensemble:
         ensemble.crossing.normal_()  # as after calibration
-        ensemble.product.normal_()
     v = index_vectors(model, dataset.items)
     model.lti.set_codebooks(residual_kmeans(v, model.lti.sizes, 0))
     state, _ = refresh(model, dataset.items, dataset.item_keys)
