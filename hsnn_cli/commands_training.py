@@ -154,6 +154,7 @@ def train_and_evaluate(
     from hsnn_train import evaluate as ev
     from hsnn_train.beam import fit_beam, node_pairs
     from hsnn_train.calibration import calibrate
+    from hsnn_train.item_order import fit_items, item_lists
     from hsnn_train.plots import index_over_training, node_occupancy, training_curves
     from hsnn_train.trainer import CPU, Interrupted, Trainer, evaluation_batches
 
@@ -170,6 +171,8 @@ def train_and_evaluate(
                 model, batches, dataset.valid, trainer.state, seed, progress="calibrate", parts=True
             )
             calibrate(model, values)
+            lists = item_lists(model, dataset, recipe, trainer.state, progress="calibrate the items' order")
+            fit_items(model, lists, values, recipe.schema.rank)
             pairs = node_pairs(model, dataset, recipe, trainer.state, progress="calibrate the beam")
             fit_beam(model, pairs, values, recipe.schema.rank)
             trainer.calibrated = True

@@ -11,12 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from hsnn_core.exhaustive import exhaustive
-from hsnn_core.scorer import LayerScorer
 from hsnn_train.data.dataset import Dataset
-from hsnn_train.data.requests import evaluation_requests
 
 from .batches import IndexState
 from .calibration import LEAST_PAIRS, fit, newton, standard
@@ -24,14 +20,12 @@ from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
 from .recipe import Recipe
-from .retrieval import corpus_of
-from .runner import TorchRunner
+from .searched import searched
 
 REQUESTS = 100
 #: The best items of a request, which its nodes should hold: what search recall is measured at. A model is calibrated
 #: once, so this is no setting of a search.
 BEST = 100
-REQUESTS_PER_CALL = 8
 #: Drawn among the nodes of a request without any of its best items; those with one are all taken.
 OTHER_NODES = 1000
 #: Of the mean log loss, on inputs of deviation 1: it settles inputs that say the same, and hardly more.
@@ -55,32 +49,25 @@ def node_pairs(
     items by exhaustive search, and some, drawn by the recipe's seed, that do not. A node without any item that the
     request may get is left out, as the search leaves it out. An empty list without requests or without layers above
     the items. ``progress`` names a progress bar."""
-    requests = evaluation_requests(dataset, "valid", recipe.search.candidates, REQUESTS)
-    if model.layers == 1 or not len(requests):
+    if model.layers == 1:
         return []
-    corpus = corpus_of(model, dataset, state)
-    index = corpus.index
-    seen = _Seen(model)
-    scorer = LayerScorer(index, corpus.i2if, corpus.embeddings, seen)
-    k = min(BEST, requests.items)
+    above = range(1, model.layers)
+    index, parts = searched(model, dataset, recipe, state, REQUESTS, BEST, above, progress)
     rng = np.random.default_rng([recipe.train.seed, 5])
-    ancestors = [index.ancestors(layer) for layer in range(1, model.layers)]
+    ancestors = [index.ancestors(layer) for layer in above]
     found: list[list[NodePairs]] = [[] for _ in ancestors]
-    for start in tqdm(range(0, len(requests), REQUESTS_PER_CALL), desc=progress, disable=not progress):
-        part = slice(start, start + REQUESTS_PER_CALL)
-        users, eligible, allowed = requests.asked_of(part, index)
-        seen.clear()
-        best = exhaustive(index, scorer, users, k, recipe.schema.rank, allowed)
-        for above, (of_layer, pairs) in enumerate(zip(ancestors, found)):
-            monn, crossings = seen.of_layer(above)
-            for user in range(len(users)):
+    for part in parts:
+        for of_layer, pairs, (monn, crossings) in zip(ancestors, found, part.seen):
+            for user, eligible in enumerate(part.eligible):
                 holds = np.zeros(monn.shape[1], dtype=bool)
-                holds[of_layer[best.positions[user, : best.valid[user]]]] = True
+                holds[of_layer[part.best.positions[user, : part.best.valid[user]]]] = True
                 alive = np.zeros(monn.shape[1], dtype=bool)
-                alive[of_layer[eligible[user]]] = True
+                alive[of_layer[eligible]] = True
                 others = np.flatnonzero(alive & ~holds)
                 chosen = np.concatenate([np.flatnonzero(holds), rng.permutation(others)[:OTHER_NODES]])
                 pairs.append(NodePairs(monn[user, chosen], crossings[user, chosen], holds[chosen]))
+    if not found[0]:
+        return []
     return [
         NodePairs(
             *(np.concatenate([getattr(p, name) for p in pairs]) for name in ("monn", "crossings", "holds"))
@@ -124,35 +111,3 @@ def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:
     found = newton(design, np.zeros(len(given)), holds.astype(np.float64), ridge, np.zeros(design.shape[1]))
     weights: np.ndarray = found[:-1] / deviation
     return weights
-
-
-class _Seen(TorchRunner):
-    """A runner that keeps, above the items, what the ensembles were given, all nodes of a layer in order."""
-
-    def __init__(self, model: HSNN) -> None:
-        super().__init__(model)
-        self.clear()
-
-    def clear(self) -> None:
-        self._monn: list[list[np.ndarray]] = [[] for _ in range(self.model.layers - 1)]
-        self._crossings: list[list[np.ndarray]] = [[] for _ in range(self.model.layers - 1)]
-
-    def score(self, layer: int, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        monn, logits = super().score(layer, inputs)
-        if layer < self.model.layers:
-            ensemble = self.model.ensemble[layer - 1]
-            assert isinstance(ensemble, LayerEnsemble)
-            so_far = [inputs["previous"], monn] if layer > 1 else [monn]
-            self._monn[layer - 1].append(np.concatenate(so_far, axis=2))
-            reads = (
-                inputs["cross_dense"]
-                if ensemble.reads_crossings
-                else np.empty((*monn.shape[:2], 0), np.float32)
-            )
-            self._crossings[layer - 1].append(reads)
-        return monn, logits
-
-    def of_layer(self, above: int) -> tuple[np.ndarray, np.ndarray]:
-        """MoNN logits (B, I_l, l, T) and dense crossings (B, I_l, D) of layer l = above + 1."""
-        monn = np.concatenate(self._monn[above], axis=1)
-        return monn.reshape(*monn.shape[:2], above + 1, -1), np.concatenate(self._crossings[above], axis=1)

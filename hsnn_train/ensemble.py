@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 #: How calibration fits ensembles, kept with what it fitted: 1 a scale and a shift, 2 weights of crossings too, 3 those
-#: above the items to the order that the beam needs.
-CALIBRATION = 3
+#: above the items to the order that the beam needs, 4 those of items to whole requests where a log has positives alone.
+CALIBRATION = 4
 
 
 class LayerEnsemble(nn.Module):
