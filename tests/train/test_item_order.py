@@ -24,8 +24,10 @@ RANK = np.array([1.0, 0.0])
 @pytest.fixture
 def trained(dataset, make_recipe, tmp_path, monkeypatch):
     """A calibrated model whose item layer reads crossings, its recipe, its index, and what it says of validation. Lists
-    are of twenty items: a thousand would be all of this world."""
+    are of twenty items: a thousand would be all of this world, in which some 18 find
+    what they want."""
     monkeypatch.setattr("hsnn_train.item_order.BEST", 20)
+    monkeypatch.setattr("hsnn_train.item_order.LEAST_PAIRS", 5)
     recipe = make_recipe(
         model={"layers": ["small", "small", "small"]},
         train={"max_steps": 60, "pool": 40, "negatives": 4, "unlabelled": 0},
@@ -48,7 +50,7 @@ def surprise(model, lists):
         lists.monn @ ensemble.weight[:, 0].detach().numpy()
         + lists.crossings @ ensemble.crossing[:, 0].numpy()
     )
-    z = np.where(lists.there, z.astype(np.float64), -np.inf)
+    z = np.where(lists.there, z.astype(np.float64) / z[lists.there].std(), -np.inf)
 
     def at(scale):
         log_p = scale * z - np.log(np.exp(scale * z).sum(1, keepdims=True))
