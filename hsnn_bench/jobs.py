@@ -1,8 +1,8 @@
 """One training with its evaluation: where it is kept, whether it is done, what it is expected to cost.
 
 A job's folder is named after what is trained, not after the table that asks for it, so rows that two tables share are
-trained once. What only evaluation reads (`EVALUATION_ONLY`) is left out of the name: other widths are evaluated
-anew on the model that is there.
+trained once. What only calibration and evaluation read (`CALIBRATION_ONLY`, `EVALUATION_ONLY`) is left out of the name:
+the model that is there is calibrated and evaluated anew.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from statistics import fmean
 from typing import Any
 
 from hsnn_core.files import write_bytes
-from hsnn_train.ensemble import CALIBRATION
+from hsnn_train.ensemble import calibrated_as
 from hsnn_train.recipe import Recipe
 
 from .model_flops import model_flops
 
 #: Entries of a recipe that training and calibration never read; a test trains twice to see that it is so.
 EVALUATION_ONLY = ("search.widths", "search.k", "search.max_k", "search.requests")
+#: Entries that calibration alone reads.
+CALIBRATION_ONLY = ("train.order",)
+AFTER_TRAINING = (*EVALUATION_ONLY, *CALIBRATION_ONLY)
 
 DONE, METRICS, CHECKPOINT, JOB, LOG = "done.json", "metrics.json", "checkpoint.pt", "job.json", "worker.log"
 
@@ -51,7 +54,7 @@ def key(recipe: Recipe, work: Path, without: tuple[str, ...] = ()) -> str:
 
 def evaluation_key(recipe: Recipe, work: Path) -> str:
     """`key`, and how models are calibrated before they are evaluated."""
-    return f"{key(recipe, work)}-{CALIBRATION}"
+    return f"{key(recipe, work, CALIBRATION_ONLY)}-{calibrated_as(recipe.train.order)}"
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,13 @@ class Job:
     def folder(self) -> Path:
         """The run directory: runs/bench/beauty/cpu_s+cpu_xs-joint-s1-0123456789ab."""
         model, seed = self.recipe.model, self.recipe.train.seed
-        name = (
-            f"{'+'.join(model.layers)}-{model.index}-s{seed}-{key(self.recipe, self.work, EVALUATION_ONLY)}"
-        )
+        name = f"{'+'.join(model.layers)}-{model.index}-s{seed}-{key(self.recipe, self.work, AFTER_TRAINING)}"
         return self.work / self.recipe.name / name
 
     @property
     def model_key(self) -> str:
         """The same for all seeds of a model."""
-        return key(self.recipe, self.work, (*EVALUATION_ONLY, "train.seed"))
+        return key(self.recipe, self.work, (*AFTER_TRAINING, "train.seed"))
 
     def record(self) -> dict[str, Any] | None:
         """What the worker left when it was done ({"evaluated", "commit", "minutes"}), None when it is not done, or was

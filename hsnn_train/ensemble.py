@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 
 #: How calibration fits ensembles, kept with what it fitted: 1 a scale and a shift, 2 weights of crossings too, 3 those
-#: above the items to the order that the beam needs, 4 those of items to whole requests where a log has positives alone.
-CALIBRATION = 4
+#: above the items to the order that the beam needs.
+CALIBRATION = 3
+
+
+def calibrated_as(order: str) -> int | str:
+    """What a calibrated model keeps of how it was calibrated, with the recipe's ``train.order``."""
+    return CALIBRATION if order == "labels" else f"{CALIBRATION}-{order}"
 
 
 class LayerEnsemble(nn.Module):

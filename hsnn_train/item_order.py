@@ -1,4 +1,4 @@
-"""The order of items, where a log has positives alone: the item layer's ensemble is fitted to whole requests.
+"""The order of items: where a recipe says so (``train.order``), the item layer's ensemble is fitted to whole requests.
 
 Calibration fits it to labels, and where all negatives are drawn, they say what tells a positive from an item of the
 corpus, not what tells it from the best of the others: of a few numbers that have to do for both, those that are right
@@ -44,12 +44,12 @@ class Lists:
 def item_lists(
     model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, progress: str = ""
 ) -> Lists | None:
-    """The best `BEST` items of `REQUESTS` validation requests. None where the log has negatives of its own (a recipe
-    without ``train.pool``), where one logit is all that ranks, and without requests. ``progress`` names a progress
+    """The best `BEST` items of `REQUESTS` validation requests. None where the recipe says
+    so (``train.order``), where one logit is all that ranks, and without requests. ``progress`` names a progress
     bar."""
     ensemble = model.ensemble[-1]
     assert isinstance(ensemble, LayerEnsemble)
-    if not recipe.train.pool or (model.layers == 1 and not ensemble.reads_crossings):
+    if recipe.train.order != "requests" or (model.layers == 1 and not ensemble.reads_crossings):
         return None
     index, parts = searched(model, dataset, recipe, state, REQUESTS, BEST, [model.layers], progress)
     found = []

@@ -14,6 +14,7 @@ from .presets import MoNNConfig, preset
 
 INDEX_METHODS = ("joint", "kmeans", "em", "hierarchy")
 CANDIDATES = ("all", "new", "seen_before")
+ORDERS = ("labels", "requests")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class TrainConfig:
             one; heat: by how much both sides are softened for it.
         balance: weight of the FLOPs regulariser; 0 switches it off.
         em_rounds: k-means rounds of method "em".
+        order: what the item layer's ensemble is fitted to once all is trained: "labels", or "requests", which want
+            their items first among the best (`item_order`); the latter for logs of positives alone.
     """
 
     epochs: int = 2
@@ -113,6 +116,7 @@ class TrainConfig:
     balance: float = 0.2
     interaction_pull: float = 0.1
     em_rounds: int = 3
+    order: str = "labels"
     checkpoint_steps: int = 500
 
     @property
@@ -230,6 +234,12 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
         share = getattr(model, key)
         if not 0 <= share < 1:
             raise SchemaError(f"model.{key}: got {share!r}, expected a share of at least 0 and below 1")
+    if train.order not in ORDERS:
+        raise SchemaError(f"train.order: got {train.order!r}, expected {' or '.join(ORDERS)}")
+    if train.order == "requests" and not train.pool:
+        raise SchemaError(
+            "train.order: requests is for logs of positives alone; set train.pool too, or labels"
+        )
     if train.pool and not train.negatives:
         raise SchemaError("train.pool: is for logs of positives alone; set train.negatives (8, say) too")
     if train.pool and train.unlabelled:

@@ -35,7 +35,7 @@ from .checkpoint import (
     save_inputs,
     without_nan,
 )
-from .ensemble import CALIBRATION
+from .ensemble import calibrated_as
 from .guards import deterministic, interrupt_flag
 from .hsnn import HSNN
 from .lti import alpha_at, warmup_at
@@ -233,7 +233,7 @@ class Trainer:
             "schema_hash": self.recipe.schema.hash,
             "step": self.step,
             "finished": self.finished,
-            "calibrated": CALIBRATION if self.calibrated else 0,
+            "calibrated": calibrated_as(self.recipe.train.order) if self.calibrated else 0,
             "examples": len(self.dataset.train),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -271,7 +271,9 @@ class Trainer:
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
         self.step = int(saved["step"])
         self.finished = bool(saved.get("finished", False))
-        self.calibrated = saved.get("calibrated") == CALIBRATION  # else it is fitted anew
+        self.calibrated = saved.get("calibrated") == calibrated_as(
+            self.recipe.train.order
+        )  # else it is fitted anew
         self.history = list(saved["history"])
 
     # The loop.

@@ -13,8 +13,8 @@ from halves_world import SCHEMA
 
 from hsnn_bench import workers
 from hsnn_bench.jobs import (
+    AFTER_TRAINING,
     DONE,
-    EVALUATION_ONLY,
     JOB,
     LOG,
     METRICS,
@@ -55,6 +55,7 @@ if seed == 3:
         (folder / "stopped").touch()
         sys.exit(130)
 job["base"] = os.path.relpath(job["base"], folder.parents[1])
+del job["train"]["order"]
 key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
 (folder / "metrics.json").write_text("{}")
 (folder / "done.json").write_text(json.dumps({"evaluated": key + "-CALIBRATION", "commit": "abc", "minutes": 1.0}))
@@ -121,19 +122,27 @@ def test_what_only_evaluation_reads_keeps_the_folder_but_is_evaluated_anew(recip
     wider = Job(changed(job.recipe, {"search.widths": [4], "search.requests": 5}), job.work, "row")
     assert wider.folder == job.folder
     assert wider.record() is None and wider.metrics() is None
+    pooled = changed(job.recipe, {"train.pool": 8})
+    by_labels, by_requests = (
+        Job(changed(pooled, {"train.order": order}), job.work, "row") for order in ("labels", "requests")
+    )
+    assert by_requests.folder == by_labels.folder
+    assert evaluation_key(by_requests.recipe, job.work) == evaluation_key(pooled, job.work) + "-requests"
     # Where the catalogue grows, its candidates decide what is a negative.
     for change in ({"train.lr": 0.1}, {"search.candidates": "seen_before"}):
         assert Job(changed(job.recipe, change), job.work, "row").folder != job.folder
 
 
-def test_training_never_reads_what_only_evaluation_reads(recipe, halves, tmp_path):
+def test_training_never_reads_what_only_calibration_and_evaluation_read(recipe, halves, tmp_path):
+    recipe = changed(recipe, {"train.pool": 8})
     other = {
+        "train.order": "requests",
         "search.widths": [4],
         "search.k": 3,
         "search.max_k": 9,
         "search.requests": 5,
     }
-    assert set(other) == set(EVALUATION_ONLY)
+    assert set(other) == set(AFTER_TRAINING)
     trained = [
         Trainer(changed(recipe, change), halves, tmp_path / name, progress=False).train().state_dict()
         for name, change in (("one", {}), ("two", other))

@@ -109,13 +109,16 @@ def test_a_calibrated_model_is_better_on_validation_and_a_second_fit_changes_not
 
 
 def test_a_run_that_was_calibrated_otherwise_is_loaded_and_is_calibrated_anew(dataset, make_recipe, tmp_path):
-    recipe = make_recipe(train={"max_steps": 6})
+    pooled = {"max_steps": 6, "pool": 8, "negatives": 4, "unlabelled": 0}
+    recipe = make_recipe(train=pooled)
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
     trainer.train()
     trainer.calibrated = True
     trainer.save()
     path = tmp_path / "run" / "checkpoint.pt"
     assert Trainer(recipe, dataset, tmp_path / "run", resume=True, progress=False).calibrated
+    otherwise = make_recipe(train={**pooled, "order": "requests"})
+    assert not Trainer(otherwise, dataset, tmp_path / "run", resume=True, progress=False).calibrated
     state = torch.load(path, weights_only=True)
     state["calibrated"] = True  # as before crossings had weights
     state["model"] = {name: value for name, value in state["model"].items() if "crossing" not in name}

@@ -1,4 +1,4 @@
-"""The item layer's ensemble, fitted to whole requests where a log has positives alone."""
+"""The item layer's ensemble, fitted to whole requests where a recipe says so."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def trained(dataset, make_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("hsnn_train.item_order.LEAST_PAIRS", 5)
     recipe = make_recipe(
         model={"layers": ["small", "small", "small"]},
-        train={"max_steps": 60, "pool": 40, "negatives": 4, "unlabelled": 0},
+        train={"max_steps": 60, "pool": 40, "negatives": 4, "unlabelled": 0, "order": "requests"},
         search={"candidates": "new"},
     )
     trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
@@ -119,8 +119,8 @@ def test_without_anything_to_go_by_nothing_changes(trained, dataset, make_recipe
     model, recipe, state, values = trained
     lists, seen = item_lists(model, dataset, recipe, state), values()
     before = [p.clone() for p in model.ensemble.state_dict().values()]
-    rated = make_recipe(train={"pool": 0})
-    assert item_lists(model, dataset, rated, state) is None, "a log with negatives of its own"
+    rated = make_recipe(train={"order": "labels"})
+    assert item_lists(model, dataset, rated, state) is None, "not asked for"
     fit_items(model, None, seen, RANK)
     fit_items(model, lists, seen, np.array([0.0, 1.0]))
     fit_items(model, replace(lists, wanted=np.zeros_like(lists.wanted)), seen, RANK)
@@ -130,7 +130,7 @@ def test_without_anything_to_go_by_nothing_changes(trained, dataset, make_recipe
     assert item_lists(model, nobody, recipe, state) is None
     flat = make_recipe(
         model={"layers": ["two_tower_xs"], "codebooks": []},
-        train={"pool": 40, "negatives": 4, "unlabelled": 0},
+        train={"pool": 40, "negatives": 4, "unlabelled": 0, "order": "requests"},
     )
     alone = Trainer(flat, dataset, tmp_path / "flat", progress=False)
     assert item_lists(alone.model, dataset, flat, state) is None, "one logit has one order"

@@ -163,6 +163,8 @@ def test_the_first_phase_may_have_a_learning_rate_of_its_own(
     [
         ({"pool": 10, "negatives": 0}, "train.pool: is for logs of positives alone"),
         ({"pool": 10, "negatives": 2, "unlabelled": 1}, "expected 0 beside train.pool"),
+        ({"order": "clicks"}, "train.order: got 'clicks', expected labels or requests"),
+        ({"order": "requests"}, "train.order: requests is for logs of positives alone; set train.pool"),
         ({"hard": 1, "negatives": 2}, "train.hard and train.listed: got 1 and 0, expected less than"),
     ],
 )
