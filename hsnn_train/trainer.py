@@ -173,9 +173,10 @@ class Trainer:
         self.objective = Objective(self.model, self.batches, pools, dataset.train, t, weights, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
-        self.calibrated = (
-            False  # and its ensembles are fitted to valid, once: a second fit would round otherwise
-        )
+        #: And its ensembles are fitted to valid, once: a second fit would round otherwise.
+        self.calibrated = False
+        #: What training left of them, kept beside what calibration made of it: a run may be calibrated otherwise later.
+        self.trained_ensembles: dict[str, Tensor] = {}
         self.warm = warm
         self._refreshed = -1  # the step of the last refresh
         self._order_of, self._order = (False, -1), np.empty(0, np.int64)  # of those of the phase
@@ -236,6 +237,7 @@ class Trainer:
             "calibrated": calibrated_as(self.recipe.train.order) if self.calibrated else 0,
             "examples": len(self.dataset.train),
             "model": self.model.state_dict(),
+            "trained_ensembles": self.trained_ensembles,
             "optimizer": self.optimizer.state_dict(),
             "paths": torch.from_numpy(self.state.paths),
             "representative": torch.from_numpy(self.state.representative),
@@ -271,9 +273,11 @@ class Trainer:
         self.state = IndexState(saved["paths"].numpy(), saved["representative"].numpy())
         self.step = int(saved["step"])
         self.finished = bool(saved.get("finished", False))
-        self.calibrated = saved.get("calibrated") == calibrated_as(
-            self.recipe.train.order
-        )  # else it is fitted anew
+        # Otherwise than this recipe and this release would: fitted anew, from what training left.
+        self.calibrated = saved.get("calibrated") == calibrated_as(self.recipe.train.order)
+        self.trained_ensembles = saved.get("trained_ensembles", {})
+        if self.trained_ensembles and not self.calibrated:
+            self.model.ensemble.load_state_dict(self.trained_ensembles)
         self.history = list(saved["history"])
 
     # The loop.
@@ -298,6 +302,8 @@ class Trainer:
                 self.model.train()
                 self._loop(bar, interrupted)
                 self._refresh(bar, final=True)
+                ensembles = self.model.ensemble.state_dict()
+                self.trained_ensembles = {name: value.clone() for name, value in ensembles.items()}
                 self.finished = True
                 self.save()
                 if interrupted():

@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+from hsnn_cli.commands_training import train_and_evaluate
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.calibration import calibrate
+from hsnn_train.checkpoint import load_run
 from hsnn_train.data.requests import evaluation_requests
 from hsnn_train.evaluate import pointwise, pointwise_report
 from hsnn_train.item_order import fit_items, item_lists, preference
@@ -136,3 +138,26 @@ def test_without_anything_to_go_by_nothing_changes(trained, dataset, make_recipe
     assert item_lists(alone.model, dataset, flat, state) is None, "one logit has one order"
     with pytest.raises(ValueError, match="fit_items: expected values with their parts"):
         fit_items(model, lists, replace(seen, monn=None), RANK)
+
+
+def test_a_run_is_calibrated_in_the_order_of_its_recipe_and_anew_in_another(
+    trained, dataset, make_recipe, tmp_path
+):
+    """Items first, then the nodes by the order that items have; labels again give what they gave."""
+    _, recipe, _, _ = trained
+    by_labels = make_recipe(
+        model={"layers": ["small", "small", "small"]},
+        train={"max_steps": 60, "pool": 40, "negatives": 4, "unlabelled": 0},
+        search={"candidates": "new"},
+    )
+
+    def ensembles(recipe):
+        train_and_evaluate(recipe, dataset, tmp_path / "run", resume=True, evaluate=False)
+        return [p.clone() for p in load_run(tmp_path / "run").model.ensemble.state_dict().values()]
+
+    labels = ensembles(by_labels)
+    requests = ensembles(recipe)
+    items = [name.startswith("2.") for name in load_run(tmp_path / "run").model.ensemble.state_dict()]
+    assert not any(torch.equal(p, q) for p, q, of_items in zip(labels, requests, items) if of_items)
+    assert all(torch.equal(p, q) for p, q in zip(ensembles(recipe), requests)), "as it was"
+    assert all(torch.equal(p, q) for p, q in zip(ensembles(by_labels), labels)), "from what training left"
