@@ -10,28 +10,22 @@ from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
 from hsnn_train.beam import fit_beam, node_pairs, order
-from hsnn_train.calibration import calibrate, fit
+from hsnn_train.calibration import fit
 from hsnn_train.data.requests import evaluation_requests
-from hsnn_train.evaluate import pointwise, pointwise_report
+from hsnn_train.evaluate import pointwise_report
 from hsnn_train.retrieval import corpus_of, retrieval
 from hsnn_train.runner import TorchRunner
-from hsnn_train.trainer import Trainer, evaluation_batches
+from hsnn_train.trainer import Trainer
 
 
 @pytest.fixture
-def trained(dataset, make_recipe, tmp_path, monkeypatch):
+def trained(calibrated, make_recipe, monkeypatch):
     """A calibrated model, its recipe, the index it ends with, and what it says of validation. The best are ten: a
     hundred would be all of this world's items."""
     monkeypatch.setattr("hsnn_train.beam.BEST", 10)
     recipe = make_recipe(train={"max_steps": 60}, search={"candidates": "new"})
-    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
-    model, batches = trainer.train(), evaluation_batches(dataset, recipe)
-
-    def values():
-        return pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
-
-    calibrate(model, values())
-    return model, recipe, trainer.state, values
+    model, state, values = calibrated(recipe)
+    return model, recipe, state, values
 
 
 def test_the_order_is_that_of_what_tells_nodes_apart():

@@ -11,20 +11,19 @@ from hsnn_cli.commands_training import train_and_evaluate
 from hsnn_core.exhaustive import exhaustive
 from hsnn_core.item_filter import MaskFilter
 from hsnn_core.scorer import LayerScorer
-from hsnn_train.calibration import calibrate
 from hsnn_train.checkpoint import load_run
 from hsnn_train.data.requests import evaluation_requests
-from hsnn_train.evaluate import pointwise, pointwise_report
+from hsnn_train.evaluate import pointwise_report
 from hsnn_train.item_order import fit_items, item_lists, preference
 from hsnn_train.retrieval import corpus_of
 from hsnn_train.runner import TorchRunner
-from hsnn_train.trainer import Trainer, evaluation_batches
+from hsnn_train.trainer import Trainer
 
 RANK = np.array([1.0, 0.0])
 
 
 @pytest.fixture
-def trained(dataset, make_recipe, tmp_path, monkeypatch):
+def trained(calibrated, make_recipe, monkeypatch):
     """A calibrated model whose item layer reads crossings, its recipe, its index, and what it says of validation. Lists
     are of twenty items: a thousand would be all of this world, in which some 18 find
     what they want."""
@@ -35,14 +34,8 @@ def trained(dataset, make_recipe, tmp_path, monkeypatch):
         train={"max_steps": 60, "pool": 40, "negatives": 4, "unlabelled": 0, "order": "requests"},
         search={"candidates": "new"},
     )
-    trainer = Trainer(recipe, dataset, tmp_path / "run", progress=False)
-    model, batches = trainer.train(), evaluation_batches(dataset, recipe)
-
-    def values():
-        return pointwise(model, batches, dataset.valid, trainer.state, 1, parts=True)
-
-    calibrate(model, values())
-    return model, recipe, trainer.state, values
+    model, state, values = calibrated(recipe)
+    return model, recipe, state, values
 
 
 def surprise(model, lists):
