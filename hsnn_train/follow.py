@@ -302,7 +302,7 @@ class Follower:
 
     def _batches(self, unlabelled: int, power: float) -> BatchMaker:
         negatives = self.recipe.train.negatives
-        return BatchMaker(self.items, self.i2ifs, self.model.reads_crossings, negatives, unlabelled, power)
+        return BatchMaker(self.items, self.i2ifs, self.model.reads_interactions, negatives, unlabelled, power)
 
     # Checkpoints.
 

@@ -189,8 +189,8 @@ class HSNN(nn.Module):
         return ensemble.weight.device
 
     @property
-    def reads_crossings(self) -> tuple[bool, ...]:
-        """Of every layer, whether its MoNN reads crossings where the schema has any."""
+    def reads_interactions(self) -> tuple[bool, ...]:
+        """Of every layer, whether its MoNN reads interactions."""
         return tuple(self.layer(number).interaction is not None for number in range(1, self.layers + 1))
 
     def layer(self, number: int) -> MoNN:

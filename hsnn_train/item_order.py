@@ -44,8 +44,8 @@ class Lists:
 def item_lists(
     model: HSNN, dataset: Dataset, recipe: Recipe, state: IndexState, progress: str = ""
 ) -> Lists | None:
-    """The best `BEST` items of `REQUESTS` validation requests. None where the recipe says
-    so (``train.order``), where one logit is all that ranks, and without requests. ``progress`` names a progress
+    """The best `BEST` items of `REQUESTS` validation requests. None unless the recipe's
+    ``train.order`` is requests, nor where one logit is all that ranks or nobody asks. ``progress`` names a progress
     bar."""
     ensemble = model.ensemble[-1]
     assert isinstance(ensemble, LayerEnsemble)
@@ -97,8 +97,8 @@ def preference(given: np.ndarray, wanted: np.ndarray, there: np.ndarray, start: 
     on inputs of deviation 1. ``start`` (F,): where to look first. What never varies has weight 0."""
     some = wanted.any(1)
     given, wanted, there = given[some].astype(np.float64), wanted[some], there[some]
-    scaled, deviation = standard(given.reshape(-1, given.shape[2]))
-    scaled = scaled.reshape(given.shape)
+    _, deviation = standard(given[there])
+    scaled = given / deviation
     counts = wanted.sum(1)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:

@@ -78,7 +78,7 @@ class TrainConfig:
         balance: weight of the FLOPs regulariser; 0 switches it off.
         em_rounds: k-means rounds of method "em".
         order: what the item layer's ensemble is fitted to once all is trained: "labels", or "requests", which want
-            their items first among the best (`item_order`); the latter for logs of positives alone.
+            their items first among the best (`item_order`); the latter for logs of positives alone, at a price in NE.
     """
 
     epochs: int = 2

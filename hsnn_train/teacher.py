@@ -26,7 +26,7 @@ class Teacher:
         check_inputs(path, dataset.schema, dataset.transform, dataset.items, dataset.item_keys)
         run = load_run(path)
         self.model, self.state, self.examples = run.model.eval().to(device), run.index, dataset.train
-        self.batches = BatchMaker(dataset, student.i2ifs, run.model.reads_crossings, 0, 0, 0.0)
+        self.batches = BatchMaker(dataset, student.i2ifs, run.model.reads_interactions, 0, 0, 0.0)
 
     @torch.no_grad()
     def logits(self, rows: np.ndarray, candidates: np.ndarray) -> Tensor:

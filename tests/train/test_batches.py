@@ -79,7 +79,7 @@ def test_crossings_are_looked_up_for_the_layers_that_read_them(dataset, make_rec
     some = make_batches(dataset, recipe).make(dataset.train, rows, state, step_rng(0, 7)).pairs
     all_of_them = make_batches(dataset, every).make(dataset.train, rows, state, step_rng(0, 7)).pairs
     reads = [dense is not None for dense in some.cross_dense]
-    assert reads == [ids is not None for ids in some.cross_ids] == list(model.reads_crossings)
+    assert reads == [ids is not None for ids in some.cross_ids] == list(model.reads_interactions)
     assert reads == [True, True, False]
     for layer in (0, 1):
         assert torch.equal(some.cross_dense[layer], all_of_them.cross_dense[layer])
