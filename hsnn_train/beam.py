@@ -15,7 +15,7 @@ import torch
 from hsnn_train.data.dataset import Dataset
 
 from .batches import IndexState
-from .calibration import LEAST_PAIRS, fit, newton, standard
+from .calibration import LEAST_PAIRS, newton, settle, standard
 from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
@@ -85,20 +85,14 @@ def fit_beam(model: HSNN, pairs: list[NodePairs], values: Pointwise, rank: np.nd
     task of which every label is the same, are left as they are."""
     if values.monn is None:
         raise ValueError("fit_beam: expected values with their parts")
-    for layer, given in enumerate(pairs):
-        ensemble = model.ensemble[layer]
+    for layer, given in enumerate(pairs, start=1):
+        ensemble = model.ensemble[layer - 1]
         assert isinstance(ensemble, LayerEnsemble)
         if min(given.holds.sum(), (~given.holds).sum()) < LEAST_PAIRS:
             continue
         for t in np.flatnonzero(np.asarray(rank) > 0):
-            y = values.labels[:, t].astype(np.float64)
             weights = order(np.concatenate([given.monn[:, :, t], given.crossings], axis=1), given.holds)
-            z = np.concatenate([values.monn[: layer + 1, :, t].T, values.crossings[layer]], axis=1) @ weights
-            if 0.0 < y.mean() < 1.0 and z.std() > 0:
-                scale, _, shift = fit(z, np.empty((len(y), 0)), y)
-                ensemble.weight[:, t] = torch.from_numpy(scale * weights[: layer + 1])
-                ensemble.crossing[:, t] = torch.from_numpy(scale * weights[layer + 1 :])
-                ensemble.bias[t] = shift
+            settle(ensemble, layer, t, weights, values)
 
 
 def order(given: np.ndarray, holds: np.ndarray) -> np.ndarray:

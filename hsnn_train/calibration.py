@@ -43,6 +43,20 @@ def calibrate(model: HSNN, values: Pointwise) -> None:
                 ensemble.crossing[:, t] = torch.from_numpy(weights)
 
 
+def settle(ensemble: LayerEnsemble, layer: int, task: int, weights: np.ndarray, values: Pointwise) -> None:
+    """Give the ensemble of ``layer`` (from 1) for a task the ``weights`` (l + D,) of MoNN logits and of crossings, with
+    the scale and the shift that calibrate them on ``values``, which have their parts. Where every label is the same, or
+    nothing varies, it is left as it is. To be called without gradients."""
+    assert values.monn is not None
+    y = values.labels[:, task].astype(np.float64)
+    z = np.concatenate([values.monn[:layer, :, task].T, values.crossings[layer - 1]], axis=1) @ weights
+    if 0.0 < y.mean() < 1.0 and z.std() > 0:
+        scale, _, shift = fit(z, np.empty((len(y), 0)), y)
+        ensemble.weight[:, task] = torch.from_numpy(scale * weights[:layer])
+        ensemble.crossing[:, task] = torch.from_numpy(scale * weights[layer:])
+        ensemble.bias[task] = shift
+
+
 def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:
     """(a, w (D,), b) with a > 0 that minimise the log loss of sigmoid(a z + crossings @ w + b) against y, for z and y
     (S,) and crossings (S, D), all float64, by Newton's method. At the minimum the predicted mean equals the observed

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from hsnn_train.data.dataset import Dataset
 
 from .batches import IndexState
-from .calibration import LEAST_PAIRS, RIDGE_PAIRS, fit, standard
+from .calibration import LEAST_PAIRS, RIDGE_PAIRS, settle, standard
 from .ensemble import LayerEnsemble
 from .evaluate import Pointwise
 from .hsnn import HSNN
@@ -75,20 +75,14 @@ def fit_items(model: HSNN, lists: Lists | None, values: Pointwise, rank: np.ndar
     fewer than `LEAST_PAIRS` of them have such an item, and where every label is the same, nothing changes."""
     if values.monn is None:
         raise ValueError("fit_items: expected values with their parts")
-    y = values.labels[:, 0].astype(np.float64)
-    if lists is None or rank[0] <= 0 or lists.wanted.any(1).sum() < LEAST_PAIRS or not 0.0 < y.mean() < 1.0:
+    if lists is None or rank[0] <= 0 or lists.wanted.any(1).sum() < LEAST_PAIRS:
         return
     ensemble = model.ensemble[-1]
     assert isinstance(ensemble, LayerEnsemble)
     start = np.concatenate([ensemble.weight[:, 0].cpu().numpy(), ensemble.crossing[:, 0].cpu().numpy()])
     given = np.concatenate([lists.monn, lists.crossings], axis=2)
     weights = preference(given, lists.wanted, lists.there, start.astype(np.float64))
-    z = np.concatenate([values.monn[:, :, 0].T, values.crossings[-1]], axis=1).astype(np.float64) @ weights
-    if z.std() > 0:
-        scale, _, shift = fit(z, np.empty((len(y), 0)), y)
-        ensemble.weight[:, 0] = torch.from_numpy(scale * weights[: model.layers])
-        ensemble.crossing[:, 0] = torch.from_numpy(scale * weights[model.layers :])
-        ensemble.bias[0] = shift
+    settle(ensemble, model.layers, 0, weights, values)
 
 
 def preference(given: np.ndarray, wanted: np.ndarray, there: np.ndarray, start: np.ndarray) -> np.ndarray:
