@@ -98,11 +98,19 @@ class Feature:
 
 @dataclass(frozen=True)
 class Task:
-    """A 0/1 label column: ``weight`` in the loss, ``rank`` as the exponent of its probability in ranking."""
+    """A 0/1 label column: ``weight`` in the loss, ``rank`` as the exponent of its probability in ranking. ``given``:
+    the task without whose label the own one means nothing (a click, given an impression); None: every pair has one,
+    and an item that was drawn as a negative has a 0."""
 
     name: str
     weight: float
     rank: float
+    given: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": self.name, "weight": self.weight, "rank": self.rank}
+        # Only where it is set: a schema without it keeps the hash it always had.
+        return entry if self.given is None else entry | {"given": self.given}
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ class Schema:
         entries: dict[str, Any] = {
             "name": self.name,
             "keys": keys,
-            "tasks": [{"name": t.name, "weight": t.weight, "rank": t.rank} for t in self.tasks],
+            "tasks": [task.to_dict() for task in self.tasks],
             "features": {owner: {f.name: f.to_dict() for f in self.features_of(owner)} for owner in OWNERS},
             "interactions": {i.name: i.to_dict() for i in self.interactions},
         }
@@ -244,6 +252,17 @@ class Schema:
     def rank(self) -> np.ndarray:
         """(T,) float32: the exponent of each task's probability in ranking."""
         return np.array([task.rank for task in self.tasks], np.float32)
+
+    @property
+    def given(self) -> np.ndarray:
+        """(T,) int64: the place of the task that each task is given, -1 for none."""
+        places = {task.name: place for place, task in enumerate(self.tasks)}
+        return np.array([-1 if task.given is None else places[task.given] for task in self.tasks], np.int64)
+
+    @property
+    def drawn_task(self) -> int:
+        """The first task that is given none: items are drawn as its negatives, and by how often it was positive."""
+        return int(np.flatnonzero(self.given < 0)[0])
 
     def feature(self, name: str) -> Feature:
         """The feature of that name, of either owner. Raises FeatureError that lists the known ones."""

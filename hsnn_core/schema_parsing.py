@@ -90,7 +90,7 @@ def _tasks(raw: Any) -> tuple[Task, ...]:
     for number, entry in enumerate(raw):
         path = f"tasks.{number}"
         entry = _mapping(path, entry)
-        _known(path, entry, ("name", "weight", "rank"))
+        _known(path, entry, ("name", "weight", "rank", "given"))
         if "name" not in entry:
             raise SchemaError(f"{path}.name: missing; expected the name of a label column")
         name = _name(f"{path}.name", entry["name"])
@@ -100,10 +100,27 @@ def _tasks(raw: Any) -> tuple[Task, ...]:
         rank = _number(f"{path}.rank", entry.get("rank", 0.0 if tasks else 1.0))
         if weight < 0:
             raise SchemaError(f"{path}.weight: got {weight}, expected a number >= 0")
-        tasks.append(Task(name, weight, rank))
+        tasks.append(Task(name, weight, rank, entry.get("given")))
+    _given(tasks)
     if all(task.rank == 0 for task in tasks):
         raise SchemaError("tasks: every rank is 0, expected at least one task to rank by")
     return tuple(tasks)
+
+
+def _given(tasks: list[Task]) -> None:
+    """SchemaError where a task is given what is no other task, or in the end itself."""
+    given = {task.name: task.given for task in tasks}
+    for number, task in enumerate(tasks):
+        path, chain = f"tasks.{number}.given", [task.name]
+        while (name := given[chain[-1]]) is not None:
+            if name not in given:
+                others = ", ".join(other for other in given if other != task.name) or "there is none"
+                raise SchemaError(f"{path}: got {name!r}, expected another task ({others})")
+            chain.append(name)
+            if len(chain) > len(tasks):
+                raise SchemaError(
+                    f"{path}: {' given '.join(chain[:3])}: a circle, expected a task that is given none at its end"
+                )
 
 
 def _features(raw: Any, tasks: tuple[Task, ...]) -> dict[str, Feature]:

@@ -95,7 +95,8 @@ class BatchMaker:
         self.unlabelled = unlabelled
         self.of_seen = CandidateSampler(dataset.item_counts, power, everything=False)
         self.of_all = CandidateSampler(dataset.item_counts, power, everything=True)
-        self.tasks = len(dataset.schema.tasks)
+        self.schema = dataset.schema
+        self.tasks = len(self.schema.tasks)
 
     def make(
         self, examples: Examples, rows: np.ndarray, state: IndexState, rng: np.random.Generator

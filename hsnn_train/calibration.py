@@ -33,11 +33,12 @@ def calibrate(model: HSNN, values: Pointwise) -> None:
         given = values.crossings[layer] if ensemble.reads_crossings else np.empty((len(values.labels), 0))
         crossings = given.astype(np.float64)
         for t in range(model.tasks):
-            added = crossings @ ensemble.crossing[:, t].cpu().numpy()
-            z = values.logits[layer, :, t].astype(np.float64) - added
-            y = values.labels[:, t].astype(np.float64)
-            if 0.0 < y.mean() < 1.0 and z.std() > 0:
-                scale, weights, shift = fit(z, crossings, y)
+            told = values.told[:, t]
+            added = crossings[told] @ ensemble.crossing[:, t].cpu().numpy()
+            z = values.logits[layer, told, t].astype(np.float64) - added
+            y = values.labels[told, t].astype(np.float64)
+            if tells(z, y):
+                scale, weights, shift = fit(z, crossings[told], y)
                 ensemble.weight[:, t] *= scale
                 ensemble.bias[t] = ensemble.bias[t] * scale + shift
                 ensemble.crossing[:, t] = torch.from_numpy(weights)
@@ -48,13 +49,20 @@ def settle(ensemble: LayerEnsemble, layer: int, task: int, weights: np.ndarray, 
     the scale and the shift that calibrate them on ``values``, which have their parts. Where every label is the same, or
     nothing varies, it is left as it is. To be called without gradients."""
     assert values.monn is not None
-    y = values.labels[:, task].astype(np.float64)
-    z = np.concatenate([values.monn[:layer, :, task].T, values.crossings[layer - 1]], axis=1) @ weights
-    if 0.0 < y.mean() < 1.0 and z.std() > 0:
+    told = values.told[:, task]
+    y = values.labels[told, task].astype(np.float64)
+    given = np.concatenate([values.monn[:layer, :, task].T, values.crossings[layer - 1]], axis=1)
+    z = given[told] @ weights
+    if tells(z, y):
         scale, _, shift = fit(z, np.empty((len(y), 0)), y)
         ensemble.weight[:, task] = torch.from_numpy(scale * weights[:layer])
         ensemble.crossing[:, task] = torch.from_numpy(scale * weights[layer:])
         ensemble.bias[task] = shift
+
+
+def tells(z: np.ndarray, y: np.ndarray) -> bool:
+    """Whether the logits z (S,) vary and there are labels y (S,) of both kinds, so that there is something to fit."""
+    return len(y) > 0 and 0.0 < float(y.mean()) < 1.0 and float(z.std()) > 0
 
 
 def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, float]:

@@ -11,8 +11,10 @@ import torch
 from tqdm import tqdm
 
 from hsnn_core.errors import DataError
+from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Dataset, Examples
 
+from . import losses
 from .batches import BatchMaker, IndexState, step_rng
 from .checkpoint import without_nan
 from .device import moved
@@ -29,12 +31,13 @@ EVAL_BATCH = 1024
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Ensemble logits (N, S, T) of S labelled pairs, their labels (S, T) and, where parts are asked for, what the
-    ensembles were given: MoNN logits (N, S, T) and the dense crossings that each layer's ensemble reads, N times
-    (S, D)."""
+    """Ensemble logits (N, S, T) of S labelled pairs, their labels (S, T), whether these tell anything (S, T) bool
+    (`losses.told`) and, where parts are asked for, what the ensembles were given: MoNN logits (N, S, T) and the dense
+    crossings that each layer's ensemble reads, N times (S, D)."""
 
     logits: np.ndarray
     labels: np.ndarray
+    told: np.ndarray
     monn: np.ndarray | None = None
     crossings: tuple[np.ndarray, ...] = ()
 
@@ -56,10 +59,11 @@ def pointwise(
     if not len(examples):
         raise DataError("no impressions to evaluate on: this split is empty; change the recipe's split:")
     model.eval()
+    given = torch.from_numpy(batches.schema.given)
     rows = np.arange(len(examples.item_row))
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng([seed, 4]).choice(rows, limit, replace=False))
-    logits, labels, monn = [], [], []
+    logits, labels, told, monn = [], [], [], []
     crossed: list[list[np.ndarray]] = [[] for _ in model.ensemble]
     starts = range(0, len(rows), EVAL_BATCH)
     for number, start in enumerate(tqdm(starts, desc=progress, disable=not progress)):
@@ -70,6 +74,7 @@ def pointwise(
         chosen = batch.pairs.labelled.bool()
         logits.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.logits]))
         labels.append(batch.pairs.labels[chosen].numpy())
+        told.append(losses.told(batch.pairs.labels, batch.pairs.labelled, given)[chosen].bool().numpy())
         if not parts:
             continue
         monn.append(np.stack([layer.cpu()[chosen].numpy() for layer in out.monn]))
@@ -81,14 +86,20 @@ def pointwise(
     return Pointwise(
         np.concatenate(logits, axis=1),
         np.concatenate(labels),
+        np.concatenate(told),
         np.concatenate(monn, axis=1) if parts else None,
         tuple(np.concatenate(of_layer) for of_layer in crossed) if parts else (),
     )
 
 
-def base_rates(dataset: Dataset, negatives: int) -> np.ndarray:
-    """Mean label per task of the training pairs, sampled negatives included, (T,): the constant NE divides by."""
-    rates: np.ndarray = dataset.train.labels.mean(0, dtype=np.float64) / (1 + negatives)
+def base_rates(labels: np.ndarray, schema: Schema, negatives: int) -> np.ndarray:
+    """Mean label per task of the training impressions, ``labels`` (S, T), and of the ``negatives`` drawn for each; of a
+    task that is given another, of the impressions where the other's label is 1. (T,) float64: the constant NE divides
+    by; NaN for a task without any label."""
+    rates = labels.mean(0, dtype=np.float64) / (1 + negatives)
+    for task in np.flatnonzero(schema.given >= 0):
+        told = labels[:, schema.given[task]] > 0
+        rates[task] = labels[told, task].mean(dtype=np.float64) if told.any() else np.nan
     return rates
 
 
@@ -97,7 +108,8 @@ def pointwise_report(values: Pointwise, rates: np.ndarray, tasks: Sequence[str])
     rows = []
     for layer in range(len(values.logits)):
         for t, task in enumerate(tasks):
-            z, y = values.logits[layer, :, t], values.labels[:, t]
+            told = values.told[:, t]
+            z, y = values.logits[layer, told, t], values.labels[told, t]
             ne = normalised_entropy(z, y, float(rates[t])) if 0 < rates[t] < 1 else None
             rows.append({"layer": layer + 1, "task": task, "ne": ne, "calibration": calibration(z, y)})
     return rows
@@ -132,7 +144,7 @@ def evaluate(
     batches = evaluation_batches(dataset, recipe)
     tasks = [task.name for task in recipe.schema.tasks]
     examples: Examples = getattr(dataset, split)
-    rates = base_rates(dataset, t.negatives)
+    rates = base_rates(dataset.train.labels, recipe.schema, t.negatives)
     hard = pointwise(model, batches, examples, state, t.seed, progress="evaluate" if progress else "")
     report: dict[str, Any] = {
         "split": split,

@@ -50,7 +50,7 @@ from .data.stream import (
     waiting,
 )
 from .data.tables import check_tables, find_rows
-from .evaluate import pointwise, pointwise_report
+from .evaluate import base_rates, pointwise, pointwise_report
 from .follow_report import append_rows, keep_rows
 from .guards import deterministic
 from .hsnn import HSNN
@@ -141,10 +141,10 @@ class Follower:
             )
         train = Split.from_dict(recipe.split).assign(log) == TRAIN
         self.base = str(base.absolute())
-        self.rates = log.labels[train].mean(0, dtype=np.float64)
+        self.rates = base_rates(log.labels[train], schema, recipe.train.negatives)
         none = {task: RecentPositives.none(length) for task, length in history_tasks(schema).items()}
         self.recent = extended(none, log)
-        counted = log.item_row[train & (log.labels[:, 0] > 0)]
+        counted = log.item_row[train & (log.labels[:, schema.drawn_task] > 0)]
         counts = np.bincount(counted, minlength=len(log.item_keys))
         row = find_rows(log.item_keys, run.item_ids)
         counts = np.where(row < 0, 0, counts[row])
@@ -225,9 +225,10 @@ class Follower:
         if got is None:
             return None
         log, dropped = got
-        if self.recipe.train.pool and not log.labels[:, 0].all():
+        schema = self.recipe.schema
+        if self.recipe.train.pool and not log.labels[:, schema.drawn_task].all():
             raise DataError(
-                f"impressions ({name}): has rows with {self.recipe.schema.tasks[0].name} = 0, expected positives "
+                f"impressions ({name}): has rows with {schema.tasks[schema.drawn_task].name} = 0, expected positives "
                 "alone, as the run was trained on (train.pool)"
             )
         examples, users = read_examples(log, self.transform, self.recent)
@@ -242,20 +243,19 @@ class Follower:
         batches = self._batches(unlabelled=0, power=0.0)
         values = pointwise(model or self.model, batches, found.examples, state or self.state, t.seed)
         tasks = [task.name for task in self.recipe.schema.tasks]
-        return pointwise_report(values, self.rates / (1 + t.negatives), tasks)
+        return pointwise_report(values, self.rates, tasks)
 
     def learn(self, found: Impressions, progress: Callable[[int], object] = lambda _: None) -> list[str]:
         """One pass over the impressions, shuffled; ``progress`` is told the size of every batch. Returns warnings about
         the index. Raises Diverged."""
         t = self.recipe.train
         examples = found.examples
-        hits = examples.item_row[examples.labels[:, 0] > 0]
+        hits = examples.item_row[examples.labels[:, self.recipe.schema.drawn_task] > 0]
         counts = self.items.item_counts + np.bincount(hits, minlength=len(self.items.item_keys))
         self.items = replace(self.items, item_counts=counts)
-        weights = torch.tensor([task.weight for task in self.recipe.schema.tasks])
         batches = self._batches(t.unlabelled, t.negative_power)
         pools = make_pools(self.items, self.recipe, first_time=None)
-        objective = Objective(self.model, batches, pools, examples, t, weights, teacher=None)
+        objective = Objective(self.model, batches, pools, examples, t, self.recipe.schema, teacher=None)
         joint = self.model.lti is not None and self.recipe.model.index == "joint"
         moment = Moment(t.max_alpha if joint else None, 1.0, self.warm)
         order = np.random.default_rng([t.seed, 5, len(self.files)]).permutation(len(examples))

@@ -10,13 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def supervised(logits: Tensor, labels: Tensor, labelled: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 1: multi-task cross-entropy, averaged over the S labelled pairs.
+def told(labels: Tensor, labelled: Tensor, given: Tensor) -> Tensor:
+    """For which pairs a task's label tells anything: the labelled ones and, for a task that is given another, those of
+    them where the other's label is 1 (entire-space multi-task learning: Ma et al. 2018).
 
-    logits, labels (B, C, T); labelled (B, C) 0/1; weights (T,) -> scalar. Zero when nothing is labelled.
+    labels (..., T); labelled (...) 0/1; given (T,) int64: `Schema.given` -> (..., T) 0/1.
+    """
+    other = torch.where(given >= 0, labels[..., given.clamp(min=0)], torch.ones_like(labels))
+    return labelled.unsqueeze(-1) * other
+
+
+def supervised(logits: Tensor, labels: Tensor, told: Tensor, weights: Tensor) -> Tensor:
+    """Eq. 1: multi-task cross-entropy, every task's averaged over its own pairs.
+
+    logits, labels (B, C, T); told (B, C, T) 0/1; weights (T,) -> scalar. A task without any pair adds 0.
     """
     each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")  # (B, C, T)
-    return ((each * weights).sum(-1) * labelled).sum() / labelled.sum().clamp(min=1.0)
+    return ((each * told).sum((0, 1)) / told.sum((0, 1)).clamp(min=1.0) * weights).sum()
 
 
 def distil(logits: Tensor, teacher: Tensor, unlabelled: Tensor, weights: Tensor) -> Tensor:
@@ -28,9 +38,9 @@ def distil(logits: Tensor, teacher: Tensor, unlabelled: Tensor, weights: Tensor)
     return ((each * weights).sum(-1) * unlabelled).sum() / unlabelled.sum().clamp(min=1.0)
 
 
-def layered(per_layer: list[Tensor], labels: Tensor, labelled: Tensor, weights: Tensor) -> Tensor:
+def layered(per_layer: list[Tensor], labels: Tensor, told: Tensor, weights: Tensor) -> Tensor:
     """Eq. 4: the supervised loss of every layer, summed over layers 1..N."""
-    return torch.stack([supervised(logits, labels, labelled, weights) for logits in per_layer]).sum()
+    return torch.stack([supervised(logits, labels, told, weights) for logits in per_layer]).sum()
 
 
 def pooled_softmax(logits: Tensor, positive: Tensor, log_inclusion: Tensor, weights: Tensor) -> Tensor:

@@ -138,11 +138,13 @@ class Pools:
     ) -> None:
         self.had = had
         self.sampler = CandidateSampler(counts, power, everything=False)
-        self.frequency = counts[self.sampler.rows] / max(1, counts.sum())
+        self.share = np.zeros(len(counts))
+        self.share[self.sampler.rows] = self.sampler.share
+        self.frequency = np.maximum(counts, 1) / max(1, counts.sum())
         self.size, self.first_time, self.lists = size, first_time, lists
 
     def draw(self, examples: Examples, rows: np.ndarray, rng: np.random.Generator) -> Pool:
-        """The positives of examples ``rows`` (B,), ``size`` draws by popularity among the items with a training
+        """The items of examples ``rows`` (B,), ``size`` draws by popularity among the items with a training
         positive, or all of these where they are no more than that, and what each user's list adds."""
         own = examples.item_row[rows]
         lists = np.full((len(rows), 1), -1, np.int32)
@@ -152,12 +154,12 @@ class Pools:
             listed = self.lists.draw(lists, rng)
         seen = self.sampler.rows
         if len(seen) <= self.size:
-            drawn, log_inclusion = seen, np.zeros(len(seen), np.float32)
+            drawn = np.union1d(seen, own)
+            log_inclusion = np.zeros(len(drawn), np.float32)
         else:
             parts = [self.sampler.draw((self.size,), rng), own, listed[listed >= 0]]
             drawn = np.unique(np.concatenate(parts))
-            at = np.searchsorted(seen, drawn)
-            absent = self.size * np.log1p(-self.sampler.share[at]) + len(rows) * np.log1p(-self.frequency[at])
+            absent = self.size * np.log1p(-self.share[drawn]) + len(rows) * np.log1p(-self.frequency[drawn])
             if self.lists is not None:
                 absent += self.lists.log_absent(lists, drawn)
             log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsnn_core.schema import Schema
 from hsnn_train.data.dataset import Examples
 
 from . import losses
@@ -44,15 +45,23 @@ class Moment:
 
 @dataclass
 class Objective:
-    """Losses of one batch. ``weights`` (T,): the tasks'; ``pools``: of logs of positives alone, else None."""
+    """Losses of one batch. ``pools``: of logs of positives alone (`Schema.drawn_task`'s), else None."""
 
     model: HSNN
     batches: BatchMaker
     pools: Pools | None
     examples: Examples
     train: TrainConfig
-    weights: Tensor
+    schema: Schema
     teacher: Teacher | None
+
+    def __post_init__(self) -> None:
+        device, given = self.model.device, torch.from_numpy(self.schema.given)
+        self.given = given.to(device)
+        self.weights = torch.tensor([task.weight for task in self.schema.tasks], device=device)
+        #: Of the tasks that a pool's other items are negatives of, and whether these are all.
+        self.drawn, self.all_drawn = (given < 0).to(device, torch.float32), bool((given < 0).all())
+        self.drawn_weights = self.weights * self.drawn
 
     def __call__(
         self, rows: np.ndarray, state: IndexState, moment: Moment, rng: np.random.Generator
@@ -75,14 +84,13 @@ class Objective:
         t = self.train
         batch = moved(self.batches.make(self.examples, rows, state, rng), self.model.device)
         labels, labelled = batch.pairs.labels, batch.pairs.labelled
+        told = losses.told(labels, labelled, self.given)
         if moment.warm:
             everything = self.model.item_logits(*self.model.two_towers(batch.sides))  # (B, R, T)
             own = everything.gather(1, batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks))
-            return {
-                "supervised": (1.0, losses.supervised(own, labels, labelled, self.weights))
-            }, labelled.numel()
+            return {"supervised": (1.0, losses.supervised(own, labels, told, self.weights))}, labelled.numel()
         out = self.model(batch, moment.alpha)
-        parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, labelled, self.weights))}
+        parts: Weighted = {"supervised": (1.0, losses.layered(out.logits, labels, told, self.weights))}
         if t.unlabelled and t.distil:
             free = torch.zeros_like(labelled)
             free[:, 1 + t.negatives :] = 1.0
@@ -94,7 +102,7 @@ class Objective:
         if out.embedded.lti is not None:
             of = batch.pairs.of.unsqueeze(-1).expand(-1, -1, self.model.tasks)
             chosen = [logits.gather(1, of) for logits in self.model.index_logits(out.embedded)]
-            index = losses.layered(chosen, labels, labelled, self.weights)
+            index = losses.layered(chosen, labels, told, self.weights)
         parts |= self._structure(out, index, moment)
         return parts, labelled.numel()
 
@@ -110,14 +118,21 @@ class Objective:
         of_pool = tuple(
             map(torch.from_numpy, (pool.positive, self.examples.labels[rows], pool.log_inclusion))
         )
-        positive, hit, log_inclusion = moved(of_pool, model.device)
+        positive, labels, log_inclusion = moved(of_pool, model.device)
+        own_told = losses.told(labels, labels.new_ones(len(rows)), self.given) * (1 - self.drawn)
+        main = self.schema.drawn_task
         barred = None if pool.allowed is None else moved(torch.from_numpy(~pool.allowed), model.device)
 
         def possible(logits: Tensor) -> Tensor:
             return logits if barred is None else logits.masked_fill(barred.unsqueeze(-1), NEVER)
 
         def over_pool(logits: Tensor) -> Tensor:
-            return losses.pooled_softmax(logits, positive, log_inclusion, hit * self.weights)
+            """And, of the tasks that are given another, the cross-entropy of the impression itself."""
+            ranked = losses.pooled_softmax(logits, positive, log_inclusion, labels * self.drawn_weights)
+            if self.all_drawn:
+                return ranked
+            own = logits.gather(1, positive.view(-1, 1, 1).expand(-1, 1, model.tasks))
+            return ranked + losses.supervised(own, labels.unsqueeze(1), own_told.unsqueeze(1), self.weights)
 
         if moment.warm:
             logits = possible(model.item_logits(*model.two_towers(sides)))
@@ -125,28 +140,30 @@ class Objective:
         embedded = model.embed(sides, moment.alpha)
         logits = possible(model.pool_logits(embedded, model.layers))
         parts: Weighted = {"retrieval": (t.softmax, over_pool(logits))}
-        proposal = torch.softmax(logits[..., 0].detach() - log_inclusion, dim=-1)  # (B, M)
+        proposal = torch.softmax(logits[..., main].detach() - log_inclusion, dim=-1)  # (B, M)
         for_nodes = [possible(model.pool_logits(embedded, layer)) for layer in range(1, model.layers)]
         if for_nodes:
             parts["nodes"] = (t.softmax, torch.stack([over_pool(own) for own in for_nodes]).sum())
             if t.node_distil:
                 # Softened, a node is worth what its best items are rather than what they are on average; times the
                 # heat, its gradient stays of one size (Hinton et al. 2015).
-                target = torch.softmax(logits[..., 0].detach() / t.heat - log_inclusion, dim=-1)
-                soft = [losses.match(own[..., 0] / t.heat - log_inclusion, target) for own in for_nodes]
+                target = torch.softmax(logits[..., main].detach() / t.heat - log_inclusion, dim=-1)
+                soft = [losses.match(own[..., main] / t.heat - log_inclusion, target) for own in for_nodes]
                 parts["node_distil"] = (t.node_distil * t.heat, torch.stack(soft).sum())
         pairs, offset = self._candidates(rows, pool, len(pools.sampler.rows), proposal, state)
         out = model.score_pairs(embedded, pairs)
-        corrected = [logits - offset.unsqueeze(-1) for logits in out.logits]
-        parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, pairs.labelled, self.weights))
-        each = [losses.sampled_softmax(own, pairs.labels, pairs.labelled, self.weights) for own in corrected]
+        by_task = offset.unsqueeze(-1) * self.drawn  # what nobody drew negatives for exceeds nothing
+        corrected = [logits - by_task for logits in out.logits]
+        told = losses.told(pairs.labels, pairs.labelled, self.given)
+        parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, told, self.weights))
+        each = [
+            losses.sampled_softmax(own, pairs.labels, pairs.labelled, self.drawn_weights) for own in corrected
+        ]
         parts["softmax"] = (t.softmax, torch.stack(each).sum())
         if t.distil:
             soft_labels = None
             if self.teacher is not None:
-                soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.cpu().numpy()]) - offset.unsqueeze(
-                    -1
-                )
+                soft_labels = self.teacher.logits(rows, pool.rows[pairs.of.cpu().numpy()]) - by_task
             parts |= self._distilled(
                 corrected,
                 soft_labels,

@@ -45,10 +45,11 @@ class TrainConfig:
     """How to train. Weights multiply losses; fractions are of all steps.
 
     Attributes:
-        pool: items that the two towers' sampled softmax runs over, for logs of positives only; 0: no such loss.
+        pool: items that the two towers' sampled softmax runs over, for logs of positives (of `Schema.drawn_task`);
+            0: no such loss.
         temperature: of the two towers' softmax over the pool; it is not learnt.
         softmax: weight of the sampled softmax losses beside the cross-entropy, where there is a pool.
-        negatives: sampled negatives per impression, label 0 (for logs of positives only).
+        negatives: sampled negatives per impression, label 0 in tasks that are given no other (for logs of positives).
         hard: how many of them are drawn from what the two towers put first, where there is a pool.
         listed: how many of them are drawn from ``listed_from``, a user feature that lists items, where there is a pool:
             what stood before the user beside what was chosen, not what the user chose before. They join the pool.

@@ -167,10 +167,9 @@ class Trainer:
         self.kmeans_steps = self._kmeans_schedule()
         self.held = held_share(self.model, t.held)
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
-        weights = torch.tensor([task.weight for task in recipe.schema.tasks], device=device)
         had = partial(dataset.earlier, "train") if recipe.search.fresh else None
         pools = make_pools(dataset, recipe, _first_time(dataset, recipe), had)
-        self.objective = Objective(self.model, self.batches, pools, dataset.train, t, weights, teacher)
+        self.objective = Objective(self.model, self.batches, pools, dataset.train, t, recipe.schema, teacher)
         self.step = 0
         self.finished = False  # the last step is done and the index is final
         #: And its ensembles are fitted to valid, once: a second fit would round otherwise.

@@ -102,7 +102,7 @@ def synthetic(
 
 
 def ml_100k(folder: Path) -> Raw:
-    """MovieLens 100K: a rating of 4 or 5 is a click, of 5 a conversion; any rating is an impression."""
+    """MovieLens 100K: any rating is an impression, of 4 or 5 a click, of 5 a conversion."""
     ratings = _read(folder, "ratings")
     stars = ratings.column("rating")
     impressions = pa.table(
@@ -120,7 +120,7 @@ def ml_100k(folder: Path) -> Raw:
     year = movies.column("release_year")
     known = pc.match_substring_regex(year, "^[0-9]{4}$")
     year = pc.cast(pc.if_else(known, year, pa.scalar(None, year.type)), pa.float32())
-    return Raw(impressions, people, movies.append_column("year", year))
+    return Raw(_with_ones(impressions, "impression"), people, movies.append_column("year", year))
 
 
 def s3rec(folder: Path) -> Raw:

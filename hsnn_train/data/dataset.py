@@ -63,8 +63,9 @@ class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
 
     items: V encoded rows; folds: the same rows with neighbours found without the users of fold 0, 1, ..., empty when
-    no feature of an item is derived; item_keys (V,) int64; item_counts (V,) int64: train positives of the first task;
-    item_first_time (V,) int64: time of the item's first impression in any split, the largest int64 without one.
+    no feature of an item is derived; item_keys (V,) int64; item_counts (V,) int64: train positives of
+    `Schema.drawn_task`; item_first_time (V,) int64: time of the item's first impression in any split, the largest int64
+    without one.
     raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
     would carry them. earlier: (split, rows (R,)) -> per example the int32 item rows of its whole history, the
     strictly earlier positives of the first task in any split, oldest first. notes: what a person should know
@@ -197,7 +198,7 @@ def build_dataset(
         transform.encode_items(item_raw),
         tuple(transform.encode_items(item_raw | raw) for raw in neighbours.folds()),
         log.item_keys,
-        np.bincount(train.item_row[train.labels[:, 0] > 0], minlength=len(log.item_keys)),
+        np.bincount(train.item_row[train.labels[:, schema.drawn_task] > 0], minlength=len(log.item_keys)),
         _first_times(log),
         train,
         valid,

@@ -129,7 +129,7 @@ class LiveTables:
 class StreamItems:
     """The items table as it was read last.
 
-    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: positives of the first task seen so far;
+    items: V encoded rows; item_keys (V,) int64; item_counts (V,) int64: positives of `Schema.drawn_task` so far;
     attributes: eligibility and bids, None where the schema declares none; folds: none, for what the lists of
     neighbours were made of ended before the stream began.
     """

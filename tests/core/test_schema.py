@@ -191,6 +191,22 @@ def both(first, second):
             "tasks: every rank is 0, expected at least one task to rank by",
         ),
         (at("tasks", ["click"]), "tasks.0: got 'click' (str), expected a mapping"),
+        (
+            at("tasks", [{"name": "a", "given": "shown"}, {"name": "b"}]),
+            "tasks.0.given: got 'shown', expected another task (b)",
+        ),
+        (
+            at("tasks", [{"name": "a", "given": 1}]),
+            "tasks.0.given: got 1, expected another task (there is none)",
+        ),
+        (
+            at("tasks", [{"name": "a", "given": "a"}]),
+            "tasks.0.given: a given a: a circle, expected a task that is",
+        ),
+        (
+            at("tasks", [{"name": "c"}, {"name": "a", "given": "b"}, {"name": "b", "given": "a"}]),
+            "tasks.1.given: a given b given a: a circle, expected a task that is given none at its end",
+        ),
         (at("features.item", {}), "features.item: no features, expected at least one feature of the item"),
         (
             at("features.user.price", {"kind": "dense"}),
@@ -426,3 +442,14 @@ def test_rank_exponents_are_one_per_task():
     )
     assert schema.rank.dtype == np.float32
     assert schema.rank.tolist() == [1.0, 0.0, 0.25]
+
+
+def test_a_task_may_be_given_another_and_negatives_are_drawn_for_the_first_that_is_not():
+    tasks = [{"name": "click", "given": "shown"}, {"name": "order", "given": "click"}, {"name": "shown"}]
+    schema = Schema.from_dict(ads() | {"tasks": tasks})
+    assert schema.given.tolist() == [2, 0, -1]
+    assert schema.drawn_task == 2
+    assert Schema.from_json(schema.to_json()).hash == schema.hash
+    plain = Schema.from_dict(ads())
+    assert plain.given.tolist() == [-1, -1] and plain.drawn_task == 0
+    assert "given" not in plain.to_json(), "older schemas keep their hashes"

@@ -75,7 +75,7 @@ def test_real_data(name: str) -> None:
         parts = (data.train, data.valid, data.test)
         assert sum(map(len, parts)) == 100_000
         rates = sum(part.labels.sum(0) for part in parts) / 100_000
-        np.testing.assert_allclose(rates, [0.55375, 0.21201], atol=1e-5)
+        np.testing.assert_allclose(rates, [0.55375, 0.21201, 1.0], atol=1e-5)
 
 
 def test_ml_100k_by_hand(tmp_path: Path) -> None:
@@ -85,6 +85,7 @@ def test_ml_100k_by_hand(tmp_path: Path) -> None:
     movies = pa.table({"item_id": [7, 8], "release_year": ["1995", "unkonwn"]})
     pq.write_table(movies, tmp_path / "items.parquet")
     raw = ml_100k(tmp_path)
+    assert raw.impressions.column("impression").to_pylist() == [1, 1]
     assert raw.impressions.column("click").to_pylist() == [1, 1]
     assert raw.impressions.column("conversion").to_pylist() == [0, 1]
     assert raw.users is not None

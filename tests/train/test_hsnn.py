@@ -40,14 +40,14 @@ def test_index_supervision_reaches_codebooks_and_item_tower(world, dataset):
     batch = batches.make(dataset.train, np.arange(32), state, step_rng(0, 0))
     out = model(batch, alpha=2.0)
     weights = torch.ones(2)
-    labels, labelled = batch.pairs.labels, batch.pairs.labelled
+    labels, told = batch.pairs.labels, batch.pairs.labelled.unsqueeze(-1).expand(-1, -1, 2)
     item_tower = list(model.trunk(3).item_vector.parameters())
     of = batch.pairs.of.unsqueeze(-1).expand(-1, -1, 2)
     chosen = [logits.gather(1, of) for logits in model.index_logits(out.embedded)]
-    index_loss = layered(chosen, labels, labelled, weights)
+    index_loss = layered(chosen, labels, told, weights)
     assert gradient_of(index_loss, model.lti.codebook) > 0
     assert gradient_of(index_loss, item_tower) > 0
-    node_loss = layered(out.logits[:2], labels, labelled, weights)
+    node_loss = layered(out.logits[:2], labels, told, weights)
     assert gradient_of(node_loss, model.lti.codebook) > 0, "supervision of the node layers shapes the index"
     assert gradient_of(node_loss, item_tower) > 0
     assert model(batch, alpha=None).embedded.lti is None

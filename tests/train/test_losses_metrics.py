@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsnn_train.losses import distil, layered, supervised
+from hsnn_train.losses import distil, layered, supervised, told
 from hsnn_train.metrics import calibration, ndcg_at, normalised_entropy, recall_at, search_recall
 
 
@@ -24,13 +24,23 @@ def test_supervised_loss_is_eq_1_over_labelled_pairs():
     weights = torch.tensor([1.0, 2.0])
     one = ce(0.8, 1) + 2 * ce(0.3, 0)
     two = ce(0.5, 1) + 2 * ce(0.9, 1)
-    assert supervised(logits, labels, torch.ones(1, 2), weights).item() == pytest.approx(
-        (one + two) / 2, rel=1e-5
-    )
-    assert supervised(logits, labels, torch.tensor([[1.0, 0.0]]), weights).item() == pytest.approx(
-        one, rel=1e-5
-    )
-    assert supervised(logits, labels, torch.zeros(1, 2), weights).item() == 0.0
+    everything = torch.ones(1, 2, 2)
+    assert supervised(logits, labels, everything, weights).item() == pytest.approx((one + two) / 2, rel=1e-5)
+    first = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    assert supervised(logits, labels, first, weights).item() == pytest.approx(one, rel=1e-5)
+    each_its_own = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
+    expected = (ce(0.8, 1) + ce(0.5, 1)) / 2 + 2 * ce(0.3, 0)
+    assert supervised(logits, labels, each_its_own, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert supervised(logits, labels, torch.zeros(1, 2, 2), weights).item() == 0.0
+
+
+def test_a_label_tells_something_where_the_task_that_it_is_given_has_a_label_of_1():
+    given = torch.tensor([2, 0, -1])  # a click given an impression, a conversion given a click, an impression
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    labelled = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the third was drawn, of the fourth nothing is known
+    expected = [[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0]]
+    assert told(labels, labelled, given).tolist() == expected
+    assert told(labels, labelled, torch.full((3,), -1)).tolist() == [[v] * 3 for v in labelled.tolist()]
 
 
 def test_distil_is_eq_2_with_a_constant_teacher():
@@ -45,7 +55,7 @@ def test_distil_is_eq_2_with_a_constant_teacher():
 
 def test_layered_loss_is_eq_4_the_sum_over_layers():
     logits = [torch.tensor([[[logit(p)]]]) for p in (0.7, 0.2)]
-    args = (torch.ones(1, 1, 1), torch.ones(1, 1), torch.ones(1))
+    args = (torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.ones(1))
     assert layered(logits, *args).item() == pytest.approx(ce(0.7, 1) + ce(0.2, 1), rel=1e-5)
 
 
