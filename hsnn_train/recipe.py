@@ -30,6 +30,7 @@ from .recipe_sections import (
     SearchConfig,
     TrainConfig,
     check_listed,
+    check_order,
     check_ranges,
     read_section,
 )
@@ -115,6 +116,7 @@ def recipe_from_dict(raw: Mapping[str, Any], name: str, base: Path) -> Recipe:
     check_ranges(model, train, search)
     schema = Schema.from_dict(raw["schema"])
     check_listed(train, schema)
+    check_order(train, schema)
     return Recipe(
         name=str(raw.get("name", name)),
         schema=schema,

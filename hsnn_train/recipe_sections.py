@@ -269,6 +269,16 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
         raise SchemaError(f"search.k: got {search.k}, more than search.max_k ({search.max_k})")
 
 
+def check_order(train: TrainConfig, schema: Schema) -> None:
+    """SchemaError where ``train.order: requests`` would fit a probability that does not rank items by itself."""
+    first = schema.tasks[0]
+    if train.order == "requests" and first.given is not None:
+        raise SchemaError(
+            f"train.order: got requests, which is fitted to the first task, {first.name}; that is given {first.given}, "
+            "and ranks nothing by itself; expected labels, or a first task that is given none"
+        )
+
+
 def check_listed(train: TrainConfig, schema: Schema) -> None:
     """SchemaError unless ``train.listed_from`` is a feature that negatives can be drawn from, where any are."""
     lists = [f.name for f in schema.user_features if f.encoding == "item" and f.kind == "sequence"]

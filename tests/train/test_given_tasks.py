@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_world import SCHEMA, recipe, tables
 
+from hsnn_core.errors import SchemaError
 from hsnn_core.schema import Schema
 from hsnn_train import losses
 from hsnn_train.batches import step_rng
@@ -126,6 +127,14 @@ def test_every_task_is_learnt_calibrated_and_measured_on_its_own_pairs(world, tm
     found = evaluate(model, world, setting, trainer.state, "valid", progress=False)
     assert [row["task"] for row in found["pointwise"][:3]] == NAMES
     assert found["base_rates"]["shown"] == pytest.approx(1 / 5)
+
+
+def test_an_order_fitted_to_requests_is_refused_where_the_first_task_ranks_nothing_by_itself():
+    message = (
+        r"train.order: got requests, which is fitted to the first task, click; that is given shown, and ranks"
+    )
+    with pytest.raises(SchemaError, match=message):
+        made(POOL | {"order": "requests"})
 
 
 def test_a_task_that_no_impression_of_training_tells_of_has_no_base_rate():

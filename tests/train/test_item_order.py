@@ -38,13 +38,16 @@ def trained(calibrated, make_recipe, monkeypatch):
     return model, recipe, state, values
 
 
+def weighed(model, lists):
+    """What the item layer's ensemble makes of the lists, without its bias."""
+    ensemble = model.ensemble[-1]
+    crossings = lists.crossings @ ensemble.crossing[:, 0].numpy()
+    return lists.monn @ ensemble.weight[:, 0].detach().numpy() + crossings
+
+
 def surprise(model, lists):
     """Mean -log of the softmax over a request's list, of what it wants, under the scale at which that is least."""
-    ensemble = model.ensemble[-1]
-    z = (
-        lists.monn @ ensemble.weight[:, 0].detach().numpy()
-        + lists.crossings @ ensemble.crossing[:, 0].numpy()
-    )
+    z = weighed(model, lists)
     z = np.where(lists.there, z.astype(np.float64) / z[lists.there].std(), -np.inf)
 
     def at(scale):
@@ -84,12 +87,8 @@ def test_lists_are_the_best_items_with_what_their_scores_are_made_of(trained, da
     wanted = [np.isin(index.row_of_position[row], own) for row, own in zip(best.positions, asked.wanted)]
     np.testing.assert_array_equal(lists.wanted, np.stack(wanted) & lists.there)
     assert lists.wanted.any()
-    ensemble = model.ensemble[-1]
-    z = (
-        lists.monn @ ensemble.weight[:, 0].detach().numpy()
-        + lists.crossings @ ensemble.crossing[:, 0].numpy()
-    )
-    said = 1 / (1 + np.exp(-z - ensemble.bias[0].item()))
+    z = weighed(model, lists)
+    said = 1 / (1 + np.exp(-z - model.ensemble[-1].bias[0].item()))
     np.testing.assert_allclose(said[lists.there], best.probabilities[..., 0][lists.there], rtol=1e-4)
 
 
