@@ -214,6 +214,10 @@ class _Bench:
     def _twins(self, run: Run, searched: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         """The Faiss rows of a trained two-tower. Raises HsnnError when the inner products of its vectors do not rank
         as its search does."""
+        if len(self.dataset.schema.tasks) > 1:
+            raise HsnnError(
+                "two-tower: several tasks, of which no single inner product ranks as the search does"
+            )
         k = min(TWIN_K, self.requests.items)
         items = _item_vectors(run, self.dataset)
         queries = self._queries(run, self.dataset, "test")

@@ -5,7 +5,7 @@ requests carry them, are int64: integers as they are, strings as `stable_key`; K
 
     name: ads
     keys: {user: user_id, item: item_id, time: timestamp}
-    tasks: [{name: click}, {name: conversion, weight: 0.5}]
+    tasks: [{name: click}, {name: conversion, weight: 0.5, given: click}]
     features:
       user:
         age:      {kind: dense, default: 0.0}
@@ -98,9 +98,9 @@ class Feature:
 
 @dataclass(frozen=True)
 class Task:
-    """A 0/1 label column: ``weight`` in the loss, ``rank`` as the exponent of its probability in ranking. ``given``:
-    the task without whose label the own one means nothing (a click, given an impression); None: every pair has one,
-    and an item that was drawn as a negative has a 0."""
+    """A 0/1 label column: ``weight`` in the loss, a mean over the task's own pairs; ``rank`` as the exponent of its
+    probability in ranking. ``given``: the task without whose label of 1 the own one means nothing (a click, given
+    an impression); None: every pair has one, and an item that was drawn as a negative has a 0."""
 
     name: str
     weight: float
@@ -261,7 +261,8 @@ class Schema:
 
     @property
     def drawn_task(self) -> int:
-        """The first task that is given none: items are drawn as its negatives, and by how often it was positive."""
+        """The first task that is given none. Items are drawn as negatives of all such tasks, by how often this one was
+        positive, and hard ones by its logit."""
         return int(np.flatnonzero(self.given < 0)[0])
 
     def feature(self, name: str) -> Feature:

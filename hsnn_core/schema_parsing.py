@@ -108,14 +108,21 @@ def _tasks(raw: Any) -> tuple[Task, ...]:
 
 
 def _given(tasks: list[Task]) -> None:
-    """SchemaError where a task is given what is no other task, or in the end itself."""
+    """SchemaError where a task is given what is no other task, or in the end itself, or ranks without what it is given:
+    by the probability of a click on items that nobody would be shown."""
     given = {task.name: task.given for task in tasks}
+    rank = {task.name: task.rank for task in tasks}
     for number, task in enumerate(tasks):
         path, chain = f"tasks.{number}.given", [task.name]
         while (name := given[chain[-1]]) is not None:
-            if name not in given:
+            if not isinstance(name, str) or name not in given:
                 others = ", ".join(other for other in given if other != task.name) or "there is none"
                 raise SchemaError(f"{path}: got {name!r}, expected another task ({others})")
+            if task.rank > 0 and rank[name] <= 0 and name not in chain:
+                raise SchemaError(
+                    f"{path}: {task.name} ranks items (rank {task.rank:g}) and {name}, which it is given, does not; "
+                    f"expected rank 1 of {name} too, since a search multiplies the two"
+                )
             chain.append(name)
             if len(chain) > len(tasks):
                 raise SchemaError(

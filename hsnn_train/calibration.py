@@ -51,8 +51,8 @@ def settle(ensemble: LayerEnsemble, layer: int, task: int, weights: np.ndarray, 
     assert values.monn is not None
     told = values.told[:, task]
     y = values.labels[told, task].astype(np.float64)
-    given = np.concatenate([values.monn[:layer, :, task].T, values.crossings[layer - 1]], axis=1)
-    z = given[told] @ weights
+    inputs = np.concatenate([values.monn[:layer, :, task].T, values.crossings[layer - 1]], axis=1)
+    z = inputs[told] @ weights
     if tells(z, y):
         scale, _, shift = fit(z, np.empty((len(y), 0)), y)
         ensemble.weight[:, task] = torch.from_numpy(scale * weights[:layer])
@@ -70,8 +70,8 @@ def fit(z: np.ndarray, crossings: np.ndarray, y: np.ndarray) -> tuple[float, np.
     (S,) and crossings (S, D), all float64, by Newton's method. At the minimum the predicted mean equals the observed
     one. Where the best a would not be positive, it is set to `LEAST_SCALE`, and without crossings the order is kept. A
     crossing that never varies, or is other than 0 for too few pairs, has weight 0."""
-    told = np.count_nonzero(crossings, axis=0) >= LEAST_PAIRS
-    scaled, deviation = standard(crossings * told)
+    often = np.count_nonzero(crossings, axis=0) >= LEAST_PAIRS
+    scaled, deviation = standard(crossings * often)
     design = np.column_stack([z, scaled, np.ones_like(z)])
     start = np.zeros(design.shape[1])
     start[0] = 1.0

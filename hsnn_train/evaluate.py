@@ -104,14 +104,22 @@ def base_rates(labels: np.ndarray, schema: Schema, negatives: int) -> np.ndarray
 
 
 def pointwise_report(values: Pointwise, rates: np.ndarray, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """NE and calibration, one row per layer and task. NE is null where the base rate makes it undefined."""
+    """NE and calibration, one row per layer and task. NE is null where the base rate makes it undefined, both where the
+    task has no label."""
     rows = []
     for layer in range(len(values.logits)):
         for t, task in enumerate(tasks):
             told = values.told[:, t]
             z, y = values.logits[layer, told, t], values.labels[told, t]
-            ne = normalised_entropy(z, y, float(rates[t])) if 0 < rates[t] < 1 else None
-            rows.append({"layer": layer + 1, "task": task, "ne": ne, "calibration": calibration(z, y)})
+            ne = normalised_entropy(z, y, float(rates[t])) if told.any() and 0 < rates[t] < 1 else None
+            rows.append(
+                {
+                    "layer": layer + 1,
+                    "task": task,
+                    "ne": ne,
+                    "calibration": calibration(z, y) if told.any() else None,
+                }
+            )
     return rows
 
 

@@ -316,7 +316,7 @@ class Follower:
         follow = {
             "stream": str(self.stream), "base": self.base, "files": sorted(self.files), "bad": self.bad,
             "seen": self.seen, "dropped": self.dropped, "reports": count,
-            "rates": torch.from_numpy(self.rates), "recent": recent,
+            "base_rates": torch.from_numpy(self.rates), "recent": recent,
             "counts": torch.from_numpy(self.items.item_counts),
         }  # fmt: skip
         state = {
@@ -356,7 +356,9 @@ class Follower:
         self.seen, self.dropped = int(follow["seen"]), int(follow["dropped"])
         self.rows_reported = int(follow["reports"])
         keep_rows(self.run, self.rows_reported)
-        self.rates = follow["rates"].numpy()
+        # Checkpoints used to hold the rates of impressions, without the negatives drawn for them.
+        earlier = follow.get("rates", torch.zeros(())).numpy() / (1 + self.recipe.train.negatives)
+        self.rates = follow["base_rates"].numpy() if "base_rates" in follow else earlier
         lengths = history_tasks(self.recipe.schema)
         self.recent = {
             int(task): RecentPositives(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def told(labels: Tensor, labelled: Tensor, given: Tensor) -> Tensor:
     """For which pairs a task's label tells anything: the labelled ones and, for a task that is given another, those of
-    them where the other's label is 1 (entire-space multi-task learning: Ma et al. 2018).
+    them where the other's label is 1.
 
     labels (..., T); labelled (...) 0/1; given (T,) int64: `Schema.given` -> (..., T) 0/1.
     """

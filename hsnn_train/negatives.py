@@ -165,8 +165,13 @@ class Pools:
             log_inclusion = np.log(-np.expm1(absent)).astype(np.float32)
         positive = np.searchsorted(drawn, own)
         allowed = had_appeared(self.first_time, examples, rows, drawn)
-        if self.had is not None:
+        chosen = self.share[drawn] > 0
+        if self.had is not None or not chosen.all():
             allowed = np.ones((len(rows), len(drawn)), bool) if allowed is None else allowed
+            allowed[:, ~chosen] = False  # of other users
+            allowed[np.arange(len(rows)), positive] = True
+        if self.had is not None:
+            assert allowed is not None
             items = self.had(rows)
             user, item = np.repeat(np.arange(len(rows)), list(map(len, items))), np.concatenate(items)
             place = np.searchsorted(drawn, item).clip(max=len(drawn) - 1)

@@ -45,7 +45,7 @@ class Moment:
 
 @dataclass
 class Objective:
-    """Losses of one batch. ``pools``: of logs of positives alone (`Schema.drawn_task`'s), else None."""
+    """Losses of one batch. ``pools``: of logs of positives alone (of `Schema.drawn_task`), else None."""
 
     model: HSNN
     batches: BatchMaker
@@ -59,7 +59,7 @@ class Objective:
         device, given = self.model.device, torch.from_numpy(self.schema.given)
         self.given = given.to(device)
         self.weights = torch.tensor([task.weight for task in self.schema.tasks], device=device)
-        #: Of the tasks that a pool's other items are negatives of, and whether these are all.
+        #: (T,) 1 for the tasks that are given none, whose negatives a pool's other items are; whether these are all.
         self.drawn, self.all_drawn = (given < 0).to(device, torch.float32), bool((given < 0).all())
         self.drawn_weights = self.weights * self.drawn
 
@@ -120,7 +120,7 @@ class Objective:
         )
         positive, labels, log_inclusion = moved(of_pool, model.device)
         own_told = losses.told(labels, labels.new_ones(len(rows)), self.given) * (1 - self.drawn)
-        main = self.schema.drawn_task
+        drawn_task = self.schema.drawn_task
         barred = None if pool.allowed is None else moved(torch.from_numpy(~pool.allowed), model.device)
 
         def possible(logits: Tensor) -> Tensor:
@@ -140,19 +140,23 @@ class Objective:
         embedded = model.embed(sides, moment.alpha)
         logits = possible(model.pool_logits(embedded, model.layers))
         parts: Weighted = {"retrieval": (t.softmax, over_pool(logits))}
-        proposal = torch.softmax(logits[..., main].detach() - log_inclusion, dim=-1)  # (B, M)
+        proposal = torch.softmax(logits[..., drawn_task].detach() - log_inclusion, dim=-1)  # (B, M)
         for_nodes = [possible(model.pool_logits(embedded, layer)) for layer in range(1, model.layers)]
         if for_nodes:
             parts["nodes"] = (t.softmax, torch.stack([over_pool(own) for own in for_nodes]).sum())
             if t.node_distil:
                 # Softened, a node is worth what its best items are rather than what they are on average; times the
                 # heat, its gradient stays of one size (Hinton et al. 2015).
-                target = torch.softmax(logits[..., main].detach() / t.heat - log_inclusion, dim=-1)
-                soft = [losses.match(own[..., main] / t.heat - log_inclusion, target) for own in for_nodes]
+                target = torch.softmax(logits[..., drawn_task].detach() / t.heat - log_inclusion, dim=-1)
+                soft = [
+                    losses.match(own[..., drawn_task] / t.heat - log_inclusion, target) for own in for_nodes
+                ]
                 parts["node_distil"] = (t.node_distil * t.heat, torch.stack(soft).sum())
         pairs, offset = self._candidates(rows, pool, len(pools.sampler.rows), proposal, state)
         out = model.score_pairs(embedded, pairs)
-        by_task = offset.unsqueeze(-1) * self.drawn  # what nobody drew negatives for exceeds nothing
+        by_task = (
+            offset.unsqueeze(-1) * self.drawn
+        )  # a task that no negatives were drawn for needs no correction
         corrected = [logits - by_task for logits in out.logits]
         told = losses.told(pairs.labels, pairs.labelled, self.given)
         parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, told, self.weights))

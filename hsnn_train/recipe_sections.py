@@ -271,11 +271,11 @@ def check_ranges(model: ModelConfig, train: TrainConfig, search: SearchConfig) -
 
 def check_order(train: TrainConfig, schema: Schema) -> None:
     """SchemaError where ``train.order: requests`` would fit a probability that does not rank items by itself."""
-    first = schema.tasks[0]
-    if train.order == "requests" and first.given is not None:
+    ranking = [task.name for task in schema.tasks if task.rank]
+    if train.order == "requests" and ranking != [schema.tasks[0].name]:
         raise SchemaError(
-            f"train.order: got requests, which is fitted to the first task, {first.name}; that is given {first.given}, "
-            "and ranks nothing by itself; expected labels, or a first task that is given none"
+            f"train.order: got requests, which is fitted to the first task, {schema.tasks[0].name}, as if it ranked by "
+            f"itself; what ranks is {', '.join(ranking)}; expected labels, or rank 0 of all other tasks"
         )
 
 

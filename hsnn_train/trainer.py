@@ -167,7 +167,9 @@ class Trainer:
         self.kmeans_steps = self._kmeans_schedule()
         self.held = held_share(self.model, t.held)
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
-        had = partial(dataset.earlier, "train") if recipe.search.fresh else None
+        had = (
+            partial(dataset.earlier, "train", task=recipe.schema.drawn_task) if recipe.search.fresh else None
+        )
         pools = make_pools(dataset, recipe, _first_time(dataset, recipe), had)
         self.objective = Objective(self.model, self.batches, pools, dataset.train, t, recipe.schema, teacher)
         self.step = 0
@@ -201,9 +203,16 @@ class Trainer:
 
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
-        always = self.dataset.train.labels.min(axis=0) > 0
+        labels, schema = self.dataset.train.labels, self.recipe.schema
+        for task, place in zip(schema.tasks, schema.given):
+            if task.given is not None and labels[labels[:, place] > 0, schema.tasks.index(task)].all():
+                raise DataError(
+                    f"every training label of task {task.name} is 1 where {task.given} is, so there is nothing to tell "
+                    f"apart, and negatives are not drawn for it; leave the task out"
+                )
+        always = (labels.min(axis=0) > 0) & (schema.given < 0)
         if always.any() and not self.recipe.train.negatives:
-            names = ", ".join(t.name for t, yes in zip(self.recipe.schema.tasks, always) if yes)
+            names = ", ".join(t.name for t, yes in zip(schema.tasks, always) if yes)
             raise DataError(
                 f"every training label of task {names} is 1, so there is nothing to tell apart; "
                 "draw negatives: set train.negatives (8, say)"

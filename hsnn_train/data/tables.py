@@ -173,6 +173,7 @@ def check_tables(tables: LogTables) -> Log:
         labels_of(column(impressions, t.name, where, f"label of task {t.name}"), t.name, where)
         for t in schema.tasks
     ]
+    _check_given(schema, labels, where)
     if schema.time_key is None:
         time = np.arange(len(user_key), dtype=np.int64)
     else:
@@ -183,6 +184,19 @@ def check_tables(tables: LogTables) -> Log:
         group = keys_of(by, tables.history_by, where)
     user_row = _user_rows(tables, user_key)
     return Log(tables, user_key, user_row, item_row, np.stack(labels, axis=1), time, group, item_keys)
+
+
+def _check_given(schema: Schema, labels: list[np.ndarray], where: str) -> None:
+    """DataError where a label is 1 without the one that it is given."""
+    for task, own, place in zip(schema.tasks, labels, schema.given):
+        if place < 0:
+            continue
+        alone = np.flatnonzero((own > 0) & (labels[place] == 0))
+        if len(alone):
+            raise DataError(
+                f"{where}: {len(alone):,} of {len(own):,} rows have {task.name} = 1 and {task.given} = 0, the first of "
+                f"them row {alone[0]}; expected {task.given} = 1 wherever {task.name} is, which is given it"
+            )
 
 
 def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:

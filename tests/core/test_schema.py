@@ -200,6 +200,18 @@ def both(first, second):
             "tasks.0.given: got 1, expected another task (there is none)",
         ),
         (
+            at("tasks", [{"name": "a", "given": ["b"]}, {"name": "b"}]),
+            "tasks.0.given: got ['b'], expected another",
+        ),
+        (
+            at("tasks", [{"name": "click", "given": "shown"}, {"name": "shown"}]),
+            "tasks.0.given: click ranks items (rank 1) and shown, which it is given, does not; expected rank 1 of",
+        ),
+        (
+            at("tasks", [{"name": "c"}, {"name": "b", "given": "a", "rank": 2}, {"name": "a"}]),
+            "tasks.1.given: b ranks items (rank 2) and a, which it is given, does not",
+        ),
+        (
             at("tasks", [{"name": "a", "given": "a"}]),
             "tasks.0.given: a given a: a circle, expected a task that is",
         ),
@@ -445,7 +457,11 @@ def test_rank_exponents_are_one_per_task():
 
 
 def test_a_task_may_be_given_another_and_negatives_are_drawn_for_the_first_that_is_not():
-    tasks = [{"name": "click", "given": "shown"}, {"name": "order", "given": "click"}, {"name": "shown"}]
+    tasks = [
+        {"name": "click", "given": "shown"},
+        {"name": "order", "given": "click"},
+        {"name": "shown", "rank": 1},
+    ]
     schema = Schema.from_dict(ads() | {"tasks": tasks})
     assert schema.given.tolist() == [2, 0, -1]
     assert schema.drawn_task == 2

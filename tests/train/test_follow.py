@@ -13,7 +13,10 @@ import torch
 from stream_world import arrive, clicks, grown_items, later, with_column, write_base
 
 from hsnn_core.errors import DataError, FeatureError, HsnnError
-from hsnn_train.checkpoint import load_checkpoint, load_run
+from hsnn_train.checkpoint import load_checkpoint, load_run, save_checkpoint
+from hsnn_train.data.dataset import recipe_tables
+from hsnn_train.data.splits import TRAIN, Split
+from hsnn_train.data.tables import check_tables
 from hsnn_train.follow import Follower
 from hsnn_train.follow_report import read_rows
 from hsnn_train.steps import Diverged
@@ -256,6 +259,35 @@ def test_a_log_of_positives_alone(tmp_path):
         DataError, match=r"b.parquet\): has rows with click = 0, expected positives alone, as the run"
     ):
         follower.take("b.parquet")
+
+
+def test_a_task_that_is_given_another_is_measured_where_the_other_has_a_label(tmp_path):
+    tasks = [{"name": "click"}, {"name": "conversion", "weight": 0.5, "given": "click"}]
+    base = write_base(tmp_path / "base", schema={"tasks": tasks})
+    arrive(tmp_path / "stream", later(0), "a.parquet")
+    none = with_column(with_column(later(1), "click", [0] * 100), "conversion", [0] * 100)
+    arrive(tmp_path / "stream", none, "b.parquet")
+    follower = Follower(tmp_path / "stream", tmp_path / "run", base)
+    recipe = follower.recipe
+    log = check_tables(recipe_tables(recipe.schema, recipe.data, recipe.base))
+    click, conversion = log.labels[Split.from_dict(recipe.split).assign(log) == TRAIN].T
+    assert follower.rates == pytest.approx([click.mean(), conversion[click == 1].mean()])
+    row, _ = follower.take("a.parquet")
+    assert all(np.isfinite(figure["ne"]) for figure in row["pointwise"])
+    row, _ = follower.take("b.parquet")
+    figures = [(figure["task"], figure["ne"] is None) for figure in row["pointwise"]]
+    assert figures == [("click", False), ("conversion", True)] * 3
+
+
+def test_a_checkpoint_of_before_tasks_could_be_given_others_goes_on_with_its_rates(base, stream, tmp_path):
+    follower = Follower(stream, tmp_path / "run", base)
+    follower.take(NAMES[0])
+    follower.save()
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", follower.recipe.schema)
+    rates = saved["follow"].pop("base_rates")
+    saved["follow"]["rates"] = rates * (1 + follower.recipe.train.negatives)
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", saved)
+    assert np.array_equal(Follower(stream, tmp_path / "run").rates, follower.rates)
 
 
 def test_matches_of_items_that_share_the_unknown_id_stay_zeros(tmp_path):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny_world import SCHEMA, recipe, tables
 
-from hsnn_core.errors import SchemaError
+from hsnn_core.errors import DataError, SchemaError
 from hsnn_core.schema import Schema
-from hsnn_train import losses
+from hsnn_train import beam, losses
 from hsnn_train.batches import step_rng
 from hsnn_train.calibration import calibrate
 from hsnn_train.data.dataset import build_dataset
 from hsnn_train.data.splits import Split
-from hsnn_train.data.tables import LogTables
-from hsnn_train.evaluate import base_rates, evaluate, pointwise, pointwise_report
+from hsnn_train.data.tables import LogTables, check_tables
+from hsnn_train.evaluate import Pointwise, base_rates, evaluate, pointwise, pointwise_report
 from hsnn_train.negatives import Pools
 from hsnn_train.objective import Moment
 from hsnn_train.trainer import Trainer, evaluation_batches
@@ -51,34 +51,64 @@ class Bar:
         pass
 
 
-@pytest.mark.parametrize("train", [POOL, SAMPLED], ids=["pool", "sampled"])
-@pytest.mark.parametrize("warm", [True, False])
-def test_a_label_counts_where_the_task_that_it_is_given_has_one(world, tmp_path, train, warm):
-    """The loss as a function of the labels: a conversion's means nothing where there was no click."""
-    trainer = Trainer(made(train), world, tmp_path / "run", progress=False)
-    trainer._refresh(Bar())
-    moment = Moment(trainer.alpha(), 1.0, warm)
-    rows = np.arange(48)
-
-    def supervised(examples):
-        objective = replace(trainer.objective, examples=examples)
-        torch.manual_seed(0)  # hard negatives are drawn by torch
-        parts, _ = objective(rows, trainer.state, moment, step_rng(0, 3))
-        return parts["retrieval" if warm and train is POOL else "supervised"].item()
-
-    def relabelled(task, where, value):
-        labels = world.train.labels.copy()
-        labels[where, task] = value
-        return replace(world.train, labels=labels)
-
+def parts_of(trainer, examples, warm):
+    torch.manual_seed(0)  # hard negatives are drawn by torch
     trainer.model.eval()
-    as_logged = supervised(world.train)
-    unclicked = world.train.labels[:, 0] == 0
-    assert supervised(relabelled(1, unclicked, 1.0)) == as_logged, (
-        "no conversion is asked of what was not clicked"
+    objective = replace(trainer.objective, examples=examples)
+    parts, _ = objective(np.arange(48), trainer.state, Moment(trainer.alpha(), 1.0, warm), step_rng(0, 3))
+    return parts
+
+
+def started(setting, world, folder):
+    trainer = Trainer(setting, world, folder, progress=False)
+    trainer._refresh(Bar())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("train", "warm", "told", "untold"),
+    [
+        (SAMPLED, True, ["supervised"], []),
+        (SAMPLED, False, ["supervised", "index"], []),
+        (POOL, True, ["retrieval"], []),
+        (POOL, False, ["retrieval", "nodes", "index", "supervised"], ["softmax", "node_distil"]),
+    ],
+)
+def test_a_label_counts_where_the_task_that_it_is_given_has_one(world, tmp_path, train, warm, told, untold):
+    """Losses as functions of the labels: a conversion's means nothing where there was no click, and neither is a click
+    or a conversion chosen over what was drawn."""
+    trainer = started(made(train | {"node_distil": 1.0}), world, tmp_path / "run")
+    labels = world.train.labels
+    clicked = labels[:, 0] > 0
+
+    def with_labels(task, where, value):
+        changed = labels.copy()
+        changed[where, task] = value
+        return parts_of(trainer, replace(world.train, labels=changed), warm)
+
+    as_logged = parts_of(trainer, world.train, warm)
+    no_click = with_labels(1, ~clicked, 1.0)
+    other_clicks = with_labels(0, clicked & (labels[:, 1] == 0), 0.0)
+    for name in told:
+        assert no_click[name] == as_logged[name], "no conversion is asked of what was not clicked"
+        assert with_labels(1, clicked, 1.0)[name] != as_logged[name]
+        assert other_clicks[name] != as_logged[name]
+    for name in untold:
+        assert other_clicks[name] == as_logged[name]
+
+
+def test_what_is_given_another_task_is_no_choice_among_what_was_drawn(world, tmp_path):
+    trainer = started(made(POOL | {"node_distil": 1.0}), world, tmp_path / "run")
+    parts = parts_of(trainer, world.train, warm=False)
+    for name in ("softmax", "node_distil"):
+        for layer in (1, 2):
+            scale = trainer.model.layer(layer).dot.log_scale  # (T,)
+            (gradient,) = torch.autograd.grad(parts[name], [scale], retain_graph=True)
+            assert gradient[2] != 0 and not gradient[:2].any()
+    silent = replace(world.train, labels=np.zeros_like(world.train.labels))
+    assert parts_of(trainer, silent, warm=False)["nodes"] == 0.0, (
+        "nothing shown, nothing clicked: nothing to choose"
     )
-    assert supervised(relabelled(1, ~unclicked, 1.0)) != as_logged
-    assert supervised(relabelled(0, ~unclicked, 0.0)) != as_logged
 
 
 def test_only_logits_that_negatives_were_drawn_for_are_corrected_for_the_draws(world, tmp_path, monkeypatch):
@@ -130,11 +160,88 @@ def test_every_task_is_learnt_calibrated_and_measured_on_its_own_pairs(world, tm
 
 
 def test_an_order_fitted_to_requests_is_refused_where_the_first_task_ranks_nothing_by_itself():
-    message = (
-        r"train.order: got requests, which is fitted to the first task, click; that is given shown, and ranks"
-    )
+    message = r"train.order: got requests, which is fitted to the first task, click, as if .* ranks is click, shown;"
     with pytest.raises(SchemaError, match=message):
         made(POOL | {"order": "requests"})
+
+
+def test_a_task_without_a_label_in_a_split_has_neither_figure(recwarn):
+    values = Pointwise(np.zeros((1, 2, 2)), np.zeros((2, 2)), np.array([[True, False]] * 2))
+    report = pointwise_report(values, np.array([0.5, 0.5]), "ab")
+    assert [(row["ne"] is None, row["calibration"] is None) for row in report] == [
+        (False, False),
+        (True, True),
+    ]
+    assert not recwarn.list
+
+
+def test_items_are_drawn_by_how_often_they_were_shown(world):
+    shown = np.bincount(world.train.item_row, minlength=len(world.item_keys))
+    np.testing.assert_array_equal(world.item_counts, shown)
+
+
+def test_what_was_shown_to_a_user_is_no_negative_where_it_is_no_candidate(world, tmp_path):
+    setting = recipe(schema=WORLD, train=POOL, search={"candidates": "new"})
+    trainer = Trainer(setting, world, tmp_path / "run", progress=False)
+    train, rows = world.train, np.arange(len(world.train))[-20:]
+    pool = trainer.objective.pools.draw(train, rows, step_rng(0, 0))
+    for row, allowed in zip(rows, pool.allowed):
+        before = (train.user_key == train.user_key[row]) & (train.time < train.time[row])
+        seen = np.setdiff1d(train.item_row[before], train.item_row[row])
+        assert len(seen) and not allowed[np.isin(pool.rows, seen)].any()
+
+
+def test_a_node_order_is_fitted_to_what_multiplies(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(beam, "BEST", 5)
+    setting = made(SAMPLED | {"max_steps": 40})
+    trainer = Trainer(setting, world, tmp_path / "run", progress=False)
+    model, batches = trainer.train(), evaluation_batches(world, setting)
+    values = pointwise(model, batches, world.valid, trainer.state, 1, parts=True)
+    before = [ensemble.weight.clone() for ensemble in model.ensemble]
+    pairs = beam.node_pairs(model, world, setting, trainer.state)
+    beam.fit_beam(model, pairs, values, setting.schema.rank)
+    changed = [(now.weight != then).any(0).tolist() for now, then in zip(model.ensemble, before)]
+    assert changed == [[True, False, True], [True, False, True], [False, False, False]]
+    after = pointwise(model, batches, world.valid, trainer.state, 1)
+    for row in pointwise_report(after, np.full(3, 0.5), NAMES)[:6]:
+        if row["task"] != "conversion":
+            assert row["calibration"] == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "where", "message"),
+    [
+        (
+            "conversion",
+            "click",
+            "every training label of task conversion is 1 where click is, so there is nothing",
+        ),
+        (
+            "click",
+            "shown",
+            "every training label of task click is 1 where shown is, so there is nothing to tell",
+        ),
+    ],
+)
+def test_a_task_that_always_says_yes_where_it_is_asked_is_refused(world, tmp_path, task, where, message):
+    labels = world.train.labels.copy()
+    labels[:, NAMES.index(task)] = labels[:, NAMES.index(where)]
+    always = replace(world, train=replace(world.train, labels=labels))
+    with pytest.raises(DataError, match=message):
+        Trainer(made(POOL), always, tmp_path / "run", progress=False)
+
+
+def test_a_label_without_the_one_that_it_is_given_is_refused():
+    log = tables()
+    shown = pa.array((np.arange(len(log.impressions)) >= 3).astype(np.int64))
+    wrong = LogTables(
+        Schema.from_dict(WORLD), log.impressions.append_column("shown", shown), log.users, log.items
+    )
+    clicks = np.flatnonzero(log.impressions.column("click").to_numpy()[:3])
+    assert len(clicks)
+    found = f"{len(clicks)} of 1,500 rows have click = 1 and shown = 0, the first of them row {clicks[0]};"
+    with pytest.raises(DataError, match=found):
+        check_tables(wrong)
 
 
 def test_a_task_that_no_impression_of_training_tells_of_has_no_base_rate():
@@ -153,3 +260,6 @@ def test_a_pool_holds_the_impressions_item_though_nobody_chose_it_in_training(wo
     assert np.isfinite(pool.log_inclusion).all() and (pool.log_inclusion <= 0).all()
     others = Pools(counts, size, 0.75).draw(world.train, np.arange(200, 210), step_rng(0, 0))
     assert not np.isin(np.setdiff1d(never, world.train.item_row[200:210]), others.rows).any()
+    places = np.isin(pool.rows, never)
+    own = pool.positive[:, None] == np.arange(len(pool.rows))
+    np.testing.assert_array_equal(pool.allowed[:, places], own[:, places])
