@@ -154,9 +154,8 @@ class Objective:
                 parts["node_distil"] = (t.node_distil * t.heat, torch.stack(soft).sum())
         pairs, offset = self._candidates(rows, pool, len(pools.sampler.rows), proposal, state)
         out = model.score_pairs(embedded, pairs)
-        by_task = (
-            offset.unsqueeze(-1) * self.drawn
-        )  # a task that no negatives were drawn for needs no correction
+        # What no negatives were drawn for needs no correction.
+        by_task = offset.unsqueeze(-1) * self.drawn
         corrected = [logits - by_task for logits in out.logits]
         told = losses.told(pairs.labels, pairs.labelled, self.given)
         parts["supervised"] = (1.0, losses.layered(corrected, pairs.labels, told, self.weights))

@@ -207,7 +207,7 @@ class Trainer:
         for task, place in zip(schema.tasks, schema.given):
             if task.given is not None and labels[labels[:, place] > 0, schema.tasks.index(task)].all():
                 raise DataError(
-                    f"every training label of task {task.name} is 1 where {task.given} is, so there is nothing to tell "
+                    f"no training label of task {task.name} is 0 where {task.given} is 1, so there is nothing to tell "
                     f"apart, and negatives are not drawn for it; leave the task out"
                 )
         always = (labels.min(axis=0) > 0) & (schema.given < 0)

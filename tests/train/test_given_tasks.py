@@ -214,12 +214,12 @@ def test_a_node_order_is_fitted_to_what_multiplies(world, tmp_path, monkeypatch)
         (
             "conversion",
             "click",
-            "every training label of task conversion is 1 where click is, so there is nothing",
+            "no training label of task conversion is 0 where click is 1, so there is nothing",
         ),
         (
             "click",
             "shown",
-            "every training label of task click is 1 where shown is, so there is nothing to tell",
+            "no training label of task click is 0 where shown is 1, so there is nothing to tell",
         ),
     ],
 )
