@@ -69,7 +69,7 @@ def load_requests(
     found = evaluation_requests(dataset, split, candidates, limit)
     if not len(found):
         raise DataError(f"no request in {split} has a positive to be found; change the recipe's split:")
-    history = request_histories(dataset.earlier(split, found.rows), found.items)
+    history = request_histories(dataset.earlier(split, found.rows, 0), found.items)
     time = found.time if candidates == "seen_before" else None
     return Requests(found.user_key, history, found.wanted, found.eligible, time)
 

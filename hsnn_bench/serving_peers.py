@@ -229,8 +229,8 @@ def _add_faiss(repository: Path, two_tower: Exported, dataset: Dataset, name: st
     for file in (MANIFEST, *bundle.manifest["files"]):
         _link(bundle.path / file, target)
     items = np.ascontiguousarray(bundle.embeddings[0], np.float32)
-    schema = bundle.schema  # one inner product: where several tasks rank, of the one that takes any item
-    task = schema.drawn_task if schema.rank[schema.drawn_task] > 0 else int(np.argmax(schema.rank))
+    # One inner product: of what ranks any item, not only items where another task has a label of 1.
+    task = int(np.argmax(np.where(bundle.schema.given < 0, bundle.schema.rank, 0)))
     split = "valid" if len(dataset.valid) else "test"
     _, users = dataset.requests(split, TUNING_REQUESTS)
     tower = OnnxRunner(two_tower.path / USER_TOWER, [])

@@ -110,23 +110,27 @@ def _tasks(raw: Any) -> tuple[Task, ...]:
 def _given(tasks: list[Task]) -> None:
     """SchemaError where a task is given what is no other task, or in the end itself, or ranks without what it is given:
     by the probability of a click on items that nobody would be shown."""
-    given = {task.name: task.given for task in tasks}
-    rank = {task.name: task.rank for task in tasks}
+    known = {task.name: task for task in tasks}
     for number, task in enumerate(tasks):
-        path, chain = f"tasks.{number}.given", [task.name]
-        while (name := given[chain[-1]]) is not None:
-            if not isinstance(name, str) or name not in given:
-                others = ", ".join(other for other in given if other != task.name) or "there is none"
-                raise SchemaError(f"{path}: got {name!r}, expected another task ({others})")
-            if task.rank > 0 and rank[name] <= 0 and name not in chain:
-                raise SchemaError(
-                    f"{path}: {task.name} ranks items (rank {task.rank:g}) and {name}, which it is given, does not; "
-                    f"expected rank 1 of {name} too, since a search multiplies the two"
-                )
-            chain.append(name)
+        if task.given is None:
+            continue
+        other = known.get(task.given) if isinstance(task.given, str) else None
+        if other is None:
+            others = ", ".join(name for name in known if name != task.name) or "there is none"
+            raise SchemaError(f"tasks.{number}.given: got {task.given!r}, expected another task ({others})")
+        if task.rank > 0 and other.rank <= 0:
+            raise SchemaError(
+                f"tasks.{number}.given: {task.name} ranks items (rank {task.rank:g}) and {other.name}, which it is "
+                f"given, does not; expected rank 1 of {other.name} too, since a search multiplies the two"
+            )
+    for number, task in enumerate(tasks):
+        chain = [task]
+        while (given := chain[-1].given) is not None:
+            chain.append(known[given])
             if len(chain) > len(tasks):
+                names = " given ".join(link.name for link in chain[:3])
                 raise SchemaError(
-                    f"{path}: {' given '.join(chain[:3])}: a circle, expected a task that is given none at its end"
+                    f"tasks.{number}.given: {names}: a circle, expected a task that is given none at its end"
                 )
 
 

@@ -356,9 +356,10 @@ class Follower:
         self.seen, self.dropped = int(follow["seen"]), int(follow["dropped"])
         self.rows_reported = int(follow["reports"])
         keep_rows(self.run, self.rows_reported)
-        # Checkpoints used to hold the rates of impressions, without the negatives drawn for them.
-        earlier = follow.get("rates", torch.zeros(())).numpy() / (1 + self.recipe.train.negatives)
-        self.rates = follow["base_rates"].numpy() if "base_rates" in follow else earlier
+        if "base_rates" in follow:
+            self.rates = follow["base_rates"].numpy()
+        else:  # of an older release: of impressions, without the negatives drawn for them
+            self.rates = follow["rates"].numpy() / (1 + self.recipe.train.negatives)
         lengths = history_tasks(self.recipe.schema)
         self.recent = {
             int(task): RecentPositives(

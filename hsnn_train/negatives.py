@@ -118,7 +118,7 @@ class Pools:
     """Draws the pools of training batches.
 
     Args:
-        counts: (V,) training positives per item.
+        counts: (V,) training positives per item. One without any is no negative, and in a pool for its own impression.
         size: draws by popularity per pool.
         power: see `CandidateSampler`.
         first_time: (V,) int64, where a negative has to have existed; None where the catalogue stands still.
@@ -168,15 +168,13 @@ class Pools:
         chosen = self.share[drawn] > 0
         if self.had is not None or not chosen.all():
             allowed = np.ones((len(rows), len(drawn)), bool) if allowed is None else allowed
-            allowed[:, ~chosen] = False  # of other users
-            allowed[np.arange(len(rows)), positive] = True
-        if self.had is not None:
-            assert allowed is not None
-            items = self.had(rows)
-            user, item = np.repeat(np.arange(len(rows)), list(map(len, items))), np.concatenate(items)
-            place = np.searchsorted(drawn, item).clip(max=len(drawn) - 1)
-            inside = drawn[place] == item
-            allowed[user[inside], place[inside]] = False
+            allowed[:, ~chosen] = False
+            if self.had is not None:
+                items = self.had(rows)
+                user, item = np.repeat(np.arange(len(rows)), list(map(len, items))), np.concatenate(items)
+                place = np.searchsorted(drawn, item).clip(max=len(drawn) - 1)
+                inside = drawn[place] == item
+                allowed[user[inside], place[inside]] = False
             allowed[np.arange(len(rows)), positive] = True
         at = np.where(listed >= 0, np.searchsorted(drawn, listed), positive[:, None])
         return Pool(drawn, positive, log_inclusion, allowed, at, lists)

@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +166,8 @@ class Trainer:
         self.kmeans_steps = self._kmeans_schedule()
         self.held = held_share(self.model, t.held)
         teacher = Teacher(Path(t.teacher), dataset, self.batches, device) if t.teacher else None
-        had = (
-            partial(dataset.earlier, "train", task=recipe.schema.drawn_task) if recipe.search.fresh else None
-        )
+        drawn_task = recipe.schema.drawn_task
+        had = (lambda rows: dataset.earlier("train", rows, drawn_task)) if recipe.search.fresh else None
         pools = make_pools(dataset, recipe, _first_time(dataset, recipe), had)
         self.objective = Objective(self.model, self.batches, pools, dataset.train, t, recipe.schema, teacher)
         self.step = 0
@@ -204,11 +202,11 @@ class Trainer:
     def _check_labels(self) -> None:
         """A log of positives alone teaches nothing but to say yes; DataError says what to set."""
         labels, schema = self.dataset.train.labels, self.recipe.schema
-        for task, place in zip(schema.tasks, schema.given):
-            if task.given is not None and labels[labels[:, place] > 0, schema.tasks.index(task)].all():
+        for number, (task, place) in enumerate(zip(schema.tasks, schema.given)):
+            if place >= 0 and labels[labels[:, place] > 0, number].all():
                 raise DataError(
                     f"no training label of task {task.name} is 0 where {task.given} is 1, so there is nothing to tell "
-                    f"apart, and negatives are not drawn for it; leave the task out"
+                    "apart, and negatives are not drawn for it; leave the task out"
                 )
         always = (labels.min(axis=0) > 0) & (schema.given < 0)
         if always.any() and not self.recipe.train.negatives:

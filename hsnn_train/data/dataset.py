@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,12 +58,6 @@ class Examples:
         return len(self.item_row)
 
 
-class Earlier(Protocol):
-    """What `Dataset.earlier` is."""
-
-    def __call__(self, split: str, rows: np.ndarray, task: int = 0) -> list[np.ndarray]: ...
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Encoded examples and items; the transform has seen nothing of the users but the train split.
@@ -73,7 +67,7 @@ class Dataset:
     `Schema.drawn_task`; item_first_time (V,) int64: time of the item's first impression in any split, the largest int64
     without one.
     raw_users: (split, rows (R,)) -> wire tensors of those examples' users, by feature name, as a request
-    would carry them. earlier: (split, rows (R,), number of a task, by default the first) -> per example the int32 item
+    would carry them. earlier: (split, rows (R,), number of a task) -> per example the int32 item
     rows of its whole history, the strictly earlier positives of the task in any split, oldest first. notes: what a
     person should know about the data; simulated: whether figures must be labelled so; attributes: eligibility and bids
     by row of the item table, None when the schema declares none; unordered: see `LogTables`.
@@ -90,7 +84,7 @@ class Dataset:
     valid: Examples
     test: Examples
     raw_users: Callable[[str, np.ndarray], dict[str, np.ndarray]]
-    earlier: Earlier
+    earlier: Callable[[str, np.ndarray, int], list[np.ndarray]]
     seed: int = 1
     notes: tuple[str, ...] = ()
     simulated: bool = False
@@ -210,7 +204,7 @@ def build_dataset(
         valid,
         test,
         lambda split, rows: users.raw(rows_of[NAMES.index(split)][rows]),
-        lambda split, rows, task=0: users.history(task).whole(rows_of[NAMES.index(split)][rows]),
+        lambda split, rows, task: users.history(task).whole(rows_of[NAMES.index(split)][rows]),
         seed=seed,
         notes=(*log.tables.notes, *users.notes),
         simulated=log.tables.simulated,

@@ -106,7 +106,7 @@ def evaluation_requests(
     else:
         rows = dataset.user_rows(split, max_requests)
         asked = dataset.positives(split, examples.user_key[rows])
-    history = dataset.earlier(split, rows) if candidates == "new" else None
+    history = dataset.earlier(split, rows, 0) if candidates == "new" else None
     first_time = dataset.item_first_time if candidates == "seen_before" else None
     wanted = asked
     if history is not None:

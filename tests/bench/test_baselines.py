@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+import yaml
 
 from hsnn_bench import baselines, baselines_report
 from hsnn_bench.baselines import run_baselines
@@ -32,6 +34,23 @@ def asked(recipe_file, tmp_path, monkeypatch):
         "work": tmp_path / "w",
         "results": tmp_path,
     }
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_faiss_searches_by_the_one_task_that_ranks(asked, tmp_path, rank):
+    raw = yaml.safe_load(Path(asked["data"]).read_text())
+    raw["schema"]["tasks"] = [{"name": "visit"}, {"name": "again", "rank": rank}]
+    Path(asked["data"]).write_text(yaml.safe_dump(raw))
+    table = pyarrow.parquet.read_table(tmp_path / "impressions.parquet")
+    pyarrow.parquet.write_table(
+        table.append_column("again", table["visit"]), tmp_path / "impressions.parquet"
+    )
+    report = run_baselines(methods=["two_tower"], **asked | {"seeds": (1,)})
+    assert report["missing"] == []
+    twins = ["two_tower_ivf", "two_tower_hnsw"]
+    assert [row["id"] for row in report["rows"]] == ["two_tower", *([] if rank else twins)]
+    page = (tmp_path / "baselines-halves.md").read_text()
+    assert ("Several tasks rank, so no inner product" in page) == bool(rank)
 
 
 def test_trains_evaluates_keeps_and_reports(asked, tmp_path, monkeypatch):

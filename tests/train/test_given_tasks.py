@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny_world import SCHEMA, recipe, tables
+from tiny_world import SCHEMA, Bar, recipe, tables
 
 from hsnn_core.errors import DataError, SchemaError
 from hsnn_core.schema import Schema
@@ -44,11 +44,6 @@ def world():
 
 def made(train):
     return recipe(schema=WORLD, train=train)
-
-
-class Bar:
-    def set_description(self, text):
-        pass
 
 
 def parts_of(trainer, examples, warm):
@@ -112,8 +107,7 @@ def test_what_is_given_another_task_is_no_choice_among_what_was_drawn(world, tmp
 
 
 def test_only_logits_that_negatives_were_drawn_for_are_corrected_for_the_draws(world, tmp_path, monkeypatch):
-    trainer = Trainer(made(POOL), world, tmp_path / "run", progress=False)
-    trainer._refresh(Bar())
+    trainer = started(made(POOL), world, tmp_path / "run")
     model, seen = trainer.model, {}
     score, layered = model.score_pairs, losses.layered
 

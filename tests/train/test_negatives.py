@@ -141,7 +141,7 @@ def test_lists_that_make_no_sense_are_named(make_recipe, train, message):
 def test_what_a_user_has_had_is_no_negative_where_it_is_no_candidate(dataset, make_recipe, tmp_path):
     fresh = make_recipe(train={"negatives": 6, "unlabelled": 0, "pool": 40}, search={"candidates": "new"})
     rows = np.flatnonzero(dataset.train.labels[:, 0] > 0)[-80:]  # the log's last: users have had something
-    had = partial(dataset.earlier, "train")
+    had = partial(dataset.earlier, "train", task=0)
     pool = make_pools(dataset, fresh, None, had).draw(dataset.train, rows, step_rng(0, 7))
     for user, (earlier, positive) in enumerate(zip(had(rows), pool.positive)):
         barred = pool.rows[~pool.allowed[user]]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_world import Bar
 
 from hsnn_core.errors import DataError, SchemaError
 from hsnn_train import losses
@@ -231,11 +232,6 @@ def test_only_a_learnt_index_pulls_its_items_and_only_after_the_first_phase(data
     assert parts["commitment"].item() > 0
     assert parts["node_distil"].item() > 0
     assert "commitment" not in losses_of(trainer("kmeans"), 8)
-
-
-class Bar:
-    def set_description(self, text):
-        pass
 
 
 def test_the_temperature_of_the_item_layer_stays(dataset, make_recipe, tmp_path):
