@@ -195,8 +195,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
     if report["table"] == "table1":
         notes += [
             "The paper prints ten models; the eleventh is this data set's own recipe. EBR is read as Two Towers under "
-            "a k-means index. Two-layer rows have K₁·√K₂ nodes, K being the recipe's codebooks, and keep the same "
-            "share of them as three-layer rows keep of theirs.",
+            "a k-means index. Two-layer rows have K₁·√K₂ nodes, K being the recipe's codebooks, and keep a "
+            "tenth of them.",
             "Gap closure: (row − EBR) / (XL flat − EBR) of Recall@100; a dash where XL flat is not above EBR.",
             "Milliseconds: measured in one process with one thread, one request at a time, every request through all "
             "rows before the next; rows that take long answer fewer of them.",

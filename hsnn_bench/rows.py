@@ -9,8 +9,9 @@ towers under an index that was learnt apart from them: a two-layer HSNN of XS sc
 
 The paper has I_1, I_2, V of 1e3, 1e5, 1e7. The two-layer rows have one index layer of K_1 * sqrt(K_2) nodes, half-way
 (on a logarithmic scale) between the recipe's two, which for the shipped recipes is about sqrt(V), the usual size of
-an inverted file. They keep the same share of the nodes as the three-layer rows keep of theirs, so that about as
-many items are scored.
+an inverted file. They keep a tenth of their nodes, which is about the share of the items that a shipped recipe's widths
+leave to be scored at most. (The share of the paths that a recipe keeps would be too little: of K_1 * K_2 paths many
+lead to no item, and of the few nodes of a two-layer row none is empty.)
 
 Rows of two towers alone take the recipe's ``without_interactions`` section: what suits a model with interactions may
 ruin one without, and a baseline is to be no straw man.
@@ -134,11 +135,9 @@ def three_layers(recipe: Recipe) -> dict[str, Any]:
 
 def two_layers(recipe: Recipe) -> dict[str, Any]:
     """Index and width of a row of two layers; see the module's text."""
-    three = three_layers(recipe)
-    first, second = three["model.codebooks"]
-    share = min(1.0, three["search.widths"][1] / (first * second))
+    first, second = three_layers(recipe)["model.codebooks"]
     nodes = max(2, round(first * math.sqrt(second)))
-    return {"model.codebooks": [nodes], "model.columns": [], "search.widths": [max(1, round(share * nodes))]}
+    return {"model.codebooks": [nodes], "model.columns": [], "search.widths": [math.ceil(nodes / 10)]}
 
 
 def _layers(recipe: Recipe, index: str, *presets: str) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def test_ids_are_unique_and_references_are_rows(beauty):
         assert {row.reference for row in table_rows(table, beauty)} <= set(ids)
 
 
-def test_an_index_of_one_layer_stands_between_the_recipes_two_and_keeps_the_same_share(beauty):
+def test_an_index_of_one_layer_stands_between_the_recipes_two_and_keeps_a_tenth(beauty):
     two = two_layers(beauty)
     assert two["model.codebooks"] == [128]  # 32 * sqrt(16)
-    assert two["search.widths"] == [30]  # 128 * 120 / (32 * 16)
+    assert two["search.widths"] == [13]  # 128 / 10, rounded up
     assert three_layers(beauty)["search.widths"] == [16, 120]
 
 
