@@ -2,7 +2,7 @@
 as a difference.
 
 A figure has a flat name: "ne.click", "calibration.click", "recall@100", "ndcg@10", "search_recall@100",
-"scored_share", "occupancy", "largest_node", "train_minutes".
+"scored_share", "occupancy", "largest_node", "lowest_calibration", "train_minutes".
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ Figures = Mapping[str, float]
 def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one run, from what `hsnn_train.evaluate.evaluate` returned; undefined ones are left out.
 
-    NE and calibration are those of the item layer. Recall and NDCG are of the layer-wise search at the recipe's widths.
-    Occupancy is the share of the codewords that have items, largest_node the share of the items in the fullest one
-    times the number of codewords (1 is perfect balance), both of the index layer where they are worst.
+    NE and calibration are those of the item layer, lowest and highest calibration those of all layers and tasks. Recall
+    and NDCG are of the layer-wise search at the recipe's widths. Occupancy is the share of the codewords that have
+    items, largest_node the share of the items in the fullest one times the number of codewords (1 is perfect balance),
+    both of the index layer where they are worst.
     Raises DataError for metrics without their parts.
     """
     try:
@@ -42,6 +43,9 @@ def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
             if row["layer"] == last:
                 found[f"ne.{row['task']}"] = row["ne"]
                 found[f"calibration.{row['task']}"] = row["calibration"]
+        calibrations = [row["calibration"] for row in metrics["pointwise"] if row["calibration"] is not None]
+        if calibrations:
+            found |= {"lowest_calibration": min(calibrations), "highest_calibration": max(calibrations)}
         retrieval = metrics["retrieval"]
         found |= retrieval.get("search", {})
         found |= {f"exhaustive_{name}": value for name, value in retrieval.get("exhaustive", {}).items()}

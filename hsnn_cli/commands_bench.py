@@ -77,6 +77,16 @@ def add_commands(commands: Any) -> None:
                            help="where trained models are kept (default: %(default)s)")  # fmt: skip
         table.set_defaults(run_command=run_table)
 
+    overview = kinds.add_parser(
+        "overview", help="the tables of all data sets on one page, beside the targets", formatter_class=FORMAT,
+        description="Reads what the tables and baselines left in docs/results and writes overview.{md,png} there; "
+        "trains and measures nothing.",
+        epilog="example:\n  hsnn bench overview",
+    )  # fmt: skip
+    overview.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                          help="where the reports are (default: %(default)s)")  # fmt: skip
+    overview.set_defaults(run_command=run_overview)
+
     baselines = kinds.add_parser(
         "baselines", help="ours beside item-KNN, item lists, ALS, BPR, two towers with Faiss and published figures",
         formatter_class=FORMAT,
@@ -176,6 +186,14 @@ def run_table(options: argparse.Namespace) -> None:
             work=options.work,
         )
     )
+
+
+def run_overview(options: argparse.Namespace) -> None:
+    """hsnn bench overview."""
+    from hsnn_bench import overview
+
+    page = overview.write_overview(options.results)
+    print(f"{page.read_text()}\npage: {page}")
 
 
 def run_baselines(options: argparse.Namespace) -> None:

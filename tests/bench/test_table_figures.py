@@ -7,7 +7,7 @@ from hsnn_core.errors import DataError
 
 METRICS = {
     "pointwise": [
-        {"layer": 1, "task": "click", "ne": 0.95, "calibration": 1.0},
+        {"layer": 1, "task": "click", "ne": 0.95, "calibration": 1.02},
         {"layer": 2, "task": "click", "ne": 0.9, "calibration": 1.01},
         {"layer": 2, "task": "buy", "ne": None, "calibration": 0.98},
     ],
@@ -26,11 +26,13 @@ METRICS = {
 }
 
 
-def test_figures_are_of_the_item_layer_and_the_search():
+def test_figures_are_of_the_item_layer_and_the_search_and_the_worst_calibration_of_any_layer():
     assert read_metrics(METRICS) == {
         "ne.click": 0.9,
         "calibration.click": 1.01,
         "calibration.buy": 0.98,
+        "lowest_calibration": 0.98,
+        "highest_calibration": 1.02,
         "recall@100": 0.5,
         "ndcg@10": 0.1,
         "exhaustive_recall@100": 0.6,
@@ -44,7 +46,8 @@ def test_figures_are_of_the_item_layer_and_the_search():
 
 def test_a_run_without_requests_has_its_pointwise_figures():
     found = read_metrics(METRICS | {"index": [], "retrieval": {"requests": 0}})
-    assert set(found) == {"ne.click", "calibration.click", "calibration.buy", "train_minutes"}
+    calibrations = {"calibration.click", "calibration.buy", "lowest_calibration", "highest_calibration"}
+    assert set(found) == {"ne.click", "train_minutes"} | calibrations
 
 
 def test_metrics_without_their_parts_are_named():
