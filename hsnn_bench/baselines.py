@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from hsnn_train.trainer import Interrupted
 
 from . import ours
 from .faiss_twin import Queries, approximate, exhaustive
-from .figures import Summary, by_figure, relative_change
+from .figures import by_figure, relative_change
 from .implicit_models import MODELS
 from .published import PUBLISHED
-from .requests import load_requests, measure
+from .requests import Requests, load_requests, measure
 from .spaces import METHODS, method, methods_for
 from .tuning import RESULTS, tuned
 
@@ -41,6 +41,7 @@ DEPTHS = (10, 20, 50, 100, 500)
 MEASURED = (*(f"recall@{k}" for k in DEPTHS), "ndcg@10", "ndcg@20")
 TWIN_K = 100  # what the Faiss twin returns
 TWINS = ("ivf", "hnsw")
+KEPT_AS = 2  # what a file that is kept means: since 2 every seed has requests of its own
 ITEM_CHUNK = 4096
 LABELS = {
     "popularity": "popularity", "recent": "recent popularity", "item_knn": "item-KNN (implicit)",
@@ -69,8 +70,9 @@ def run_baselines(
         data: a shipped recipe's name or a YAML file.
         methods: names of `spaces.METHODS`, None for those that the requests allow; parameters are those of
             tuned-<data>.json, else the space's start, for ours the recipe's own.
-        seeds: of training; a method without randomness runs once.
-        requests: test requests at most, a choice that is the same for all methods and seeds; None: all.
+        seeds: of training, and of the choice of requests, which a table's rows of a seed answer as well; a method
+            without randomness runs on each choice.
+        requests: test requests at most, the same for all methods of a seed; None: all.
         candidates: as `search.candidates` of a recipe; None: the recipe's.
         work: folder of what is kept between calls. command: what the report says made it.
 
@@ -89,7 +91,7 @@ def run_baselines(
     bench = _Bench(recipe, dataset, candidates, requests, work / recipe.name / "baselines")
     done: dict[str, dict[int, dict[str, Any]]] = {}
     missing: list[dict[str, Any]] = []
-    jobs = [(name, seed) for name in methods for seed in (seeds if _random(name) else seeds[:1])]
+    jobs = [(name, seed) for name in methods for seed in seeds]
     with tqdm(jobs, desc=f"baselines {recipe.name}", unit="run") as bar:
         for name, seed in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
@@ -97,27 +99,22 @@ def run_baselines(
             params = best[name]["params"] if name in best else dict(METHODS[name].start)
             try:
                 for row, entry in bench.results(name, params, seed).items():
-                    # What has no randomness has the same figures whatever the seed.
-                    same = {seed: entry} if _random(name) else dict.fromkeys(seeds, entry)
-                    done.setdefault(row, {}).update(same)
+                    done.setdefault(row, {})[seed] = entry
             except Interrupted:
                 raise
             except HsnnError as error:
                 missing.append({"id": name, "seed": seed, "reason": str(error)})
+    first = bench.requests(seeds[0])
     report = {
         "data": recipe.name, "command": command or f"hsnn bench baselines --data {data}", "seeds": list(seeds),
-        "requests": len(bench.requests), "candidates": candidates, "items": len(dataset.item_keys),
-        "single": all(len(rows) == 1 for rows in bench.requests.wanted),
+        "requests": len(first), "candidates": candidates, "items": len(dataset.item_keys),
+        "single": all(len(rows) == 1 for rows in first.wanted),
         "simulated": dataset.simulated, "data_notes": list(dataset.notes), "commit": commit(),
         "machine": machine(), "date": date.today().isoformat(), "rows": _rows(done, best),
         "published": [asdict(figures) for figures in PUBLISHED.get(recipe.name, ())], "missing": missing,
     }  # fmt: skip
     write_report(report, results)
     return report
-
-
-def _random(name: str) -> bool:
-    return METHODS[name].ours or MODELS[name].random
 
 
 def _rows(
@@ -132,22 +129,17 @@ def _rows(
     rows = []
     for row in (row for row in LABELS if row in done):
         figures, first = summaries[row], next(iter(done[row].values()))
-        random = _random(first["method"])
         against = None if row == "two_tower" else relative_change(figures.get("recall@100"), reference)
         rows.append(
             {
-                "id": row, "label": LABELS[row], "seeds": sorted(done[row]) if random else [],
-                "figures": {name: _plain(summary, random) for name, summary in figures.items()},
+                "id": row, "label": LABELS[row], "seeds": sorted(done[row]),
+                "figures": {name: asdict(summary) for name, summary in figures.items()},
                 "params": first["params"], "tuned": first["method"] in best,
-                "settings": {seed: entry["settings"] for seed, entry in done[row].items()} if random else {},
+                "settings": {seed: entry["settings"] for seed, entry in done[row].items()},
                 "against_two_tower": None if against is None else asdict(against),
             }
         )  # fmt: skip
     return rows
-
-
-def _plain(summary: Summary, random: bool) -> dict[str, Any]:
-    return {"mean": summary.mean, "std": summary.std if random else None, "values": summary.values}
 
 
 class _Bench:
@@ -156,15 +148,25 @@ class _Bench:
     def __init__(
         self, recipe: Recipe, dataset: Dataset, candidates: str, limit: int | None, folder: Path
     ) -> None:
-        self.dataset, self.candidates, self.folder = dataset, candidates, folder
-        self.requests = load_requests(dataset, "test", candidates, limit)
-        self.limit = limit if limit is not None else len(self.requests)
+        self.dataset, self.candidates, self.folder, self.most = dataset, candidates, folder, limit
+        self._requests: dict[int, Requests] = {}
+        self.limit = limit if limit is not None else len(self.requests(dataset.seed))
         self.recipe = ours.changed(
             recipe,
             {"search.requests": self.limit, "search.candidates": candidates,
-             "search.max_k": min(max(DEPTHS), self.requests.items)},
+             "search.max_k": min(max(DEPTHS), len(dataset.item_keys))},
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
+
+    def of_seed(self, seed: int) -> Dataset:
+        """The data set with the seed's choice of requests, as a table's rows of that seed have it."""
+        return replace(self.dataset, seed=seed)
+
+    def requests(self, seed: int) -> Requests:
+        """The test requests of a seed."""
+        if seed not in self._requests:
+            self._requests[seed] = load_requests(self.of_seed(seed), "test", self.candidates, self.most)
+        return self._requests[seed]
 
     def results(self, name: str, params: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
         """Rows of a method with one seed (a two-tower has three), by id; from the file when it is there."""
@@ -176,7 +178,7 @@ class _Bench:
         used = (
             whole if METHODS[name].ours else {key: whole[key] for key in ("schema", "data", "split", "base")}
         )
-        said = [name, dict(params), seed, used, self.candidates, self.limit]
+        said = [KEPT_AS, name, dict(params), seed, used, self.candidates, self.limit]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:10]
         path = self.folder / f"{name}-seed{seed}-{digest}.json"
         if path.is_file():
@@ -185,7 +187,7 @@ class _Bench:
         if not METHODS[name].ours:
             rows = {name: self._implicit(name, params, seed)}
         else:
-            rows = self._ours(name, recipe, path.with_suffix(""))
+            rows = self._ours(name, recipe, path.with_suffix(""), seed)
         for entry in rows.values():
             entry |= {"method": name, "params": dict(params), "commit": commit(), "machine": machine()}
         write_json(path, rows)
@@ -193,13 +195,14 @@ class _Bench:
 
     def _implicit(self, name: str, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
         model = MODELS[name]().fit(self.dataset, params, seed)
-        found, valid = model.recommend(self.requests, max(DEPTHS))
+        requests = self.requests(seed)
+        found, valid = model.recommend(requests, max(DEPTHS))
         names = tuple(figure for figure in MEASURED if int(figure.split("@")[1]) <= found.shape[1])
-        return {"figures": measure(found, valid, self.requests.wanted, names), "settings": {}}
+        return {"figures": measure(found, valid, requests.wanted, names), "settings": {}}
 
-    def _ours(self, name: str, recipe: Recipe, folder: Path) -> dict[str, dict[str, Any]]:
+    def _ours(self, name: str, recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
         run = ours.trained(recipe, self.dataset, folder)
-        report = ours.retrieved(run, recipe, self.dataset, "test", progress=True)
+        report = ours.retrieved(run, recipe, self.of_seed(seed), "test", progress=True)
         figures = {key: report["search"][key] for key in MEASURED if key in report["search"]}
         own = {
             "search_recall@100": report["search_recall"].get("@100"), "scored_share": report["scored_share"],
@@ -208,30 +211,31 @@ class _Bench:
         figures |= {key: value for key, value in own.items() if value is not None}
         rows = {name: {"figures": figures, "settings": {"widths": report["widths"]}}}
         if name == "two_tower" and np.count_nonzero(self.dataset.schema.rank) == 1:
-            rows |= self._twins(run, figures)
+            rows |= self._twins(run, figures, seed)
         return rows
 
-    def _twins(self, run: Run, searched: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    def _twins(self, run: Run, searched: Mapping[str, float], seed: int) -> dict[str, dict[str, Any]]:
         """The Faiss rows of a trained two-tower. Raises HsnnError when the inner products of its vectors do not rank
         as its search does."""
-        k = min(TWIN_K, self.requests.items)
-        items = _item_vectors(run, self.dataset)
-        queries = self._queries(run, self.dataset, "test")
+        requests, dataset = self.requests(seed), self.of_seed(seed)
+        k = min(TWIN_K, requests.items)
+        items = _item_vectors(run, dataset)
+        queries = self._queries(run, dataset, "test")
         exact = exhaustive(items, queries, k)
         names = tuple(figure for figure in MEASURED if int(figure.split("@")[1]) <= k)
-        figures = measure(exact.found, exact.valid, self.requests.wanted, names)
+        figures = measure(exact.found, exact.valid, requests.wanted, names)
         apart = max(abs(figures[key] - searched[key]) for key in names)
         if apart > 1e-3:
             raise HsnnError(
                 f"two-tower: inner products of its vectors and its search differ by {apart:.4f} in a figure; is its "
                 "OverArch a dot product?"
             )
-        tuning = self._queries(run, self.dataset, "valid")
+        tuning = self._queries(run, dataset, "valid")
         rows = {}
         for kind in TWINS:
             twin = approximate(kind, items, tuning, queries, k)
             rows[f"two_tower_{kind}"] = {
-                "figures": measure(twin.found, twin.valid, self.requests.wanted, names)
+                "figures": measure(twin.found, twin.valid, requests.wanted, names)
                 | {"search_recall@100": twin.recall, "scored_share": twin.scored_share,
                    "microseconds": twin.microseconds, "exhaustive_microseconds": exact.microseconds},
                 "settings": twin.settings,

@@ -159,10 +159,11 @@ def _said(values: Mapping[str, Any]) -> str:
 def _notes(report: Mapping[str, Any]) -> Sequence[str]:
     notes = [TIE_RULE] if len(report["seeds"]) > 1 else ["One seed: no difference is called one, nor a tie."]
     notes += [
-        "All methods learn from the train split alone and answer the same requests with the same candidates. The "
-        "request's history (for leave-one-out it holds the validation item) is folded into item-KNN and ALS, whose "
-        "items count decay^age; BPR has no fold-in and uses the user's trained factor. Popularity and item-KNN have "
-        "no randomness, hence no deviation.",
+        "All methods learn from the train split alone and answer, seed by seed, the same requests with the same "
+        "candidates; rows of that seed in Table 1 answer them too where their number is the same. The request's "
+        "history (for leave-one-out it holds the validation item) is folded into item-KNN and ALS, whose items count "
+        "decay^age; BPR has no fold-in and uses the user's trained factor. Popularity, lists and item-KNN have no "
+        "randomness: their deviation is that of the requests.",
         "Parameters were chosen on validation requests, with the same number of trials and minutes for every method "
         f"(tuned-{report['data']}.json).",
         "Faiss answers requests one by one on one thread (median, without making the filter); its settings are the "
@@ -176,12 +177,12 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
     if "lists" in ids:
         notes.append(
             "Neighbour lists are those that HSNN's interactions may go via, ranked without any network (1/√place, "
-            "decay^age) over the whole history, with a length, damping and decay of their own; no randomness."
+            "decay^age) over the whole history, with a length, damping and decay of their own."
         )
     if "recent" in ids:
         notes.append(
             "Recent popularity learns from more than train: it counts the positives of every split strictly before the "
-            "request. It has no randomness either."
+            "request."
         )
     notes += [f"Data: {note}" for note in report["data_notes"]]
     notes += [f"**Missing: {gap['id']}, seed {gap['seed']}**: {gap['reason']}" for gap in report["missing"]]

@@ -34,8 +34,6 @@ class Recommender(ABC):
 
     #: parameters and their defaults; `fit` refuses others
     defaults: ClassVar[Params] = {}
-    #: whether two seeds can give two results
-    random: ClassVar[bool] = False
 
     def fit(self, dataset: Dataset, params: Params, seed: int) -> Recommender:
         """Learn; returns itself. Raises DataError for an unknown parameter and for a train split without
@@ -200,7 +198,6 @@ class ALS(OfHistory):
         "iterations": 15,
         "decay": 1.0,
     }
-    random: ClassVar[bool] = True
 
     def _fit(self, seen: sparse.csr_matrix, params: dict[str, Any], seed: int) -> None:
         from implicit.cpu.als import AlternatingLeastSquares
@@ -229,7 +226,6 @@ class BPR(OfHistory):
         "regularization": 0.01,
         "iterations": 100,
     }
-    random: ClassVar[bool] = True
 
     def _fit(self, seen: sparse.csr_matrix, params: dict[str, Any], seed: int) -> None:
         from implicit.cpu.bpr import BayesianPersonalizedRanking

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hsnn_core.errors import DataError
 from hsnn_core.files import write_bytes
 
+from .figures import Summary, relative_change
 from .plots import recall_by_data
-from .report import DASH, change, markdown, percent
+from .report import DASH, change, markdown, mean_std
 
 #: In the order of the page; data sets without a Table 1 are left out.
 DATA = ("beauty", "toys", "gowalla", "globo", "ml-100k")
@@ -27,6 +28,8 @@ OUTSIDE = ("item_knn", "als", "bpr")
 WITHOUT_NETWORK = ("popularity", "recent", "lists", *OUTSIDE)
 RECALL = "recall@100"
 MET, MISSED = "✓", "✗"
+#: Where two towers are a measure.
+STATIC = ("beauty", "toys", "gowalla", "ml-100k")
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, what is asked of it, and how a data set's outcome is read: None where it has none."""
+    """A figure, what is asked of it, how a data set's outcome is read (None where nothing was measured), and the data
+    sets of which it is asked: of all when there is none."""
 
     figure: str
     asked: str
     read: Callable[[Reports], Outcome | None]
+    only: tuple[str, ...] = ()
+
+    def cell(self, own: Reports) -> str:
+        """What the page says of a data set: nothing where it is not asked."""
+        if self.only and own.data not in self.only:
+            return ""
+        outcome = self.read(own)
+        return DASH if outcome is None else str(outcome)
 
 
 def read_reports(results: Path) -> list[Reports]:
@@ -111,7 +123,8 @@ def render(reports: Sequence[Reports]) -> str:
         headline(reports),
         NOTE,
         "## Targets",
-        f"{MET} reached, {MISSED} not; a dash where nothing was measured, or nothing is asked.",
+        f"{MET} reached, {MISSED} not; a dash where nothing was measured, blank where nothing is asked. Recall is "
+        "asked of means over seeds, calibration and codewords of the worst seed, changes beyond their interval.",
         targets(reports),
         "## Made by",
         "\n".join(commands),
@@ -120,35 +133,35 @@ def render(reports: Sequence[Reports]) -> str:
 
 
 NOTE = (
-    "Full-corpus ranking, test split. Recall and NDCG are through the pruned search, ± over seeds; outside: the best "
-    "of popularity, recent popularity, neighbour lists, item-KNN, ALS and BPR, tuned, on as many requests or more. "
-    "Behind a change the half width of its 95% interval over seeds. On Globo half of the clicks are on articles "
-    "without a training click, where two towers are no measure."
+    "Test split, all items that a user can still get are candidates (on Globo those that had appeared). HSNN and EBR "
+    "through their pruned search. EBR, two towers under a k-means index, and the flat two-tower read the same columns "
+    "of users and items as HSNN, but no crossings of the two: no inner product can. Outside: the best of popularity, "
+    "recent popularity (Globo alone), neighbour lists (not on ml-100k), item-KNN, ALS and BPR, tuned. ± is the "
+    "standard deviation over seeds, behind a change the half width of its 95% interval. On Globo half of the clicks "
+    "are on articles without a training click, where two towers are no measure."
 )
 
 
 def headline(reports: Sequence[Reports]) -> str:
     """Data sets against what ranks them, as a Markdown table."""
-    header = ["data", "seeds", "figure", "best outside", "two-tower, flat", "EBR", "**HSNN**", "HSNN over EBR",
-              "items scored", "search recall@100"]  # fmt: skip
+    header = ["data", "figure", "best outside", "two-tower, flat", "EBR", "**HSNN**", "HSNN over EBR",
+              "items scored, EBR, HSNN", "search recall@100"]  # fmt: skip
     lines = []
     for own in reports:
         rows = own.rows("table1")
-        hsnn = rows.get("recipe", {})
-        for name, label in (("recall@10", "Recall@10"), (RECALL, "Recall@100")):
-            first = name == "recall@10"
-            lines.append(
-                [
-                    own.data if first else "",
-                    str(len(own.reports["table1"]["seeds"])) if first else "",
-                    label,
-                    _best_outside(own, name),
-                    *(_figure(rows.get(row, {}), name) for row in ("xs", "ebr", "recipe")),
-                    _over_ebr(rows, name),
-                    "" if first else _share(hsnn, "scored_share"),
-                    "" if first else _three(own.mean("table1", "recipe", "search_recall@100")),
-                ]
-            )
+        xs, ebr, hsnn = (rows.get(row, {}).get("figures", {}) for row in ("xs", "ebr", "recipe"))
+        ranked = [
+            [
+                label,
+                _best_outside(own, name),
+                *(mean_std(row, name) for row in (xs, ebr, hsnn)),
+                _over_ebr(ebr, hsnn, name),
+            ]
+            for name, label in (("recall@10", "Recall@10"), (RECALL, "Recall@100"))
+        ]
+        shares = f"{mean_std(ebr, 'scored_share')}, {mean_std(hsnn, 'scored_share')}"
+        lines.append([own.data, *ranked[0], "", ""])
+        lines.append(["", *ranked[1], shares, _three(own.mean("table1", "recipe", "search_recall@100"))])
     return markdown(header, lines)
 
 
@@ -156,9 +169,7 @@ def targets(reports: Sequence[Reports]) -> str:
     """Targets against data sets, as a Markdown table."""
     lines = []
     for target in TARGETS:
-        outcomes = [target.read(own) for own in reports]
-        cells = [DASH if outcome is None else str(outcome) for outcome in outcomes]
-        lines.append([target.figure, target.asked, *cells])
+        lines.append([target.figure, target.asked, *map(target.cell, reports)])
     return markdown(["figure", "target", *(own.data for own in reports)], lines)
 
 
@@ -167,18 +178,6 @@ def targets(reports: Sequence[Reports]) -> str:
 
 def _three(value: float | None) -> str:
     return DASH if value is None else f"{value:.3f}"
-
-
-def _figure(row: Mapping[str, Any], name: str) -> str:
-    figure = row.get("figures", {}).get(name)
-    if figure is None:
-        return DASH
-    return f"{figure['mean']:.4f}" + ("" if figure["std"] is None else f" ± {figure['std']:.4f}")
-
-
-def _share(row: Mapping[str, Any], name: str) -> str:
-    figure = row.get("figures", {}).get(name)
-    return DASH if figure is None else f"{figure['mean']:.1%}"
 
 
 def _outside(own: Reports, name: str, methods: Sequence[str]) -> tuple[str, float] | None:
@@ -194,13 +193,11 @@ def _best_outside(own: Reports, name: str) -> str:
     return DASH if best is None else f"{best[1]:.4f} ({best[0]})"
 
 
-def _over_ebr(rows: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    if name == RECALL:
-        return change(rows.get("recipe", {}).get("recall_vs_ebr")).removesuffix(", tie")
-    hsnn, ebr = (rows.get(row, {}).get("figures", {}).get(name) for row in ("recipe", "ebr"))
-    if hsnn is None or ebr is None or not ebr["mean"]:
+def _over_ebr(ebr: Mapping[str, Any], hsnn: Mapping[str, Any], name: str) -> str:
+    if name not in ebr or name not in hsnn:
         return DASH
-    return percent(100 * (hsnn["mean"] / ebr["mean"] - 1), 0)
+    found = relative_change(Summary(**hsnn[name]), Summary(**ebr[name]))
+    return change(None if found is None else asdict(found))
 
 
 def _recalls(reports: Sequence[Reports]) -> dict[str, dict[str, tuple[float, float | None]]]:
@@ -232,7 +229,8 @@ def _at_least(**asked: Mapping[str, float]) -> Callable[[Reports], Outcome | Non
         values = {name: value for name, value in found.items() if value is not None}
         if len(values) < len(wanted):
             return None
-        text = " / ".join(f"{value:.4f}" for value in values.values())
+        figures = own.rows("table1")["recipe"]["figures"]
+        text = " / ".join(mean_std(figures, name) for name in wanted)
         return Outcome(text, all(values[name] >= wanted[name] for name in wanted))
 
     return read
@@ -247,7 +245,7 @@ def _two_tower(own: Reports) -> Outcome | None:
 
 def _over(own: Reports) -> Outcome | None:
     found = own.rows("table1").get("recipe", {}).get("recall_vs_ebr")
-    return None if found is None else Outcome(change(found), found["percent"] >= 15)
+    return None if found is None else Outcome(change(found), found["percent"] >= 15 and not found["tie"])
 
 
 def _closure(own: Reports) -> Outcome | None:
@@ -305,25 +303,32 @@ def _calibration(own: Reports) -> Outcome | None:
 
 
 def _occupancy(own: Reports) -> Outcome | None:
-    used, largest = (own.mean("table1", "recipe", name) for name in ("occupancy", "largest_node"))
-    if used is None or largest is None:
+    figures = own.rows("table1").get("recipe", {}).get("figures", {})
+    if "occupancy" not in figures or "largest_node" not in figures:
         return None
+    used = min(figures["occupancy"]["values"].values())
+    largest = max(figures["largest_node"]["values"].values())
     return Outcome(f"{used:.2f} / {largest:.1f}", used >= 0.95 and largest <= 5)
 
 
 def _throughput(own: Reports) -> Outcome | None:
-    ratio = own.reports.get("throughput", {}).get("ratio")
-    return None if ratio is None else Outcome(f"{ratio:.2f}", ratio >= 0.9)
+    """Single pairs of trainings are noisy: reached when all of them reach it."""
+    report = own.reports.get("throughput", {})
+    if not report:
+        return None
+    low, high = report["ratio_range"]
+    return Outcome(f"{report['ratio']:.2f}, single pairs {low:.2f} to {high:.2f}", low >= 0.9)
 
 
 TARGETS = (
     Target(
         "HR@10 / NDCG@10, search", "Beauty .0821 / .0424, Toys .0800 / .0420",
         _at_least(beauty={"recall@10": 0.0821, "ndcg@10": 0.0424}, toys={"recall@10": 0.08, "ndcg@10": 0.042}),
+        ("beauty", "toys"),
     ),
-    Target("Recall@20, search", "Gowalla .1824 (LightGCN)", _at_least(gowalla={"recall@20": 0.1824})),
-    Target("two-tower, exhaustive, Recall@100", "the best of item-KNN, ALS, BPR", _two_tower),
-    Target("HSNN over EBR, Recall@100", "+15%, on three sets", _over),
+    Target("Recall@20, search", "Gowalla .1824 (LightGCN)", _at_least(gowalla={"recall@20": 0.1824}), ("gowalla",)),
+    Target("two-tower, exhaustive, Recall@100", "the best of item-KNN, ALS, BPR", _two_tower, STATIC),
+    Target("HSNN over EBR, Recall@100", "+15%, three sets", _over, STATIC),
     Target("gap closure to XL flat, Recall@100", ".95 at 7% of its cost", _closure),
     Target("search recall@100", ".98 at 10% of the items scored", _search),
     Target("NE of LTI over SIL, Small over two towers", "−.15%, beyond noise", _lti("")),
@@ -331,6 +336,6 @@ TARGETS = (
     Target("NE without LTI's parts, Small over two towers", "worse, each, beyond noise", _removed("")),
     Target("the same, default recipe", "worse, each, beyond noise", _removed("recipe-")),
     Target("calibration, every seed, layer and task", ".97 to 1.03", _calibration),
-    Target("codewords used / largest codeword × K", ".95 / at most 5", _occupancy),
-    Target("JOIM training throughput", ".9 of the same without LTI", _throughput),
+    Target("codewords used / largest, times its fair share", ".95 / at most 5", _occupancy),
+    Target("JOIM training throughput", ".9 of the same without LTI", _throughput, ("beauty",)),
 )  # fmt: skip

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hsnn_core.files import write_bytes
@@ -66,22 +67,19 @@ def _scatter(axis: Any, points: Sequence[tuple[dict[str, Any], float, float, flo
 def recall_by_data(found: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> Path:
     """Bars per data set: Recall@100 and its standard deviation. found: data set -> model -> (mean, deviation)."""
     names = list(dict.fromkeys(name for models in found.values() for name in models))
+    colours = dict(zip(names, plt.get_cmap("tab10").colors))  # type: ignore[attr-defined]
     figure, axis = plt.subplots(figsize=(11, 4.4))
     width = 0.85 / len(names)
-    for number, (name, colour) in enumerate(zip(names, ("#bbbbbb", FLAT, EBR, PRUNED, "#444444"))):
-        here = [(place, *models[name]) for place, models in enumerate(found.values()) if name in models]
-        at = [place + (number - (len(names) - 1) / 2) * width for place, _, _ in here]
-        heights, errors = [mean for _, mean, _ in here], [std or 0.0 for _, _, std in here]
-        bars = axis.bar(
-            at, heights, width, yerr=errors, label=name, color=colour, error_kw={"linewidth": 0.8}
-        )
-        axis.bar_label(
-            bars, labels=[f"{height:.2f}".lstrip("0") for height in heights], fontsize=8, padding=1
-        )
+    for place, models in enumerate(found.values()):
+        for number, name in enumerate(name for name in names if name in models):
+            mean, std = models[name]
+            at = place + (number - (len(models) - 1) / 2) * width
+            bars = axis.bar(at, mean, width, yerr=std, color=colours[name], error_kw={"linewidth": 0.8})
+            axis.bar_label(bars, labels=[f"{mean:.3f}".lstrip("0")], fontsize=7, padding=1)
+    axis.legend([Patch(color=colours[name]) for name in names], names, fontsize=8)
     axis.set_xticks(range(len(found)), list(found))
     axis.set(ylabel="Recall@100, test", title="whole corpus ranked; HSNN and EBR through their pruned search")
     axis.margins(y=0.1)
-    axis.legend(fontsize=8)
     axis.grid(alpha=0.3, axis="y")
     return save(figure, path)
 

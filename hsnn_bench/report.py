@@ -207,7 +207,9 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes += [f"Data: {note}" for note in report["data_notes"]]
     commits = report["trained_at"]
     if commits and commits != [report["commit"]]:
-        notes.append(f"Models were trained, or calibrated and evaluated anew, at commit {', '.join(commits)}.")
+        notes.append(
+            f"Models were trained, or calibrated and evaluated anew, at commit {', '.join(commits)}."
+        )
     if report["trained_on"] not in ([], ["CPU"]):
         notes.append(f"Models were trained and evaluated on {', '.join(report['trained_on'])}.")
     for gap in report["missing"]:

@@ -1,8 +1,10 @@
 """The external comparison: end to end on a small log, resumable, reported atomically and as agreed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
@@ -12,10 +14,13 @@ from hsnn_bench.baselines import run_baselines
 from hsnn_bench.figures import TIE_RULE
 from hsnn_bench.implicit_models import Recommender
 from hsnn_bench.published import PUBLISHED
-from hsnn_bench.requests import metric
+from hsnn_bench.requests import load_requests, metric
 from hsnn_bench.spaces import METHODS, Method
 from hsnn_bench.tuning import keep
+from hsnn_cli.commands_training import load_data
 from hsnn_core.errors import DataError
+from hsnn_train.data.requests import evaluation_requests
+from hsnn_train.recipe import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "baselines-toy.md"
 FLAT = {"model.layers": ["two_tower_xs"], "model.codebooks": [], "search.widths": []}
@@ -64,8 +69,8 @@ def test_trains_evaluates_keeps_and_reports(asked, tmp_path, monkeypatch):
     assert report["requests"] == 30 and report["candidates"] == "new" and report["single"]
 
     knn = rows["item_knn"]
-    assert knn["tuned"] and knn["params"] == {"neighbours": 12, "decay": 0.9} and knn["seeds"] == []
-    assert knn["figures"]["recall@10"]["std"] is None and knn["figures"]["recall@20"]["mean"] > 0.9
+    assert knn["tuned"] and knn["params"] == {"neighbours": 12, "decay": 0.9} and knn["seeds"] == [1, 2]
+    assert knn["figures"]["recall@20"]["mean"] > 0.9
     assert knn["figures"]["recall@10"]["mean"] > rows["popularity"]["figures"]["recall@10"]["mean"]
     assert rows["als"]["seeds"] == [1, 2] and rows["als"]["figures"]["recall@10"]["std"] is not None
     assert rows["als"]["against_two_tower"] is None  # of 24 items there is no Recall@100
@@ -92,6 +97,23 @@ def test_trains_evaluates_keeps_and_reports(asked, tmp_path, monkeypatch):
     keep(tmp_path / "tuned-halves.json", "item_knn", {"params": {"neighbours": 3}})
     with pytest.raises(AssertionError, match="kept results"):  # but those of other parameters are
         run_baselines(methods=["item_knn"], **asked)
+
+
+def test_every_seed_answers_the_requests_that_a_tables_rows_of_that_seed_answer(asked, monkeypatch):
+    seen = {}
+
+    def spy(dataset, *rest):
+        seen[dataset.seed] = load_requests(dataset, *rest).user_key
+        return load_requests(dataset, *rest)
+
+    monkeypatch.setattr(baselines, "load_requests", spy)
+    report = run_baselines(methods=["popularity"], **asked)
+    assert sorted(seen) == [1, 2] and not np.array_equal(seen[1], seen[2])
+    assert report["rows"][0]["figures"]["recall@10"]["std"] is not None
+    recipe = load_recipe(asked["data"])
+    other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=2))
+    of_table = evaluation_requests(load_data(other), "test", "new", 30)
+    np.testing.assert_array_equal(seen[2], of_table.user_key)
 
 
 def test_refuses_an_unknown_method_before_loading_anything(asked):

@@ -55,9 +55,10 @@ def table1(data="beauty", **recipe):
     ("start", "recipe", "met"),
     [
         ("HR@10", {"recall_at_10": figure(0.0821), "ndcg_at_10": figure(0.0424)}, True),
-        ("HR@10", {"recall_at_10": figure(0.0900), "ndcg_at_10": figure(0.0423)}, False),
+        ("HR@10", {"recall_at_10": figure(0.09), "ndcg_at_10": figure(0.0423)}, False),
         ("HSNN over EBR", {"over_ebr": moved(15.0)}, True),
         ("HSNN over EBR", {"over_ebr": moved(14.99)}, False),
+        ("HSNN over EBR", {"over_ebr": moved(20.0, 21.0, tie=True)}, False),
         ("gap closure", {"closure": 0.95, "of_xl": 0.07}, True),
         ("gap closure", {"closure": 1.2, "of_xl": 0.071}, False),
         ("gap closure", {"closure": 0.94, "of_xl": 0.01}, False),
@@ -68,7 +69,7 @@ def table1(data="beauty", **recipe):
         # the worst seed counts, not the mean
         ("calibration", {"lowest_calibration": figure(0.99, 0.96), "highest_calibration": figure(1.0)}, False),
         ("codewords", {"occupancy": figure(0.95), "largest_node": figure(5.0)}, True),
-        ("codewords", {"occupancy": figure(1.0), "largest_node": figure(5.1)}, False),
+        ("codewords", {"occupancy": figure(1.0), "largest_node": figure(4.0, 5.1)}, False),
     ],
 )  # fmt: skip
 def test_a_target_is_reached_at_its_bound_and_missed_beyond(start, recipe, met):
@@ -77,8 +78,29 @@ def test_a_target_is_reached_at_its_bound_and_missed_beyond(start, recipe, met):
 
 def test_what_was_not_measured_or_is_not_asked_has_no_outcome():
     assert [target.figure for target in TARGETS if target.read(table1()) is not None] == []
-    assert outcome("HR@10", table1("gowalla", recall_at_10=figure(0.5), ndcg_at_10=figure(0.5))) is None
-    assert outcome("Recall@20", table1("gowalla", recall_at_20=figure(0.1824))).met
+    own = table1("gowalla", recall_at_10=figure(0.5), ndcg_at_10=figure(0.5), recall_at_20=figure(0.1824))
+    cells = {line.split(" | ")[0]: line.split(" | ")[2].rstrip(" |") for line in targets([own]).splitlines()}
+    assert cells["| HR@10 / NDCG@10, search"] == ""
+    assert cells["| Recall@20, search"] == "0.1824 ± 0.0100 ✓"
+    assert cells["| search recall@100"] == "–"
+
+
+def test_changes_over_ebr_are_taken_seed_by_seed_and_a_tie_is_called_one():
+    def shown(*recall):
+        ebr, hsnn = row("ebr", recall_at_10=figure(0.1, 0.2)), row("recipe", recall_at_10=figure(*recall))
+        return headline([Reports("toys", {"table1": report(ebr, hsnn)})]).splitlines()[2]
+
+    assert "+10.00% ± 0.00 |" in shown(0.11, 0.22)
+    assert ", tie |" in shown(0.15, 0.2)
+
+
+def test_throughput_is_reached_when_every_pair_of_trainings_reaches_it():
+    def found(low):
+        measured = {"ratio": 0.95, "ratio_range": [low, 1.2], "command": "", "date": ""}
+        return outcome("JOIM", Reports("beauty", {"table1": report(), "throughput": measured}))
+
+    assert found(0.9).met and not found(0.89).met
+    assert found(0.8).text == "0.95, single pairs 0.80 to 1.20"
 
 
 def test_two_towers_are_held_against_the_best_of_three_and_a_list_of_popular_items_is_not_among_them():
