@@ -84,11 +84,27 @@ class TableOptions:
     @property
     def command(self) -> str:
         """The command line that makes this report, without its folders."""
-        text = f"hsnn bench {self.table} --data {self.data}"
+        return self.command_of(self.table)
+
+    def command_of(self, kind: str) -> str:
+        """The command line of `hsnn bench KIND` with these options, without its folders."""
+        text = f"hsnn bench {kind} --data {self.data}"
         text += "" if self.seeds == 3 else f" --seeds {self.seeds}"
         text += "" if self.requests is None else f" --requests {self.requests}"
         text += "" if self.rows is None else f" --rows {self.rows}"
         return text + "".join(f" --set {shlex.quote(override)}" for override in self.overrides)
+
+    @property
+    def parallel(self) -> int:
+        """Workers at a time. Raises SchemaError for more than there are cores."""
+        usable = cores()
+        if self.jobs is None:
+            return usable
+        if not 1 <= self.jobs <= usable:
+            raise SchemaError(
+                f"--jobs: got {self.jobs}, expected 1 to {usable}: a worker needs a core, and {usable} are usable"
+            )
+        return self.jobs
 
 
 @dataclass
@@ -109,11 +125,8 @@ def run_table(options: TableOptions) -> dict[str, Any]:
     their workers failed; the report of the others is written before.
     """
     find_device(options.device)
-    base = _base(options)
-    rows = select(table_rows(options.table, base), options.rows)
-    seeds = [base.train.seed + i for i in range(options.seeds)]
-    jobs = {(row.id, seed): _job(row, base, seed, options.work) for seed in seeds for row in rows}
-    parallel = _parallel(options.jobs)
+    base, rows, seeds, jobs = table_jobs(options)
+    parallel = options.parallel
     ready = len({job.folder for job in jobs.values() if job.record() is not None})
     print(
         f"{options.table} on {base.name}: {len(rows)} rows, seeds {seeds}; "
@@ -136,23 +149,28 @@ def run_table(options: TableOptions) -> dict[str, Any]:
     return report
 
 
+def table_jobs(
+    options: TableOptions,
+) -> tuple[Recipe, list[Row], list[int], dict[tuple[str, int], Job]]:
+    """The recipe that all rows start from, the rows, the seeds, and the job of every (row id, seed). Raises SchemaError
+    for options that name nothing known."""
+    base = _base(options)
+    rows = select(table_rows(options.table, base), options.rows)
+    seeds = [base.train.seed + i for i in range(options.seeds)]
+    return (
+        base,
+        rows,
+        seeds,
+        {(row.id, seed): _job(row, base, seed, options.work) for seed in seeds for row in rows},
+    )
+
+
 def _base(options: TableOptions) -> Recipe:
     """The data set's recipe with what the command line changes. Raises SchemaError."""
     if options.seeds < 1:
         raise SchemaError(f"--seeds: got {options.seeds}, expected at least 1")
     recipe = with_overrides(load_recipe(options.data), list(options.overrides))
     return recipe if options.requests is None else changed(recipe, {"search.requests": options.requests})
-
-
-def _parallel(jobs: int | None) -> int:
-    usable = cores()
-    if jobs is None:
-        return usable
-    if not 1 <= jobs <= usable:
-        raise SchemaError(
-            f"--jobs: got {jobs}, expected 1 to {usable}: a worker needs a core, and {usable} are usable"
-        )
-    return jobs
 
 
 def _job(row: Row, base: Recipe, seed: int, work: Path) -> Job:

@@ -56,25 +56,14 @@ def add_commands(commands: Any) -> None:
             epilog=TABLE_EPILOG.format(table=name, rows=SOME_ROWS[name]),
         )  # fmt: skip
         _data(table)
-        table.add_argument("--seeds", type=int, default=3, metavar="N",
-                           help="seeds per row, from the recipe's own on (default: %(default)s)")  # fmt: skip
-        table.add_argument(
-            "--requests", type=int, metavar="N", help="evaluation requests (default: the recipe's)"
-        )
+        _seeds_and_requests(table)
         table.add_argument("--rows", metavar="A,B", help="only these rows, or blocks of rows (ladder, recipe); an "
                            "unknown name lists the known ones")  # fmt: skip
-        table.add_argument("--jobs", type=int, metavar="N",
-                           help="workers at a time, one thread each (default: one per usable core)")  # fmt: skip
         table.add_argument("--device", default="cpu", metavar="D", help="where workers train: cpu, cuda or cuda:N; "
                            "cost is always measured on the CPU (default: %(default)s)")  # fmt: skip
         table.add_argument("--report-only", action="store_true",
                            help="train nothing: a report of the models that --work has")  # fmt: skip
-        table.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                           help="change the recipe that all rows start from; may be repeated")  # fmt: skip
-        table.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
-                           help="where the report goes (default: %(default)s)")  # fmt: skip
-        table.add_argument("--work", type=Path, default=Path("runs/bench"), metavar="DIR",
-                           help="where trained models are kept (default: %(default)s)")  # fmt: skip
+        _models_and_folders(table)
         table.set_defaults(run_command=run_table)
 
     overview = kinds.add_parser(
@@ -86,6 +75,22 @@ def add_commands(commands: Any) -> None:
     overview.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
                           help="where the reports are (default: %(default)s)")  # fmt: skip
     overview.set_defaults(run_command=run_overview)
+
+    cascade = kinds.add_parser(
+        "cascade", help="HSNN beside two towers + ANN with a ranker behind them", formatter_class=FORMAT,
+        description="Two towers under an index retrieve, a flat MoNN Small orders what came back: what crossings are "
+        "worth without HSNN's index. Trains Table 1's rows ebr, small and recipe where --work lacks them; writes "
+        "docs/results/cascade-<data>.{json,md,png}.",
+        epilog="examples:\n  hsnn bench cascade --data beauty\n"
+        "  hsnn bench cascade --data ml-100k --seeds 1 --depth 100 --depth 400",
+    )  # fmt: skip
+    _data(cascade)
+    _seeds_and_requests(cascade)
+    cascade.add_argument("--depth", type=int, action="append", default=[], metavar="N", dest="depths",
+                         help="items that are retrieved and ordered, at least 100; may be repeated (default: 100, 200, "
+                         "500, 1000)")  # fmt: skip
+    _models_and_folders(cascade)
+    cascade.set_defaults(run_command=run_cascade)
 
     baselines = kinds.add_parser(
         "baselines", help="ours beside item-KNN, item lists, ALS, BPR, two towers with Faiss and published figures",
@@ -162,6 +167,25 @@ def _data(command: Any) -> None:
     )
 
 
+def _seeds_and_requests(command: Any) -> None:
+    command.add_argument("--seeds", type=int, default=3, metavar="N",
+                         help="seeds per row, from the recipe's own on (default: %(default)s)")  # fmt: skip
+    command.add_argument(
+        "--requests", type=int, metavar="N", help="evaluation requests (default: the recipe's)"
+    )
+
+
+def _models_and_folders(command: Any) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                         help="change the recipe that all rows start from; may be repeated")  # fmt: skip
+    command.add_argument("--jobs", type=int, metavar="N",
+                         help="workers at a time, one thread each (default: one per usable core)")  # fmt: skip
+    command.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR",
+                         help="where the report goes (default: %(default)s)")  # fmt: skip
+    command.add_argument("--work", type=Path, default=Path("runs/bench"), metavar="DIR",
+                         help="where trained models are kept (default: %(default)s)")  # fmt: skip
+
+
 def _methods(command: Any) -> None:
     command.add_argument("--method", action="append", default=[], metavar="M", dest="methods",
                          help="may be repeated (default: all); an unknown name lists the known ones")  # fmt: skip
@@ -194,6 +218,26 @@ def run_overview(options: argparse.Namespace) -> None:
 
     page = overview.write_overview(options.results)
     print(f"{page.read_text()}\npage: {page}")
+
+
+def run_cascade(options: argparse.Namespace) -> None:
+    """hsnn bench cascade."""
+    from hsnn_bench import cascade, tables
+
+    page = cascade.run_cascade(
+        tables.TableOptions(
+            table="table1",
+            data=options.data,
+            seeds=options.seeds,
+            requests=options.requests,
+            jobs=options.jobs,
+            overrides=tuple(options.overrides),
+            results=options.results,
+            work=options.work,
+        ),
+        options.depths or cascade.DEPTHS,
+    )
+    print(f"{page.read_text()}\nreport: {page}")
 
 
 def run_baselines(options: argparse.Namespace) -> None:
