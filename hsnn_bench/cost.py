@@ -16,15 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hsnn_core.index import HierarchicalIndex
-from hsnn_core.scorer import LayerScorer
-from hsnn_core.search import SearchResult, search
-from hsnn_train.checkpoint import load_run
+from hsnn_core.search import SearchResult
 from hsnn_train.data.dataset import Dataset
 from hsnn_train.data.requests import Requests, evaluation_requests
-from hsnn_train.recipe import Recipe
-from hsnn_train.retrieval import corpus_of
-from hsnn_train.runner import TorchRunner
+
+from .searcher import Searcher
 
 WARM_UP = 2
 #: A row that takes longer for all requests answers an even choice of them, but never fewer than FEWEST.
@@ -55,27 +51,19 @@ def measure(
     rows: dict[str, Ask] = {}
     asked: Requests | None = None
     for row, run_dir in tqdm(runs.items(), desc="cost: load", unit="model", disable=not progress):
-        run = load_run(run_dir)
+        searcher = Searcher(run_dir, dataset)
         if asked is None:
-            asked = evaluation_requests(dataset, "test", run.recipe.search.candidates, requests)
+            asked = evaluation_requests(dataset, "test", searcher.recipe.search.candidates, requests)
         if not len(asked):
             return {}
-        corpus = corpus_of(run.model, dataset, run.index)
-        scorer = LayerScorer(corpus.index, corpus.i2if, corpus.embeddings, TorchRunner(run.model))
-        rows[row] = _asker(corpus.index, scorer, asked, run.recipe)
+        rows[row] = _asker(searcher, asked)
     return {} if asked is None else interleave(rows, len(asked), progress)
 
 
-def _asker(index: HierarchicalIndex, scorer: LayerScorer, asked: Requests, recipe: Recipe) -> Ask:
+def _asker(searcher: Searcher, asked: Requests) -> Ask:
     """Request number -> its search at the recipe's widths and k."""
-    widths = list(recipe.search.widths[: len(recipe.model.layers) - 1])
-    k = min(recipe.search.k, asked.items)
-
-    def ask(number: int) -> SearchResult:
-        users, _, allowed = asked.asked_of(slice(number, number + 1), index)
-        return search(index, scorer, users, widths, k, recipe.schema.rank, allowed, adapt=False)
-
-    return ask
+    k = min(searcher.recipe.search.k, asked.items)
+    return lambda number: searcher.find(asked, slice(number, number + 1), k)
 
 
 def interleave(rows: Mapping[str, Ask], requests: int, progress: bool = False) -> dict[str, Cost]:
