@@ -144,8 +144,8 @@ NOTE = (
     "of users and items as HSNN, but no crossings of the two: no inner product can. EBR → MoNN Small: about as many "
     "items as HSNN's item layer scores, retrieved by EBR and ordered by a flat MoNN that reads the crossings, the "
     "plain alternative to HSNN (`hsnn bench cascade`). Outside: the best of popularity, recent popularity (Globo "
-    "alone), neighbour lists (not on ml-100k), item-KNN, ALS and BPR, tuned. ± is the standard deviation over seeds, behind a "
-    "change the half width of its 95% interval. On Globo half of the clicks are on articles without a training click, "
+    "alone), neighbour lists (not on ml-100k), item-KNN, ALS and BPR, tuned. ± is the standard deviation over "
+    "seeds, behind a change the half width of its 95% interval. On Globo half of the clicks are on articles without a training click, "
     "where two towers are no measure."
 )
 
