@@ -140,13 +140,13 @@ def render(reports: Sequence[Reports]) -> str:
 
 NOTE = (
     "Test split, all items that a user can still get are candidates (on Globo those that had appeared). HSNN and EBR "
-    "through their pruned search. EBR, two towers under a k-means index, and the flat two-tower read the same columns "
-    "of users and items as HSNN, but no crossings of the two: no inner product can. EBR → MoNN Small: about as many "
+    "through their pruned search. EBR, two towers under a k-means index, and the flat two-tower read the same columns"
+    " of users and items as HSNN, but no crossings of the two: no inner product can. EBR → MoNN Small: about as many "
     "items as HSNN's item layer scores, retrieved by EBR and ordered by a flat MoNN that reads the crossings, the "
     "plain alternative to HSNN (`hsnn bench cascade`). Outside: the best of popularity, recent popularity (Globo "
-    "alone), neighbour lists (not on ml-100k), item-KNN, ALS and BPR, tuned. ± is the standard deviation over "
-    "seeds, behind a change the half width of its 95% interval. On Globo half of the clicks are on articles without a training click, "
-    "where two towers are no measure."
+    "alone), neighbour lists (not on ml-100k), item-KNN, ALS and BPR, tuned. ± is the standard deviation over seeds, "
+    "behind a change the half width of its 95% interval. On Globo half of the clicks are on articles without a "
+    "training click, where two towers are no measure."
 )
 
 
