@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from .figures import TIE_RULE
-from .plots import EBR, FLAT, PRUNED, save
+from .plots import EBR, FLAT, PRUNED, log_axis, save
 from .report import change, markdown, mean_std
 
 
@@ -84,7 +84,8 @@ def draw(report: dict[str, Any], path: Path) -> Path:
         if row["depth"]:
             at = row["cost"]["median_ms"], row["figures"]["recall@100"]["mean"]
             axis.annotate(f"{row['depth']:,}", at, xytext=(4, -11), textcoords="offset points", fontsize=8)
-    axis.set(xscale="log", xlabel="milliseconds per request, measured (log scale)", ylabel="Recall@100",
+    log_axis(axis)
+    axis.set(xlabel="milliseconds per request, measured (log scale)", ylabel="Recall@100",
              title=f"{report['data']}{', simulated' if report['simulated'] else ''}")  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -56,12 +56,17 @@ def _scatter(axis: Any, points: Sequence[tuple[dict[str, Any], float, float, flo
     flat_line = sorted((x, y) for row, x, y, _ in points if len(row["layers"]) == 1)
     if flat_line:
         axis.plot(*zip(*flat_line), color=FLAT, linewidth=0.8, alpha=0.5)
+    log_axis(axis)
+    axis.margins(x=0.15, y=0.12)
+    axis.grid(alpha=0.3)
+
+
+def log_axis(axis: Any) -> None:
+    """A logarithmic x axis with plain numbers at 1, 2 and 5 of every decade."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(x=0.15, y=0.12)
-    axis.grid(alpha=0.3)
 
 
 def recall_by_data(found: dict[str, dict[str, tuple[float, float | None]]], path: Path) -> Path:
