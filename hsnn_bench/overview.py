@@ -208,7 +208,7 @@ def _cascade(own: Reports) -> dict[str, Any]:
     of other models than Table 1's."""
     rows = own.rows("cascade")
     behind = [row for row in rows.values() if row["depth"] is not None]
-    if not behind or rows["recipe"]["figures"][RECALL] != own.figures("table1", "recipe")[RECALL]:
+    if not behind or rows["recipe"]["figures"][RECALL] != own.figures("table1", "recipe").get(RECALL):
         return {}
     items = rows["recipe"]["cost"]["candidates"][-1]
     return min(behind, key=lambda row: abs(math.log(row["depth"] / items)))
