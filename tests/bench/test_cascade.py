@@ -53,6 +53,7 @@ def folders(arguments, folder):
         presets, _, rest = path.name.partition("-")
         if presets in PRESETS:
             found[PRESETS[presets], rest.split("-s")[1][0]] = path
+    assert sorted(found) == [(name, seed) for name in sorted(cascade.STAGES) for seed in "12"]
     return found
 
 
