@@ -14,12 +14,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from hsnn_core.files import write_bytes
 
 from .width_search import Point
 
 FLAT, PRUNED, EBR = "#4472a8", "#b5523b", "#5a8f5a"
+MARKER = 10  # pixels to keep free around a point
+#: Where a point's label may stand, the best first: the side of the text that is at the point; points (x, y) from it.
+LABEL_SPOTS = tuple(
+    (side, (6 if side == "left" else -6, up)) for up in (6, -7, -17, 16) for side in ("left", "right")
+)
 
 
 def recall_against_cost(report: dict[str, Any], path: Path) -> Path:
@@ -51,14 +57,36 @@ def _scatter(axis: Any, points: Sequence[tuple[dict[str, Any], float, float, flo
         flat = len(row["layers"]) == 1
         colour = EBR if row["id"] == "ebr" else FLAT if flat else PRUNED
         axis.errorbar(x, y, yerr=error, fmt="o" if flat else "s", color=colour, capsize=3, markersize=6)
-        below = (5, 4) if flat else (5, -11)
-        axis.annotate(row["id"], (x, y), xytext=below, textcoords="offset points", fontsize=8)
     flat_line = sorted((x, y) for row, x, y, _ in points if len(row["layers"]) == 1)
     if flat_line:
         axis.plot(*zip(*flat_line), color=FLAT, linewidth=0.8, alpha=0.5)
     log_axis(axis)
     axis.margins(x=0.15, y=0.12)
     axis.grid(alpha=0.3)
+    _label(axis, [(row["id"], x, y, error or 0.0) for row, x, y, error in points])
+
+
+def _label(axis: Any, points: Sequence[tuple[str, float, float, float]]) -> None:
+    """Write the text of every point (text, x, y, error) beside it, where it covers no marker, no error bar and no text
+    before it, else where it covers the fewest. The axis has its scale and limits already."""
+    axis.figure.canvas.draw()
+    ends = [axis.transData.transform([(x, y - error), (x, y + error)]) for _, x, y, error in points]
+    taken = [Bbox(bar).padded(MARKER / 2) for bar in ends]
+    for text, x, y, _ in points:
+        tried = []
+        for side, offset in LABEL_SPOTS:
+            label = axis.annotate(
+                text, (x, y), xytext=offset, textcoords="offset points", fontsize=8, ha=side, va="center"
+            )
+            box = label.get_window_extent()
+            tried.append((box.count_overlaps(taken), label, box))
+            if not tried[-1][0]:
+                break
+        _, kept, box = min(tried, key=lambda spot: spot[0])
+        for _, label, _ in tried:
+            if label is not kept:
+                label.remove()
+        taken.append(box)
 
 
 def log_axis(axis: Any) -> None:
