@@ -17,6 +17,7 @@ from hsnn_train.checkpoint import write_json
 
 from .figures import TIE_RULE
 from .report import DASH, change, markdown, mean_std
+from .spaces import METHODS
 
 COLUMNS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20", "recall@50", "recall@100", "recall@500")
 
@@ -136,12 +137,21 @@ def _search(report: Mapping[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def _how_chosen(row: Mapping[str, Any]) -> str:
+    method = METHODS[row["id"]]
+    if not method.knobs:
+        return "nothing to tune"
+    if row["tuned"]:
+        return "tuned"
+    return "not tuned: as in the recipe" if method.ours else "not tuned: the space's start"
+
+
 def _params(report: Mapping[str, Any]) -> str:
     lines = [
         [
             row["label"],
             _said(row["params"]) or DASH,
-            "tuned" if row["tuned"] else "not tuned: the space's start",
+            _how_chosen(row),
         ]
         for row in report["rows"]
         if not row["id"].startswith("two_tower_")
@@ -164,8 +174,8 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
         "history (for leave-one-out it holds the validation item) is folded into item-KNN and ALS, whose items count "
         "decay^age; BPR has no fold-in and uses the user's trained factor. Popularity, lists and item-KNN have no "
         "randomness: their deviation is that of the requests.",
-        "Parameters were chosen on validation requests, with the same number of trials and minutes for every method "
-        f"(tuned-{report['data']}.json).",
+        "What is called tuned was chosen on validation requests, with the same number of trials and minutes for every "
+        f"method (tuned-{report['data']}.json).",
         "Faiss answers requests one by one on one thread (median, without making the filter); its settings are the "
         "fastest that find at least 95% of the exhaustive top 100 on validation requests. µs per request of the other "
         "rows are those of our search over the torch model, in small batches: not comparable with Faiss.",
