@@ -174,7 +174,7 @@ def _notes(report: Mapping[str, Any]) -> Sequence[str]:
         "history (for leave-one-out it holds the validation item) is folded into item-KNN and ALS, whose items count "
         "decay^age; BPR has no fold-in and uses the user's trained factor. Popularity, lists and item-KNN have no "
         "randomness: their deviation is that of the requests.",
-        "What is called tuned was chosen on validation requests, with the same number of trials and minutes for every "
+        "What is called tuned was chosen on validation requests, with the same budget of trials and minutes for every "
         f"method (tuned-{report['data']}.json).",
         "Faiss answers requests one by one on one thread (median, without making the filter); its settings are the "
         "fastest that find at least 95% of the exhaustive top 100 on validation requests. µs per request of the other "
